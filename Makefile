@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make reports`, then open reports/index.html; `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PROFILE ?= quick
+JOBS ?= 1
+
+.PHONY: help reports full test lab lint clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+reports: $(VENV)/ready  ## regenerate every report (PROFILE=quick, full or smoke; JOBS=1) and the index over them
+	$(BIN)/workbench report --profile $(PROFILE) --jobs $(JOBS)
+
+full: $(VENV)/ready  ## the full profile: hours, in parts that go on where they stopped
+	$(BIN)/workbench report --profile full
+
+test: $(VENV)/ready  ## the tests; they run every notebook in the smoke profile
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/ready  ## JupyterLab on this machine only, with its token
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+lint: $(VENV)/ready  ## ruff, and notebooks without outputs
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+clean:  ## remove the environment and the generated reports; reports/full stays
+	rm -rf $(VENV) reports/[0-9]* reports/smoke reports/lab reports/.[a-z]* reports/index.html reports/summary.json

@@ -1,0 +1,42 @@
+"""What several tests need: a small task, a small trained-looking model, and quiet progress bars."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("WORKBENCH_PROGRESS", os.devnull)
+
+from workbench.subjects import data, models  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def task() -> data.Task:
+    return data.load("fashion_mnist")
+
+
+@pytest.fixture(scope="session")
+def model(task):
+    return models.load("resnet20", task)
+
+
+@pytest.fixture(scope="session")
+def tiny(task) -> data.Task:
+    """The same task with 384 training images, 100 validation and 200 test images."""
+    from dataclasses import replace
+
+    return replace(task, train=task.train.subset(384), validation=task.validation.subset(100), test=task.test.subset(200))
+
+
+@pytest.fixture
+def network():
+    """A network small enough for the slowest test: convolution, norm, convolution, linear."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 6, 3, stride=2),
+                  torch.nn.Flatten(), torch.nn.LazyLinear(10)]
+        built = torch.nn.Sequential(*layers).eval()
+        built(torch.zeros(1, 1, 28, 28))
+        built[1].running_mean.normal_()
+        built[1].running_var.uniform_(0.5, 2)
+    return built

@@ -1,0 +1,97 @@
+"""The floors of the house, what importing costs, and that the places which pin versions agree."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "workbench"
+BELOW = {  # what each room may import of the package
+    "files": set(), "machine": set(), "layers": set(), "": set(),
+    "subjects": {"files", "layers", "machine"},
+    "methods": {"files", "layers", "machine"},
+    "deployment": {"files", "layers", "machine", "subjects"},
+    "measures": {"files", "layers", "machine", "subjects", "deployment"},
+    "reporting": {"files", "machine"},
+    "__main__": {"reporting", "measures", "subjects"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "workbench":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("workbench")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_is_below_it(path):
+    here = room(path)
+    for name in imports(path):
+        there = name.split(".")[1]
+        assert there == here or there in BELOW[here], f"{path} imports {name}"
+        if here == "methods":
+            assert there != "methods", f"{path}: a method imports another"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_fits_in_the_head(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import workbench, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_line_helps_without_loading_torch_or_papermill():
+    code = "import sys, workbench.__main__; sys.exit(any(m in sys.modules for m in ('torch', 'papermill', 'pandas')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    started = time.monotonic()
+    shown = subprocess.run([sys.executable, "-m", "workbench", "--help"], capture_output=True, text=True, check=True)
+    assert "report" in shown.stdout
+    assert time.monotonic() - started < 5  # half a second on an idle machine; the import list above is the real check
+
+
+def test_the_pins_agree_wherever_they_stand():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    makefile = (ROOT / "Makefile").read_text()
+    pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
+    pins = {line for line in project["dependencies"] if "==" in line}
+    assert pins == {"torch==2.14.1", "torchvision==0.29.1"}
+    assert pins == {line for line in pip if "==" in line}
+    assert set(re.findall(r"torch\w*==[\d.]+", makefile)) <= pins
+    assert "--editable .[dev]" in pip
+    assert "--editable '.[dev]'" in makefile
+    python = project["requires-python"].removeprefix(">=")
+    assert f"python={python}" in environment
+    assert f"python{python}" in makefile
+
+
+def test_notebooks_hold_no_output_and_define_nothing():
+    import nbformat
+
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not cell.outputs, path
+                assert cell.execution_count is None, path
+                assert not re.search(r"^(def|class) ", cell.source, re.M), path
+                assert len(cell.source.splitlines()) <= 12 or "parameters" in cell.metadata.get("tags", []), (path, cell.source)

@@ -1,0 +1,136 @@
+"""Tasks: what is embedded, what a folder in the hub's layout becomes, what is refused."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from workbench.subjects import data
+
+
+def picture(value: int, side: int = 8) -> Image.Image:
+    return Image.fromarray(np.full((side, side, 3), value, np.uint8))
+
+
+def encoded(value: int, side: int = 8) -> dict:
+    buffer = io.BytesIO()
+    picture(value, side).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def parquet(path, count: int, side: int = 8) -> None:
+    rows = [{"image": encoded(i, side), "label": i % 3} for i in range(count)]
+    pd.DataFrame(rows).to_parquet(path)
+
+
+def test_fashion_mnist_is_whole_and_its_splits_are_disjoint(task):
+    assert (len(task.train), len(task.validation), len(task.test)) == (55_000, 5_000, 10_000)
+    counts = task.train.labels.bincount() + task.validation.labels.bincount()
+    assert counts.tolist() == [6_000] * 10
+    assert task.example.shape == (1, 1, 28, 28)
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1(task):
+    images, _ = next(task.train.batches(10_000))
+    assert abs(images.mean()) < 0.02
+    assert abs(images.std() - 1) < 0.02
+
+
+def test_batches_hold_every_image_once_in_order(tiny):
+    labels = torch.cat([labels for _, labels in tiny.test.batches(64)])
+    assert torch.equal(labels, tiny.test.labels)
+
+
+def test_a_subset_is_the_same_for_the_same_seed_and_another_for_another(task):
+    one, same, other = (task.test.subset(100, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.images, same.images)
+    assert not torch.equal(one.images, other.images)
+
+
+def test_a_damaged_embedded_file_is_named(tmp_path, monkeypatch):
+    stored = data.folder() / "fashion_mnist"
+    (tmp_path / "fashion_mnist").mkdir()
+    for path in stored.iterdir():
+        (tmp_path / "fashion_mnist" / path.name).write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "fashion_mnist" / "SHA256SUMS").write_text((stored / "SHA256SUMS").read_text())
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"train_0.png is damaged"):
+        data.load("fashion_mnist")
+
+
+def test_an_image_folder_becomes_a_task(tmp_path):
+    for split in ("train", "test"):
+        for name, value in (("cat", 10), ("dog", 200)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(13):
+                picture(value + i).save(tmp_path / split / name / f"{i}.png")
+    task = data.load(f"folder:{tmp_path}")
+    assert task.classes == ("cat", "dog")
+    assert (len(task.train), len(task.validation), len(task.test)) == (23, 3, 26)
+    assert set(task.test.images[task.test.labels == 1].unique().tolist()) == set(range(200, 213))
+
+
+def test_parquet_in_the_hubs_layout_becomes_a_task(tmp_path):
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data" / "train-00000-of-00001.parquet", 24)
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", 6)
+    task = data.load(f"folder:{tmp_path}")
+    assert (len(task.train), len(task.validation), len(task.test)) == (22, 2, 6)
+    assert task.test.images[:, 0, 0, 0].tolist() == list(range(6))
+
+
+def test_a_set_with_one_split_is_all_test(tmp_path):
+    parquet(tmp_path / "photos.parquet", 5)
+    task = data.load(f"folder:{tmp_path / 'photos.parquet'}")
+    assert (len(task.train), len(task.test)) == (0, 5)
+    with pytest.raises(ValueError, match="train holds no images"):
+        next(task.train.batches())
+
+
+def test_large_sets_decode_batch_by_batch_to_the_same_pixels(tmp_path, monkeypatch):
+    parquet(tmp_path / "photos.parquet", 7)
+    whole = data.load(f"folder:{tmp_path / 'photos.parquet'}")
+    monkeypatch.setattr(data, "DECODE_WHOLE_BELOW", 0)
+    lazy = data.load(f"folder:{tmp_path / 'photos.parquet'}")
+    assert isinstance(lazy.test.images, data.Pictures)
+    for (a, _), (b, _) in zip(whole.test.batches(3), lazy.test.batches(3), strict=True):
+        assert torch.equal(a, b)
+    assert len(lazy.test.subset(3)) == 3
+
+
+def test_preprocessing_resizes_and_crops(tmp_path):
+    parquet(tmp_path / "photos.parquet", 3, side=40)
+    how = data.Preprocessing(size=16, crop=0.875)
+    assert data.load(f"folder:{tmp_path / 'photos.parquet'}", preprocessing=how).example.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("mnist", "unknown data 'mnist'"), ("folder:", "unknown data"), ("hub:", "unknown data"),
+    ("folder:/nowhere", "'/nowhere' does not exist"),
+])
+def test_what_is_not_there_is_refused_in_one_line(name, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        data.load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no set of images"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_images_of_different_sizes_need_preprocessing(tmp_path):
+    rows = [{"image": encoded(1, side), "label": 0} for side in (8, 9)]
+    pd.DataFrame(rows).to_parquet(tmp_path / "photos.parquet")
+    with pytest.raises(ValueError, match="image 1 has another size"):
+        data.load(f"folder:{tmp_path / 'photos.parquet'}")
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    rows = [{"image": encoded(1), "label": 0}, {"image": {"bytes": b"nonsense", "path": None}, "label": 0}]
+    pd.DataFrame(rows).to_parquet(tmp_path / "photos.parquet")
+    with pytest.raises(ValueError, match="image 1 cannot be decoded"):
+        data.load(f"folder:{tmp_path / 'photos.parquet'}")

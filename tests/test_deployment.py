@@ -1,0 +1,94 @@
+"""Export and sessions: any batch size, nothing half-written, one line for what is refused."""
+
+import pytest
+import torch
+
+from workbench import layers, machine
+from workbench.deployment import onnx, sessions
+
+EXAMPLE = torch.zeros(1, 1, 28, 28)
+
+
+@pytest.fixture
+def exported(network, tmp_path):
+    return onnx.export(network, EXAMPLE, tmp_path / "network.onnx")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 33])
+def test_one_file_serves_every_batch_size(network, exported, batch):
+    images = torch.randn(batch, 1, 28, 28)
+    assert torch.allclose(sessions.open(exported)(images), network(images), atol=1e-5)
+
+
+def test_export_leaves_the_model_in_training_mode_if_it_was(network, tmp_path):
+    onnx.export(network.train(), EXAMPLE, tmp_path / "network.onnx")
+    assert network.training
+
+
+def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return x * float(x.sum().item() > 0) if x.sum() > 0 else x.flatten(1)
+
+    with pytest.raises(layers.UnsupportedModelError, match="Odd cannot be exported to ONNX"):
+        onnx.export(Odd(), EXAMPLE, tmp_path / "odd.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_file_is_refused(exported):
+    exported.write_bytes(exported.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="network.onnx is not an ONNX file that ONNX Runtime can open"):
+        sessions.open(exported)
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 28, 28, 28), (784,)])
+def test_a_batch_of_the_wrong_shape_is_refused_with_that_shape(network, exported, kind, shape):
+    session = sessions.open(network if kind == "torch" else exported, name="mine")
+    with pytest.raises(ValueError, match=r"mine refuses a batch of shape \(" + str(shape[0])):
+        session(torch.zeros(shape))
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        sessions.open(tmp_path / "none.onnx")
+    with pytest.raises(TypeError, match="is no model"):
+        sessions.open(3)
+    with pytest.raises(ValueError, match=f"expected 1 to {machine.cores()}"):
+        sessions.open(torch.nn.Identity(), threads=machine.cores() + 1)
+    with pytest.raises(ValueError, match=r"put out torch.Size\(\[1\]\) for 2 images"):
+        sessions.open(lambda x: x.sum().view(1))(torch.zeros(2, 3))
+
+
+def test_a_file_without_layer_names_is_refused(network, exported):
+    import onnx as standard
+
+    stored = standard.load(str(exported))
+    for tensor in stored.graph.initializer:
+        for node in stored.graph.node:
+            node.input[:] = [f"w_{tensor.name.replace('.', '_')}" if i == tensor.name else i for i in node.input]
+        tensor.name = f"w_{tensor.name.replace('.', '_')}"
+    standard.save(stored, str(exported))
+    with pytest.raises(layers.UnsupportedModelError, match="no node has a weight called LAYER.weight"):
+        sessions.open(exported).activations(EXAMPLE)
+
+
+def test_named_layers_follow_globs_and_refuse_what_matches_nothing(model):
+    assert list(layers.named(model, "layer3.2.*")) == ["layer3.2.conv1", "layer3.2.conv2"]
+    with pytest.raises(ValueError, match=r"no layer matches 'layer9\.\*'; the layers are conv1, layer1.0.conv1"):
+        layers.named(model, "layer9.*")
+
+
+def test_replacing_a_layer_leaves_the_model(network):
+    before = network[5].weight.clone()
+    new = layers.replaced(network, "5", torch.nn.Identity())
+    assert isinstance(new[5], torch.nn.Identity)
+    assert torch.equal(network[5].weight, before)
+    with pytest.raises(ValueError, match="no layer 'nine'"):
+        layers.replaced(network, "nine", torch.nn.Identity())
+
+
+def test_capture_takes_its_hooks_away(network):
+    with pytest.raises(ZeroDivisionError), layers.capture(network):
+        raise ZeroDivisionError
+    assert not any(module._forward_hooks for module in network.modules())

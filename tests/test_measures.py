@@ -1,0 +1,176 @@
+"""Accuracy, cost and equivalence against formulas, naive loops and a peer library."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workbench import layers
+from workbench.deployment import onnx, sessions
+from workbench.measures import accuracy, cost, equivalence
+from workbench.methods import reparameterization
+from workbench.subjects import data, models
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_the_interval_is_wilsons(hits, n):
+    hits = min(hits, n)
+    labels = torch.zeros(n, dtype=torch.int64)
+    found = accuracy.from_predictions((torch.arange(n) >= hits).long(), labels)
+    z, p = 1.959964, hits / n
+    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    assert found.top1_low == pytest.approx((middle - half) / (1 + z * z / n), abs=1e-6)
+    assert found.top1_high == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
+def test_the_paired_difference_counts_images_and_holds_its_own_value(pairs):
+    labels = torch.zeros(len(pairs), dtype=torch.int64)
+    one, other = (accuracy.from_predictions(torch.tensor([int(not p[k]) for p in pairs]), labels) for k in (0, 1))
+    found = accuracy.difference(one, other)
+    assert found.difference == pytest.approx(other.top1 - one.top1)
+    assert found.gained == sum(b and not a for a, b in pairs)
+    assert found.low <= found.difference <= found.high
+    b, c = found.lost, found.gained
+    exact = min(1, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))
+    assert found.p_value == pytest.approx(exact)
+
+
+def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
+    draw, covered = torch.Generator().manual_seed(0), 0
+    for _ in range(1000):
+        kinds = torch.multinomial(torch.tensor([0.85, 0.06, 0.03, 0.06]), 400, replacement=True, generator=draw)
+        one, other = ((kinds == 0) | (kinds == k) for k in (1, 2))
+        made = [accuracy.from_predictions((~right).long(), torch.zeros(400).long()) for right in (one, other)]
+        found = accuracy.difference(*made)
+        covered += found.low <= -0.03 <= found.high
+    assert 930 <= covered <= 970
+
+
+def test_a_difference_needs_the_same_images(tiny, model):
+    one = accuracy.evaluate(model, tiny.test)
+    with pytest.raises(ValueError, match="the same images"):
+        accuracy.difference(one, accuracy.evaluate(model, tiny.validation))
+
+
+def test_evaluate_counts_what_a_plain_loop_counts(tiny, model):
+    with torch.inference_mode():
+        hits = [model(x).argmax(1).item() == y.item() for x, y in tiny.test.batches(1)]
+    found = accuracy.evaluate(model, tiny.test, batch_size=64)
+    assert found.correct.tolist() == hits
+    assert found.n == 200
+
+
+def test_cost_equals_the_formula_of_each_layer(task, model):
+    table = cost.table(model, task.example).set_index("layer")
+    assert table.macs["conv1"] == 28 * 28 * 16 * 1 * 9
+    assert table.macs["layer2.0.conv1"] == 14 * 14 * 32 * 16 * 9
+    assert table.macs["linear"] == 64 * 10
+    assert table.params.sum() == sum(p.numel() for p in model.parameters())
+    assert table.size_bytes.sum() == 4 * table.params.sum()
+
+
+def test_cost_counts_attention_and_grouped_convolutions():
+    vit = models.load("timm:vit_tiny_patch16_224", pretrained=False)
+    assert cost.total(vit, torch.zeros(1, 3, 224, 224))["macs"] == pytest.approx(1.26e9, rel=0.02)  # timm's own table
+    mobile = models.load("torchvision:mobilenet_v2", pretrained=False)
+    assert cost.total(mobile, torch.zeros(1, 3, 224, 224))["macs"] == pytest.approx(0.300e9, rel=0.02)  # torchvision's
+
+
+def test_cost_leaves_the_model_as_it_was(network):
+    network.train()
+    cost.table(network, torch.zeros(1, 1, 28, 28))
+    assert network.training
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_a_model_is_equivalent_to_itself_and_not_to_another(network):
+    images = torch.randn(50, 1, 28, 28)
+    assert equivalence.compare(network, network, images).row() == {
+        "cosine_mean": pytest.approx(1), "cosine_min": pytest.approx(1), "l2_mean": 0, "l2_max": 0, "agreement": 1, "n": 50,
+        "equivalent": True}
+    other = layers.replaced(network, "5", torch.nn.Linear(network[5].in_features, 10))
+    assert not equivalence.compare(network, other, images).passed
+
+
+def test_equivalence_equals_the_formula_and_does_not_depend_on_batches():
+    a, b = torch.randn(23, 7), torch.randn(23, 7)
+    numbers = torch.arange(23.0).view(23, 1)
+    found = [equivalence.compare(lambda x: a[x[:, 0].long()], lambda x: b[x[:, 0].long()], numbers, batch_size=s)
+             for s in (1, 5, 23)]
+    for one in found:
+        assert one.cosine_mean == pytest.approx(torch.cosine_similarity(a, b).mean().item(), abs=1e-6)
+        assert one.cosine_min == pytest.approx(torch.cosine_similarity(a, b).min().item(), abs=1e-6)
+        assert one.l2_max == pytest.approx((a - b).norm(dim=1).max().item(), abs=1e-5)
+        assert one.agreement == pytest.approx((a.argmax(1) == b.argmax(1)).double().mean().item())
+
+
+def test_equivalence_keeps_nothing_of_a_stream(network):
+    def stream():
+        for seed in range(20):
+            yield torch.randn(32, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+    assert equivalence.compare(network, network, stream()).n == 640
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from(["conv1", "layer1.2.conv1", "layer2.0.conv2", "layer3.2.conv2", "linear"]), st.integers(0, 99))
+def test_the_damaged_layer_is_the_first_that_parts(layer, seed):
+    task = data.load("fashion_mnist")
+    model = models.load("resnet20", task)
+    hurt = copy.deepcopy(layers.named(model, layer)[layer])
+    hurt.weight.data += hurt.weight.std() * torch.randn(hurt.weight.shape, generator=torch.Generator().manual_seed(seed))
+    frame = equivalence.by_layer(model, layers.replaced(model, layer, hurt), task.test.subset(40))
+    assert frame.layer[frame["first"]].tolist() == [layer]
+    assert (frame.sqnr_db[: frame["first"].idxmax()] == math.inf).all()
+
+
+def test_folding_batch_norm_changes_no_layer(task, model):
+    folded = reparameterization.fold_batchnorm(model)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    assert equivalence.compare(model, folded, task.test.subset(300)).passed
+    frame = equivalence.by_layer(model, folded, task.test.subset(50))
+    assert len(frame) == 20
+    assert frame.sqnr_db.min() > 80
+
+
+def test_the_export_is_compared_layer_by_layer(task, model, tmp_path):
+    path = onnx.export(model, task.example, tmp_path / "m.onnx")
+    frame = equivalence.by_layer(model, path, task.test.subset(50))
+    assert frame.layer.tolist() == list(layers.named(model))
+    assert not frame.parted.any()
+
+
+def test_outputs_of_different_sizes_and_nan_are_refused(network):
+    images = torch.randn(4, 1, 28, 28)
+    wide = layers.replaced(network, "5", torch.nn.Linear(network[5].in_features, 11))
+    with pytest.raises(ValueError, match="puts out 10 numbers an image, Sequential 11"):
+        equivalence.compare(network, wide, images)
+    images[2] = float("nan")
+    with pytest.raises(ValueError, match="images hold NaN or infinity .first in row 2"):
+        equivalence.compare(network, network, images)
+    with pytest.raises(ValueError, match="there are no images"):
+        equivalence.compare(network, network, images[:0])
+    with pytest.raises(layers.UnsupportedModelError, match="shows no layers"):
+        equivalence.by_layer(network, lambda x: x, torch.randn(2, 1, 28, 28))
+
+
+def test_nan_weights_show_in_the_evaluation(tiny, model):
+    broken = copy.deepcopy(model)
+    broken.linear.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="outputs of ResNet hold NaN"):
+        accuracy.evaluate(broken, tiny.test)
+
+
+def test_sessions_of_every_kind_agree(task, model, tmp_path):
+    import onnxruntime
+
+    path = onnx.export(model, task.example, tmp_path / "m.onnx")
+    kinds = [model, path, str(path), onnxruntime.InferenceSession(path), lambda x: model(x), sessions.open(model)]
+    images = task.test.normalise(task.test.images[:5])
+    outputs = [sessions.open(kind)(images) for kind in kinds]
+    assert all(torch.allclose(output, outputs[0], atol=1e-4) for output in outputs)
+    assert all(output.shape == (5, 10) for output in outputs)

@@ -1,0 +1,127 @@
+"""Models: names, checkpoints that come back as they were written, and the one line for each that does not fit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from workbench.subjects import data, models
+
+
+def test_the_embedded_resnet20_reaches_its_stated_accuracy_on_a_sample(task, model):
+    sample = task.test.subset(1000)
+    with torch.inference_mode():
+        top1 = (model(sample.normalise(sample.images)).argmax(1) == sample.labels).float().mean()
+    assert top1 > 0.92  # 94 % on all 10,000; 0.92 is four standard errors of 1,000 below
+
+
+@pytest.mark.parametrize(("name", "params"), [("resnet20", 269_722), ("resnet56", 853_018)])
+def test_cifar_resnets_have_the_parameters_of_the_paper(name, params):
+    model = models.load(name, pretrained=False)
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_bare_weights_load_by_the_public_names(tmp_path):
+    weights = models.load("resnet20", pretrained=False, seed=3).state_dict()
+    assert "layer1.0.conv1.weight" in weights
+    assert "linear.weight" in weights
+    save_file({k: v.contiguous() for k, v in weights.items() if "num_batches" not in k}, tmp_path / "bare.safetensors")
+    model = models.load(f"resnet20@{tmp_path / 'bare.safetensors'}")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(), strict=True))
+
+
+def test_a_checkpoint_comes_back_as_it_was_written(tmp_path, task, model):
+    models.save(model, tmp_path / "m.safetensors", notes={"note": "kept"})
+    again = models.load(str(tmp_path / "m.safetensors"), task)
+    assert torch.equal(again(task.example), model(task.example))
+    assert models.read_header(tmp_path / "m.safetensors")["note"] == "kept"
+
+
+def test_a_random_start_follows_from_its_seed_and_leaves_the_global_state(task):
+    before = torch.random.get_rng_state()
+    one, same, other = (models.load("resnet20", task, pretrained=False, seed=seed).conv1.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_torchvision_models_take_the_classes_of_the_task(task):
+    colour = data.Task("t", *(task.test,) * 3, classes=("a", "b", "c"), source="")
+    assert models.load("torchvision:resnet18", colour, pretrained=False).fc.out_features == 3
+
+
+def test_timm_loads_a_local_folder_in_the_hubs_layout(tmp_path):
+    import timm
+
+    source = timm.create_model("resnet10t", num_classes=4)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "resnet10t", "num_classes": 4, "pretrained_cfg": {"input_size": [3, 64, 64], "num_classes": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    task = data.Task("t", None, None, data.Split(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1).long(),
+                                                data.Preprocessing()), classes=tuple("abcd"), source="")
+    model = models.load(f"timm:local-dir:{tmp_path}", task)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(model(images), source.eval()(images), atol=1e-5)
+
+
+def test_efficientnet_lite0_knows_its_own_preprocessing():
+    how = models.preprocessing("efficientnet_lite0")
+    assert (how.size, how.crop, how.interpolation) == (224, 0.875, "bicubic")
+    model = models.load("efficientnet_lite0")
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
+
+
+def wrong_architecture(path):
+    models.save(models.load("resnet56", pretrained=False), path)
+    return f"resnet20@{path}"
+
+
+def truncated(path):
+    models.save(models.load("resnet20", pretrained=False), path)
+    path.write_bytes(path.read_bytes()[:50_000])
+    return str(path)
+
+
+def not_a_number(path):
+    models.save(models.load("resnet20", pretrained=False), path)
+    tensors = load_file(path)
+    tensors["layer2.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(tensors, path)
+    return f"resnet20@{path}"
+
+
+def other_shape(path):
+    models.save(models.load("resnet20", data.load("fashion_mnist"), pretrained=False), path)
+    return f"resnet20@{path}"
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda path: "resnet99", "unknown model 'resnet99'"),
+    (lambda path: "torchvision:nonsense", "torchvision:nonsense could not be made"),
+    (lambda path: "timm:nonsense", "timm:nonsense could not be made"),
+    (lambda path: f"{path}", "does not exist"),
+    (wrong_architecture, "another architecture than resnet20: it has, unknown to it, 'layer1.3.bn1.bias'"),
+    (truncated, "is not a whole safetensors file"),
+    (not_a_number, "layer2.0.conv1.weight holds NaN"),
+    (other_shape, r"conv1.weight has shape \(16, 1, 3, 3\), expected \(16, 3, 3, 3\)"),
+    (lambda path: "resnet56", "no embedded weights of resnet56 for no task"),
+])
+def test_what_cannot_be_loaded_is_refused_in_one_line(make, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        models.load(make(tmp_path / "m.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, model):
+    import copy
+
+    models.save(model, tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    broken = copy.deepcopy(model)
+    broken.linear.bias.data[0] = float("inf")
+    with pytest.raises(ValueError, match="linear.bias holds NaN or infinity"):
+        models.save(broken, tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

@@ -1,0 +1,242 @@
+"""The runner on small notebooks: what is kept, skipped, refused; the real notebooks in the smoke profile."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from workbench.reporting import notebooks
+from workbench.reporting.report import Report
+
+ROOT = Path(__file__).parents[1]
+BODY = """
+import time
+from workbench.reporting.report import Report
+report = Report("x")
+time.sleep(pause)
+if fault: raise ValueError("layer3 is missing")
+report.headline("images", images)
+print(report.check("images", images, at_least=least))
+"""
+
+
+def write(folder: Path, name: str, body: str = BODY) -> None:
+    parameters = "images: int = 10  # many\nleast: float = 5.0  # limit\npause: float = 0.0  # s\nfault: bool = False  # raise"
+    code = nbformat.v4.new_code_cell
+    cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), code(parameters, metadata={"tags": ["parameters"]}), code(body)]
+    folder.mkdir(exist_ok=True)
+    (folder / "profiles.yaml").touch()
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("01_one", "02_two"):
+        write(tmp_path / "notebooks", name)
+    return tmp_path / "notebooks"
+
+
+def run(folder, *names, settings=(), **options):
+    return notebooks.run(notebooks.plan(names, folder=folder, settings=settings), out=folder.parent / "reports", **options)
+
+
+def command(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, "-m", "workbench", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          check=False)
+
+
+def test_a_run_leaves_what_the_contract_names(folder):
+    summary = run(folder)
+    out = folder.parent / "reports"
+    assert summary["passed"]
+    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {"01_one", "02_two", "index.html", "summary.json"}
+    assert {p.name for p in (out / "01_one").iterdir()} == {"01_one.ipynb", "index.html", "run.json"}
+    record = json.loads((out / "01_one" / "run.json").read_text())
+    assert record["status"] == "passed"
+    assert record["checks"] == [{"name": "images", "value": 10, "limit": ">= 5.0", "passed": True}]
+    assert record["title"] == "Title of 01_one"
+    assert {"parameters", "seeds", "versions", "commit", "hardware", "duration_s"} <= record.keys()
+
+
+def test_what_has_not_changed_is_not_run_again_and_what_has_is(folder, capsys):
+    run(folder)
+    assert run(folder)["ran"] == []
+    write(folder, "02_two", BODY + "\nprint('new')")
+    assert run(folder)["ran"] == ["02_two"]
+    assert run(folder, "01_one", settings=["images=11"])["ran"] == ["01_one"]
+    assert "02_two: unchanged, not run again (passed)" in capsys.readouterr().out
+
+
+def test_the_index_says_what_changed(folder):
+    run(folder)
+    summary = run(folder, settings=["images=12"])
+    assert summary["reports"][0]["changed"] == ["images: 10 → 12"]
+    assert "images: 10 → 12" in (folder.parent / "reports" / "index.html").read_text()
+
+
+def test_a_check_that_does_not_hold_makes_the_report_red_and_stays(folder):
+    write(folder, "02_two", BODY.replace("at_least=least", "at_least=99"))
+    for _ in range(2):  # run, then unchanged: still red
+        summary = run(folder)
+        assert not summary["passed"]
+        assert not summary["failures"]
+        assert [entry["status"] for entry in summary["reports"]] == ["passed", "failed"]
+
+
+def test_a_notebook_that_raises_keeps_the_last_good_report_and_is_run_again(folder):
+    run(folder)
+    summary = run(folder, "01_one", settings=["fault=true"])
+    assert summary["failures"] == {"01_one": "cell 3: ValueError: layer3 is missing"}
+    out = folder.parent / "reports"
+    assert json.loads((out / "01_one" / "run.json").read_text())["status"] == "passed"
+    assert (out / ".failed" / "01_one" / "01_one.ipynb").exists()
+    assert run(folder, "01_one", settings=["fault=true"])["ran"] == ["01_one"]
+
+
+def test_several_notebooks_at_a_time_leave_the_same(folder):
+    summary = run(folder, workers=2)
+    assert [entry["status"] for entry in summary["reports"]] == ["passed", "passed"]
+
+
+def test_a_dask_cluster_leaves_the_same(folder):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, processes=False) as cluster:
+        summary = run(folder, "01_one", scheduler=cluster.scheduler_address)
+    assert summary["passed"]
+    assert (folder.parent / "reports" / "01_one" / "index.html").exists()
+
+
+def test_killed_anywhere_nothing_is_half_written_and_the_next_run_completes(folder):
+    """The runner is killed at four moments; what is finished is whole, and no process of it goes on."""
+    out = folder.parent / "reports"
+    arguments = [sys.executable, "-m", "workbench", "report", "--notebooks", folder, "--out", out, "--set", "pause=0.5"]
+    for wait in (0.8, 2.5, 4.0, 5.5):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for report in out.glob("[0-9]*"):
+            assert json.loads((report / "run.json").read_text())["status"] == "passed"
+            assert (report / "index.html").read_text().rstrip().endswith("</html>")
+    assert subprocess.run(arguments, check=False, capture_output=True).returncode == 0
+    assert len(list(out.glob("[0-9]*/run.json"))) == 2
+    assert not [p for p in out.iterdir() if p.name.startswith((".partial", ".old"))]
+
+
+def test_two_runs_do_not_write_to_the_same_folder(folder):
+    out = folder.parent / "reports"
+    out.mkdir()
+    with notebooks._locked(out), pytest.raises(ValueError, match="another run is writing to"):
+        run(folder)
+
+
+def test_a_report_caught_between_two_renames_is_put_back(folder):
+    run(folder)
+    out = folder.parent / "reports"
+    (out / "01_one").rename(out / ".old.01_one")
+    assert run(folder)["ran"] == []
+    assert (out / "01_one" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["99_none"], "unknown notebook '99_none'; there are 01_one, 02_two"),
+    (["--set", "speed=1"], "unknown parameter 'speed'; 01_one, 02_two take fault, images, least, pause"),
+    (["--set", "images=many"], "parameter 'images' expects int, found 'many'"),
+    (["--set", "images=true"], "parameter 'images' expects int, found True"),
+    (["--set", "images"], "--set 'images' is not name=value"),
+    (["--set", "images=[1"], "the value is not valid YAML"),
+    (["--profile", "slow"], "unknown profile 'slow'"),
+    (["--jobs", "0"], "jobs is 0"),
+    (["--jobs", "x"], "'x' is not a valid integer"),
+    (["--scheduler", "tcp://127.0.0.1:1"], "no dask scheduler answers"),
+    (["--notebooks", "nowhere"], "no folder of notebooks nowhere"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message):
+    out = folder.parent / "reports"
+    done = command("report", "--notebooks", folder, "--out", out, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("workbench:")]) == 1
+    assert not list(out.glob("[0-9]*"))
+
+
+def test_a_profile_that_names_what_is_not_there_is_refused(folder):
+    for text, message in (("quick: {09_x: {}}", "the unknown notebook '09_x'"), ("slow: {}", "unknown profile 'slow'"),
+                          ("quick: {01_one: {speed: 1}}", "01_one has no parameter 'speed'"), ("a: [", "not valid YAML")):
+        (folder / "profiles.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            notebooks.plan([], folder=folder)
+
+
+def test_a_damaged_notebook_is_named(folder):
+    (folder / "02_two.ipynb").write_text('{"cells": [')
+    with pytest.raises(ValueError, match=r"02_two.ipynb is no notebook that can be run"):
+        notebooks.plan([], folder=folder)
+
+
+def test_a_reports_folder_that_cannot_be_written_is_refused(folder):
+    (folder.parent / "reports").write_text("a file")
+    done = command("report", "--notebooks", folder, "--out", folder.parent / "reports")
+    assert done.returncode == 2
+    assert done.stderr.startswith("workbench:")
+    assert "reports" in done.stderr
+
+
+def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_REPORT", str(tmp_path))
+    report = Report("x")
+    assert report.check("a", float("nan"), at_most=1).startswith("✗")
+    assert report.check("b", 1, equals=1).startswith("✓")
+    with pytest.raises(ValueError, match="exactly one of"):
+        report.check("c", 1)
+    with pytest.raises(ValueError, match="exactly one of"):
+        report.check("c", 1, at_least=0, at_most=2)
+
+
+def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(tmp_path):
+    done = command("report", "--profile", "smoke", "--out", tmp_path / "reports")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert {path.parent.name for path in (tmp_path / "reports").glob("*/run.json")} == names
+    for page in (tmp_path / "reports").rglob("*.html"):
+        text = page.read_text()
+        assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text), page
+        assert not re.search(r"<script|@import|url\(http", text), page
+    for name in names:
+        assert list((tmp_path / "reports" / name / "figures").glob("*.png"))
+        assert list((tmp_path / "reports" / name / "tables").glob("*.csv"))
+
+
+def test_compare_judges_two_files_and_names_the_layer(tmp_path, model, task):
+    import torch
+
+    from workbench.deployment import onnx
+    from workbench.subjects import models
+
+    path = onnx.export(model, task.example, tmp_path / "m.onnx")
+    good = command("compare", "resnet20", path, "--images", 100)
+    assert good.returncode == 0, good.stderr
+    assert "equivalent on 100 images" in good.stdout
+    damaged = models.load("resnet20", task)
+    damaged.layer2[1].conv2.weight.data += 0.1 * torch.randn(damaged.layer2[1].conv2.weight.shape)
+    models.save(damaged, tmp_path / "damaged.safetensors")
+    bad = command("compare", path, tmp_path / "damaged.safetensors", "--images", 100)
+    assert bad.returncode == 1
+    assert "the first layer that parts: layer2.1.conv2" in bad.stdout
+
+
+def test_compare_refuses_a_truncated_file_in_one_line(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"nonsense")
+    done = command("compare", "resnet20", tmp_path / "m.onnx", "--images", 10)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("workbench: m.onnx is not an ONNX file")
+
+

@@ -1,0 +1,119 @@
+"""Training: the same seed gives the same weights, stopped or not; each precision learns; bad runs are refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from workbench.subjects import models, training
+
+RECIPE = training.Recipe(epochs=2, batch_size=64, learning_rate=0.05)
+
+
+def weights(trained: training.Trained) -> torch.Tensor:
+    return torch.cat([tensor.flatten().float() for tensor in trained.model.state_dict().values()])
+
+
+@pytest.fixture(scope="module")
+def start(tiny):
+    return models.load("resnet20", tiny, pretrained=False)
+
+
+@pytest.fixture(scope="module")
+def trained(start, tiny):
+    return training.fit(start, tiny, recipe=RECIPE)
+
+
+def test_two_trainings_from_one_seed_end_in_identical_weights(start, tiny, trained):
+    assert torch.equal(weights(training.fit(start, tiny, recipe=RECIPE)), weights(trained))
+
+
+def test_another_seed_ends_elsewhere(start, tiny, trained):
+    assert not torch.equal(weights(training.fit(start, tiny, recipe=RECIPE, seed=1)), weights(trained))
+
+
+def test_the_callers_model_is_left_as_it_was(start, tiny, trained):
+    fresh = models.load("resnet20", tiny, pretrained=False)
+    assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(), fresh.state_dict().values(), strict=True))
+    assert not start.training
+
+
+@pytest.mark.parametrize("stop", [1, 6, 8])
+def test_interrupted_and_resumed_ends_in_the_same_weights(start, tiny, trained, tmp_path, monkeypatch, stop):
+    check_resuming(start, tiny, RECIPE, trained, tmp_path, monkeypatch, stop)
+
+
+def test_interrupted_and_resumed_keeps_the_scale_of_fp16(network, tiny, tmp_path, monkeypatch):
+    recipe = replace(RECIPE, precision="fp16")
+    check_resuming(network, tiny, recipe, training.fit(network, tiny, recipe=recipe), tmp_path, monkeypatch, 4)
+
+
+def check_resuming(start, tiny, recipe, whole, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(training, "SAVE_EVERY_S", 0)
+    steps = []
+
+    def interrupted(model, images, labels):
+        steps.append(1)
+        if len(steps) > stop:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(model(images).float(), labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(start, tiny, recipe=recipe, state=tmp_path / "state.safetensors", loss=interrupted)
+    resumed = training.fit(start, tiny, recipe=recipe, state=tmp_path / "state.safetensors")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize(("precision", "schedule"), [("fp32", "step"), ("bf16", "constant"), ("fp16", "cosine")])
+def test_every_precision_and_schedule_learns(network, tiny, precision, schedule):
+    recipe = replace(RECIPE, precision=precision, schedule=schedule, epochs=3)
+    history = training.fit(network, tiny, recipe=recipe).history
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+
+
+def test_a_finished_state_is_not_trained_again(start, tiny, trained, tmp_path):
+    training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
+    calls = []
+    again = training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s", loss=lambda *_: calls.append(1))
+    assert not calls
+    assert torch.equal(weights(again), weights(trained))
+
+
+def test_a_state_of_another_run_is_refused(start, tiny, tmp_path):
+    training.fit(start, tiny, recipe=replace(RECIPE, epochs=1), state=tmp_path / "s")
+    with pytest.raises(ValueError, match="its epochs is 1, here 2"):
+        training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
+
+
+def test_a_damaged_state_is_refused(start, tiny, tmp_path):
+    training.fit(start, tiny, recipe=replace(RECIPE, epochs=1), state=tmp_path / "s")
+    (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:999])
+    with pytest.raises(ValueError, match="is damaged"):
+        training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
+
+
+def test_a_loss_that_explodes_stops_the_training_and_says_where(start, tiny):
+    with pytest.raises(ValueError, match=r"the loss became nan at step \d+ of epoch 1; lower learning_rate"):
+        training.fit(start, tiny, recipe=replace(RECIPE, learning_rate=1e6))
+
+
+def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters():
+    rates = [training.Recipe(schedule="step", learning_rate=1).rate(p) for p in (0, 0.49, 0.5, 0.74, 0.75, 1)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(("field", "value"), [("schedule", "linear"), ("precision", "int8"), ("epochs", 0), ("batch_size", -1)])
+def test_an_impossible_recipe_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"recipe: {field} is {value!r}"):
+        replace(RECIPE, **{field: value})
+
+
+def test_augmented_images_are_shifted_and_mirrored_copies():
+    image = torch.arange(36, dtype=torch.uint8).view(1, 1, 6, 6) + 1
+    padded = torch.nn.functional.pad(image, (1, 1, 1, 1))[0, 0]
+    possible = [padded[r:r + 6, c:c + 6] for r in range(3) for c in range(3)]
+    possible += [p.flip(1) for p in possible]
+    made = training.augment(image.expand(200, 1, 6, 6), shift=1, flip=True, generator=torch.Generator().manual_seed(0))
+    found = {next(i for i, p in enumerate(possible) if torch.equal(p, m[0])) for m in made}
+    assert found == set(range(18))

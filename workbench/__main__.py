@@ -1,0 +1,93 @@
+"""The command line: `workbench report` regenerates the reports, `workbench compare` judges two models."""
+
+import sys
+from pathlib import Path
+
+import click
+
+PROBLEMS = (ValueError, OSError, ImportError)  # and UnsupportedModelError, which needs torch to be named
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="workbench")
+@click.option("--traceback", is_flag=True, expose_value=False, help="where an error arose, not only what it is")
+def cli() -> None:
+    """Compress neural networks and regenerate every table about it."""
+
+
+@cli.command()
+@click.argument("notebooks", nargs=-1)
+@click.option("--profile", default="quick", show_default=True, help="quick, full or smoke: see notebooks/profiles.yaml")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a notebook's parameter; may be repeated")
+@click.option("--jobs", default=1, show_default=True, help="notebooks at a time; above 1 their timings disturb each other")
+@click.option("--scheduler", metavar="ADDRESS", help="run on this dask.distributed scheduler's workers")
+@click.option("--out", type=Path, help="where reports go  [default: reports, or reports/PROFILE]")
+@click.option("--notebooks", "folder", type=Path, default=Path("notebooks"), show_default=True, help="where notebooks lie")
+@click.option("--force", is_flag=True, help="run what has not changed, too")
+def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) -> None:
+    """Execute NOTEBOOKS (all by default) and write the report site.
+
+    Exit code 0: every check holds; 1: one does not; 2: bad input, or a notebook raised an error.
+    """
+    from workbench.reporting import notebooks as runner
+
+    planned = runner.plan(notebooks, folder=folder, profile=profile, settings=settings)
+    out = out or Path("reports") / ("" if profile == "quick" else profile)
+    summary = runner.run(planned, out=out, workers=jobs, scheduler=scheduler, force=force)
+    click.echo(f"{summary['checks_passed']} of {summary['checks']} checks hold; open {out / 'index.html'}")
+    raise SystemExit(2 if summary["failures"] else 0 if summary["passed"] else 1)
+
+
+@cli.command()
+@click.argument("reference")
+@click.argument("candidate")
+@click.option("--data", "source", default="fashion_mnist", show_default=True, help="fashion_mnist, hub:ID or folder:PATH")
+@click.option("--images", type=click.IntRange(min=1), help="how many test images, drawn by --seed  [default: all]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--cosine", default=0.995, show_default=True, help="least cosine of any image's outputs")
+@click.option("--l2", default=1e-4, show_default=True, help="largest L2 distance of any image's outputs")
+@click.option("--agreement", default=1.0, show_default=True, help="least share of equal top-1 answers")
+def compare(reference, candidate, source, images, seed, cosine, l2, agreement) -> None:
+    """Do REFERENCE and CANDIDATE compute the same? Each a model's name, a checkpoint or an .onnx file.
+
+    Exit code 0: equivalent; 1: not; 2: bad input.
+    """
+    from workbench.measures import equivalence
+    from workbench.subjects import data, models
+
+    known = next((models.preprocessing(m) for m in (reference, candidate) if not m.endswith(".onnx")), None)
+    task = data.load(source, preprocessing=known)
+    test = task.test.subset(images, seed=seed) if images else task.test
+    both = [m if m.endswith(".onnx") else models.load(m, task) for m in (reference, candidate)]
+    verdict = equivalence.compare(*both, test, limits=equivalence.Limits(cosine, l2, agreement))
+    for check in verdict.checks():
+        click.echo(f"{'✓' if check['passed'] else '✗'} {check['name']}: {check['value']:.6g} ({check['limit']})")
+    click.echo(f"{'equivalent' if verdict.passed else 'not equivalent'} on {verdict.n:,} images of {task.name}")
+    if not verdict.passed:
+        parted = equivalence.by_layer(*both, test.subset(200)).query("first")
+        click.echo(f"the first layer that parts: {parted.layer.iloc[0] if len(parted) else 'none; only the outputs differ'}")
+    raise SystemExit(0 if verdict.passed else 1)
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on stderr and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except click.ClickException as error:
+        sys.exit(_refuse(error.format_message()))
+    except Exception as error:
+        known = isinstance(error, PROBLEMS) or type(error).__name__ == "UnsupportedModelError"
+        if not known or "--traceback" in sys.argv:
+            raise
+        sys.exit(_refuse(str(error)))
+
+
+def _refuse(message: str) -> int:
+    click.echo(f"workbench: {' '.join(message.split())}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

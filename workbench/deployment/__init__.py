@@ -1,0 +1,1 @@
+"""Putting a model on a runtime: export, and any model as a callable session."""

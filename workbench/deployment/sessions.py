@@ -1,0 +1,169 @@
+"""Any model as a callable with the same face: a torch module, an ONNX file, an ONNX Runtime session, a function."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workbench import layers, machine
+
+
+class Session:
+    """A model that maps a batch, float32 (n, C, H, W), to its output, float32 (n, ...), on a stated runtime.
+
+    Called, it checks the batch and returns a tensor. `prepare` separates what a timing must leave out.
+    """
+
+    runtime = "callable"
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *, name: str, threads: int):
+        self.function, self.name, self.threads = function, name, threads
+
+    def prepare(self, images: Tensor) -> Callable[[], object]:
+        """A call without arguments that runs the model on `images`, already in the runtime's own layout."""
+        return lambda: self.function(images)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Output float32 (n, ...) of a batch. Raises ValueError where the model refuses the batch's shape or type."""
+        try:
+            output = self.prepare(images)()
+        except (RuntimeError, ValueError, *_runtime_errors()) as error:
+            raise ValueError(f"{self.name} refuses a batch of shape {tuple(images.shape)} and type {images.dtype}: "
+                             f"{str(error).strip().splitlines()[0]}") from error
+        if isinstance(output, np.ndarray):
+            output = torch.from_numpy(output)
+        if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
+            raise ValueError(f"{self.name} put out {getattr(output, 'shape', type(output).__name__)} for "
+                             f"{len(images)} images; expected a tensor (n, ...)")
+        return output.float()
+
+    def activations(self, images: Tensor) -> dict[str, Tensor]:
+        """Each weighted layer's output, with the batch norm behind it, by name in order of execution."""
+        raise layers.UnsupportedModelError(f"{self.name}: a plain function shows no layers; give a module or an ONNX file")
+
+    def close(self) -> None:
+        """Give the runtime's threads and memory back."""
+
+
+class TorchSession(Session):
+    """A module in eval mode; one that is training is copied first."""
+
+    runtime = "torch"
+
+    def __init__(self, model: nn.Module, *, name: str, threads: int):
+        if any(module.training for module in model.modules()):
+            model = copy.deepcopy(model).eval()
+        self.model = model
+        super().__init__(self._run, name=name, threads=threads)
+
+    def _run(self, images: Tensor) -> Tensor:
+        before = torch.get_num_threads()
+        if before != self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                return self.model(images)
+        finally:
+            if before != self.threads:
+                torch.set_num_threads(before)
+
+    def activations(self, images: Tensor) -> dict[str, Tensor]:
+        with layers.capture(self.model) as outputs:
+            self(images)
+        return dict(outputs)
+
+
+class OnnxSession(Session):
+    """An ONNX file on ONNX Runtime's CPU provider.
+
+    Its threads stop spinning as soon as a run ends (session.force_spinning_stop); otherwise two sessions side by side
+    starve each other.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, source, *, name: str, threads: int):
+        import onnxruntime
+
+        if not isinstance(source, onnxruntime.InferenceSession):
+            source = _open_onnx(source, name, threads)
+        self.session = source
+        self._input = source.get_inputs()[0].name
+        self._watched: tuple[onnxruntime.InferenceSession, dict[str, str]] | None = None
+        super().__init__(self._run, name=name, threads=threads)
+
+    def _run(self, images: Tensor) -> np.ndarray:
+        return self.prepare(images)()
+
+    def prepare(self, images: Tensor) -> Callable[[], np.ndarray]:
+        feed = {self._input: np.ascontiguousarray(images.numpy())}
+        return lambda: self.session.run(None, feed)[0]
+
+    def activations(self, images: Tensor) -> dict[str, Tensor]:
+        if self._watched is None:
+            self._watched = self._watch()
+        session, values = self._watched
+        found = session.run(list(values.values()), {self._input: np.ascontiguousarray(images.numpy())})
+        return {layer: torch.from_numpy(value) for layer, value in zip(values, found, strict=True)}
+
+    def close(self) -> None:
+        self.session = self._watched = None
+
+    def _watch(self):
+        from workbench.deployment import onnx
+
+        path = self.session._model_path
+        if not path:
+            raise layers.UnsupportedModelError(f"{self.name}: a session made from bytes shows no layers; open its file")
+        model, values = onnx.with_layer_outputs(path)
+        return _open_onnx(model.SerializeToString(), self.name, self.threads), values
+
+
+def open(source, *, threads: int | None = None, name: str | None = None) -> Session:  # noqa: A001  (reads sessions.open)
+    """A `Session` of a module, a path to an ONNX file, an onnxruntime.InferenceSession, a function, or a `Session`.
+
+    threads: processors that one run may use; by default as many as torch would (all, or OMP_NUM_THREADS).
+
+    Raises TypeError for anything else, FileNotFoundError or ValueError for a missing or damaged file.
+
+    Example: `sessions.open("model.onnx", threads=1)(task.example)`
+    """
+    if threads is not None and not 1 <= threads <= machine.cores():
+        raise ValueError(f"threads is {threads}, expected 1 to {machine.cores()}, the cores of this machine")
+    threads = threads or min(machine.cores(), torch.get_num_threads())
+    if isinstance(source, Session):
+        return source
+    if isinstance(source, nn.Module):
+        return TorchSession(source, name=name or type(source).__name__, threads=threads)
+    if isinstance(source, str | Path):
+        return OnnxSession(Path(source), name=name or Path(source).name, threads=threads)
+    if type(source).__name__ == "InferenceSession":
+        return OnnxSession(source, name=name or "session", threads=threads)
+    if callable(source):
+        return Session(source, name=name or getattr(source, "__name__", "function"), threads=threads)
+    raise TypeError(f"{source!r} is no model; expected a module, an ONNX file, an ONNX Runtime session or a function")
+
+
+def _open_onnx(source: Path | bytes, name: str, threads: int):
+    import onnxruntime
+
+    if isinstance(source, Path) and not source.exists():
+        raise FileNotFoundError(f"ONNX file {source} does not exist")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except _runtime_errors() as error:
+        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open "
+                         f"({str(error).strip().splitlines()[0]}); export it again") from error
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.NoSuchFile

@@ -1,0 +1,93 @@
+"""Ground floor: name a model's layers, see what they put out, replace one in a copy."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity)  # Identity stands where a folded norm stood
+
+
+class UnsupportedModelError(Exception):
+    """A model, or a layer of it, that a method cannot handle; the message names the layer and the way out."""
+
+
+def named(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn.Module]:
+    """The convolution and linear layers whose names match a glob, by name, in the order of definition.
+
+    Raises ValueError where a pattern matches none.
+
+    Example: `layers.named(model, "layer2.*")`
+    """
+    weighted = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in weighted):
+            raise ValueError(f"no layer matches {pattern!r}; the layers are {_list(weighted)}")
+    return {name: layer for name, layer in weighted.items() if any(fnmatchcase(name, p) for p in patterns)}
+
+
+def replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """A deep copy of `model` in which `layer` stands at `name`. Raises ValueError where there is no such module."""
+    new = copy.deepcopy(model)
+    parent, _, child = name.rpartition(".")
+    try:
+        holder = new.get_submodule(parent)
+        getattr(holder, child)
+    except AttributeError as error:
+        raise ValueError(f"no layer {name!r}; the layers are {_list(named(model))}") from error
+    setattr(holder, child, layer)
+    return new
+
+
+@contextlib.contextmanager
+def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that each forward pass fills, in order of execution, with every weighted layer's output.
+
+    A batch norm that directly follows a layer counts as part of it: the output behind the norm is kept, under the
+    layer's name. So a model and its copy with the norms folded put out the same at every layer.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_module, _inputs, output):
+            outputs[name] = output
+        return hook
+
+    def keep_behind(_module, inputs, output):
+        last = next(reversed(outputs), None)
+        if last is not None and inputs[0] is outputs[last]:
+            outputs[last] = output
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHTED):
+            handles.append(module.register_forward_hook(keep(name)))
+        elif isinstance(module, _NORMS):
+            handles.append(module.register_forward_hook(keep_behind))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode without gradients; each module's own mode is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.inference_mode():
+            yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _list(names) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")

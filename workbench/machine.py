@@ -1,0 +1,52 @@
+"""What this computer is: the processor, its cores and number formats, memory, and the versions of what runs on it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+_FORMATS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+
+
+def hardware() -> dict[str, str | int | list[str]]:
+    """Processor, cores this process may use, memory in GiB, and the number formats that decide int8 and bf16 speed."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return {
+        "processor": fields.get("model name", platform.processor() or platform.machine()),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "formats": [name for name in _FORMATS if name in flags],
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def cores() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the package requires, its extras included; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for requirement in importlib.metadata.requires("workbench") or []:
+        name = re.match(r"[\w.-]+", requirement).group()
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe() -> str:
+    """One line for a figure's caption or a table's foot: processor, cores, formats, main versions.
+
+    Example: `plots.latency(frame).set_title(machine.describe())`
+    """
+    has, runs = hardware(), versions()
+    formats = ", ".join(has["formats"]) or "no vector formats known"
+    libraries = ", ".join(f"{name} {runs[name]}" for name in ("torch", "onnxruntime") if name in runs)
+    return f"{has['processor']}, {has['cores']} cores ({formats}); {libraries}"

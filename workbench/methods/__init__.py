@@ -1,0 +1,1 @@
+"""One way of compressing a file. Each returns a new model; no method imports another."""

@@ -1,0 +1,51 @@
+"""Structural rewrites that leave the computed function as it is.
+
+Source: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2).
+"""
+
+import copy
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from workbench.layers import UnsupportedModelError
+
+_FUSE = {nn.Conv1d: fuse_conv_bn_eval, nn.Conv2d: fuse_conv_bn_eval, nn.Linear: fuse_linear_bn_eval}
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
+
+    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
+    names remain. A norm whose layer feeds something else too is left alone. The copy is in eval mode.
+
+    Raises UnsupportedModelError where torch.fx cannot trace the model or nothing was there to fold.
+
+    Example: `folded = reparameterization.fold_batchnorm(model)`
+    """
+    new = copy.deepcopy(model).eval()
+    try:
+        graph = fx.Tracer().trace(new)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find its batch norms: "
+                                    f"{str(error).splitlines()[0]}") from error
+    modules, folded = dict(new.named_modules()), 0
+    for node in graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        norm, layer = modules[node.target], modules[source.target]
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and type(layer) in _FUSE and len(source.users) == 1:
+            with torch.no_grad():
+                _put(new, source.target, _FUSE[type(layer)](layer, norm))
+            _put(new, node.target, nn.Identity())
+            folded += 1
+    if not folded:
+        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm directly behind a convolution or linear layer")
+    return new
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

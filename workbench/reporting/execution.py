@@ -1,0 +1,140 @@
+"""Run one notebook in this process: `python -m workbench.reporting.execution JOB.json`.
+
+The runner starts one such process a notebook, because papermill launches kernels from threads unsafely (papermill
+issue 239) and because a crash then costs one notebook only.
+"""
+
+import ctypes
+import datetime
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from workbench import files, machine
+
+CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
+ERRORS = "errors.txt"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One notebook to execute. source: the notebook's text; folder: where notebooks run, so that paths resolve."""
+
+    name: str
+    source: str
+    parameters: dict
+    profile: str
+    fingerprint: str
+    folder: str
+
+
+def start(job: Job, out: Path, scratch: Path, *, threads: int) -> subprocess.Popen:
+    """A process that executes `job` on `threads` cores and leaves its report in `out`; it dies with this one."""
+    out.mkdir(parents=True)
+    (out / "job.json").write_text(json.dumps(asdict(job)))
+    environment = os.environ | {"WORKBENCH_REPORT": str(out.resolve()), "WORKBENCH_SCRATCH": str(scratch.resolve()),
+                                "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore",
+                                "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "workbench.reporting.execution", str((out / "job.json").resolve())]
+    with open(out / ERRORS, "wb") as errors:
+        return subprocess.Popen(command, cwd=job.folder, env=environment, preexec_fn=_die_with_parent,
+                                stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def packed(job: Job) -> bytes:
+    """The report of `job`, executed on this machine, as a tar archive: what a cluster's worker sends back."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / job.name
+        process = start(job, out, Path(folder) / "scratch", threads=machine.cores())
+        if process.wait():
+            raise RuntimeError(reason(out))
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            tar.add(out, arcname=".")
+        return archive.getvalue()
+
+
+def execute(job: Job, out: Path) -> None:
+    """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells go to run.json."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    started, clock, error = datetime.datetime.now(datetime.UTC), time.monotonic(), None
+    source, executed = out / "source.ipynb", out / f"{job.name}.ipynb"
+    source.write_text(job.source)
+    try:
+        with open(out / CELLS, "w") as cells:
+            papermill.execute_notebook(source, executed, job.parameters, cwd=job.folder, kernel_name="python3",
+                                       progress_bar={"file": cells})
+    except PapermillExecutionError as failure:
+        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}".strip().splitlines()[0]
+    result = {"checks": [], "headlines": []}
+    if (out / "result.json").exists():
+        result = json.loads((out / "result.json").read_text())
+    status = "error" if error else "passed" if all(check["passed"] for check in result["checks"]) else "failed"
+    title = _finish(out, executed, status)
+    record = {
+        "name": job.name, "title": title, "status": status, "error": error, "profile": job.profile,
+        "parameters": job.parameters, "seeds": {k: v for k, v in job.parameters.items() if "seed" in k},
+        **result, "tables": _names(out / "tables"), "figures": _names(out / "figures"),
+        "started": started.isoformat(timespec="seconds"), "duration_s": round(time.monotonic() - clock, 1),
+        "commit": _commit(job.folder), "versions": machine.versions(), "hardware": machine.hardware(),
+        "fingerprint": job.fingerprint,
+    }
+    for spare in (source, out / CELLS, out / INNER, out / ERRORS, out / "job.json", out / "result.json"):
+        spare.unlink(missing_ok=True)
+    with files.atomic(out / "run.json") as new:
+        new.write_text(json.dumps(record, indent=1))
+
+
+def reason(out: Path) -> str:
+    """Why the process that was to fill `out` failed: the last line of its error output, which in Python names it."""
+    lines = (out / ERRORS).read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "its process was killed, perhaps for want of memory"
+
+
+def _finish(out: Path, executed: Path, status: str) -> str:
+    """Write index.html of the executed notebook; return its title, the first heading."""
+    import nbformat
+
+    from workbench.reporting import pages
+
+    notebook = nbformat.read(executed, as_version=4)
+    first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    title = first.splitlines()[0].lstrip("# ").strip() if first else executed.stem
+    (out / "index.html").write_text(pages.notebook_page(notebook, title, status), encoding="utf-8")
+    return title
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.*"))
+
+
+def _commit(folder: str) -> str | None:
+    shown = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True,
+                           text=True, check=False)
+    return shown.stdout.strip() or None
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when the runner is (Linux), so that no orphan goes on computing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Execute the job file named on the command line."""
+    path = Path(sys.argv[1])
+    execute(Job(**json.loads(path.read_text())), path.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""The runner: which notebooks, with which parameters, which of them have changed; executed, kept, summed up.
+
+A report stands in OUT/NAME whole or not at all: it is made in OUT/.partial.NAME and renamed. So a run that is killed
+keeps what had finished, and the next one goes on.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from workbench import files, machine
+from workbench.reporting import pages
+from workbench.reporting.execution import CELLS, INNER, Job, packed, reason, start
+
+PROFILES = ("smoke", "quick", "full")
+_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
+
+
+def plan(names: Sequence[str], *, folder: Path, profile: str = "quick", settings: Sequence[str] = ()) -> list[Job]:
+    """The jobs for the notebooks `names` (all in `folder`, where none is named), with their parameters.
+
+    The parameters cell gives the defaults, profiles.yaml the profile's, settings ("name=value", YAML) the user's.
+
+    Raises ValueError for a notebook, profile or parameter that is unknown, or a value of another type than stated;
+    FileNotFoundError where there is no such folder.
+
+    Example: `plan(["01_baseline"], folder=Path("notebooks"), settings=["images=500"])`
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; expected one of {', '.join(PROFILES)}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of notebooks {folder}; run from the clone, or give --notebooks")
+    known = {path.stem: path for path in sorted(folder.glob("[0-9]*_*.ipynb"))}
+    for name in names:
+        if name.removesuffix(".ipynb") not in known:
+            raise ValueError(f"unknown notebook {name!r}; there are {', '.join(known) or 'none in ' + str(folder)}")
+    chosen = [name.removesuffix(".ipynb") for name in names] or list(known)
+    profiles = _profiles(folder / "profiles.yaml", known)
+    given = dict(_setting(text) for text in settings)
+    declared = {name: _declared(known[name]) for name in chosen}
+    for key in given:
+        if not any(key in parameters for parameters in declared.values()):
+            offered = sorted({parameter for parameters in declared.values() for parameter in parameters})
+            raise ValueError(f"unknown parameter {key!r}; {', '.join(chosen)} take {', '.join(offered) or 'none'}")
+    base = _base_fingerprint()
+    jobs = []
+    for name in chosen:
+        wanted = profiles.get(profile, {}).get(name, {}) | {k: v for k, v in given.items() if k in declared[name]}
+        parameters = _merged(name, declared[name], wanted)
+        source = known[name].read_text(encoding="utf-8")
+        mark = hashlib.sha256(f"{base}{_code(source)}{json.dumps(parameters)}{_files_of(parameters, folder)}".encode())
+        jobs.append(Job(name, source, parameters, profile, mark.hexdigest(), str(folder.resolve().parent)))
+    return jobs
+
+
+def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | None = None, force: bool = False) -> dict:
+    """Execute the jobs that have changed, `workers` at a time or on a dask cluster; return (and write) the summary.
+
+    Raises ValueError where `workers` is below 1 or another run is writing to `out`; OSError where `out` cannot be
+    written.
+    """
+    if workers < 1:
+        raise ValueError(f"jobs is {workers}, expected at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        _recover(out)
+        before = {job.name: record(out / job.name) for job in jobs}
+        changed = [job for job in jobs if force or not _current(before[job.name], job)]
+        for job in jobs:
+            if job not in changed:
+                print(f"{job.name}: unchanged, not run again ({before[job.name]['status']})")
+        running = _on_cluster(changed, out, scheduler) if scheduler else _here(changed, out, workers)
+        failures = {}
+        for job, error in running:
+            error = error or _keep(job, out, before[job.name])
+            if error:
+                failures[job.name] = error
+            print(f"{job.name}: {_outcome(out, job, error)}", flush=True)
+        return pages.write(out, ran=[job.name for job in changed], failures=failures)
+
+
+def record(folder: Path) -> dict | None:
+    """run.json of a finished report; None where there is none that can be read."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _profiles(path: Path, known: Mapping[str, Path]) -> dict:
+    try:
+        stored = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    for profile, notebooks in stored.items():
+        if profile not in PROFILES:
+            raise ValueError(f"{path}: unknown profile {profile!r}; expected {', '.join(PROFILES)}")
+        for name in notebooks or {}:
+            if name not in known:
+                raise ValueError(f"{path}: profile {profile} names the unknown notebook {name!r}")
+    return {profile: notebooks or {} for profile, notebooks in stored.items()}
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r} is not name=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text!r}: the value is not valid YAML ({str(error).splitlines()[0]})") from error
+
+
+def _declared(path: Path) -> dict[str, tuple[str, object]]:
+    """Type and default of each line `name: type = value  # meaning, unit` of the parameters cell."""
+    import papermill
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = papermill.inspect_notebook(str(path))
+    except Exception as error:  # damaged JSON, no kernel named, an unknown format: each library has its own kind
+        raise ValueError(f"{path} is no notebook that can be run ({str(error).splitlines()[0]}); save it again") from error
+    return {name: (entry["inferred_type_name"], yaml.safe_load(entry["default"].strip("'\"") if
+            entry["inferred_type_name"] == "str" else entry["default"])) for name, entry in found.items()}
+
+
+def _merged(notebook: str, declared: Mapping[str, tuple[str, object]], wanted: Mapping[str, object]) -> dict:
+    parameters = {name: default for name, (_, default) in declared.items()}
+    for name, value in wanted.items():
+        if name not in declared:
+            raise ValueError(f"profiles.yaml: {notebook} has no parameter {name!r}; it takes {', '.join(declared)}")
+        kind = declared[name][0]
+        base = kind.split("[")[0]
+        fits = isinstance(value, _TYPES.get(base, object)) and not (base in ("int", "float") and isinstance(value, bool))
+        if not fits:
+            raise ValueError(f"{notebook}: parameter {name!r} expects {kind}, found {value!r}")
+        parameters[name] = value
+    return parameters
+
+
+def _base_fingerprint() -> str:
+    """Of all that every notebook depends on: the package, the embedded data, the versions, the processor."""
+    package = Path(__file__).parents[1]
+    data = package.parent / "data"
+    paths = sorted(package.rglob("*.py")) + sorted(path for path in data.rglob("*") if path.is_file())
+    marks = [f"{path.relative_to(package.parent)} {files.sha256(path)}" for path in paths]
+    return json.dumps([marks, machine.versions(), machine.hardware()])
+
+
+def _code(source: str) -> str:
+    return json.dumps([[cell["cell_type"], cell["source"]] for cell in json.loads(source)["cells"]])
+
+
+def _files_of(parameters: Mapping[str, object], folder: Path) -> str:
+    """Names, sizes and times of the files that text parameters point to ("folder:PATH", "NAME@PATH" or a path)."""
+    marks = []
+    for value in parameters.values():
+        if isinstance(value, str) and value:
+            path = folder.parent / value.removeprefix("folder:").rpartition("@")[2]
+            within = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+            marks += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in within]
+    return json.dumps(marks)
+
+
+def _current(known: dict | None, job: Job) -> bool:
+    return known is not None and known.get("fingerprint") == job.fingerprint and known.get("status") != "error"
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing to {out}; wait for it, or give another --out") from error
+        yield
+
+
+def _recover(out: Path) -> None:
+    """Tidy up after a run that was killed: put back a report caught between two renames, drop what is partial."""
+    for old in out.glob(".old.*"):
+        if (out / old.name.removeprefix(".old.")).exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out / old.name.removeprefix(".old."))
+    for partial in out.glob(".partial.*"):
+        shutil.rmtree(partial)
+
+
+def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
+    """Run the jobs as processes, at most `workers` at a time; yield each with the reason, if it left no report."""
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                print(f"{job.name}: running", flush=True)
+                running[job] = start(job, _partial(out, job), _scratch(out, job), threads=max(1, machine.cores() // workers))
+            for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
+                del running[job]
+                _clear_line()
+                yield job, reason(_partial(out, job)) if process.returncode else None
+            _show([(job, _partial(out, job)) for job in running])
+            time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def _on_cluster(jobs: Sequence[Job], out: Path, address: str) -> Iterator[tuple[Job, str | None]]:
+    """Run the jobs as tasks of a dask cluster, whose workers have this package; reports come back as archives."""
+    try:
+        from distributed import Client, as_completed
+    except ImportError as error:
+        raise ValueError("--scheduler needs dask.distributed; pip install 'workbench[cluster]'") from error
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no dask scheduler answers at {address} ({error})") from error
+    with client:
+        futures = {client.submit(packed, job, pure=False): job for job in jobs}
+        for future in as_completed(futures):
+            job, error = futures[future], future.exception()
+            if error is None:
+                with tarfile.open(fileobj=io.BytesIO(future.result())) as archive:
+                    archive.extractall(_partial(out, job), filter="data")
+            yield job, None if error is None else str(error).strip().splitlines()[-1]
+
+
+def _keep(job: Job, out: Path, before: dict | None) -> str | None:
+    """Put a finished report in its place. One whose notebook raised goes to .failed and leaves the last good one."""
+    partial, final = _partial(out, job), out / job.name
+    new = record(partial)
+    if new is None:
+        return "it left no report"
+    target = out / ".failed" / job.name if new["status"] == "error" else final
+    if before:
+        new["previous"] = {"started": before["started"], "headlines": before["headlines"]}
+        (partial / "run.json").write_text(json.dumps(new, indent=1))
+    old = target.parent / f".old.{target.name}"
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if new["status"] != "error":
+        for scratch in (out / ".scratch").glob(f"{job.name}.*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(out / ".failed" / job.name, ignore_errors=True)
+    return new["error"]
+
+
+def _outcome(out: Path, job: Job, error: str | None) -> str:
+    if error:
+        return f"error: {error}"
+    done = record(out / job.name)
+    held = sum(check["passed"] for check in done["checks"])
+    missed = "; ".join(f"{c['name']}: {c['value']} ({c['limit']})" for c in done["checks"] if not c["passed"])
+    line = f"{done['status']}, {held} of {len(done['checks'])} checks, {done['duration_s']:.0f} s"
+    return f"{line}; {missed}" if missed else line
+
+
+def _partial(out: Path, job: Job) -> Path:
+    return out / f".partial.{job.name}"
+
+
+def _scratch(out: Path, job: Job) -> Path:
+    return out / ".scratch" / f"{job.name}.{job.fingerprint[:12]}"
+
+
+def _show(running: Sequence[tuple[Job, Path]]) -> None:
+    """One live line on a terminal: the cell each notebook has reached, and the progress bar inside it."""
+    if not sys.stderr.isatty():
+        return
+    parts = []
+    for job, partial in running:
+        cells, inner = (_last_bar(partial / name) for name in (CELLS, INNER))
+        parts.append(f"{job.name} {cells.partition('|')[0].rpartition(':')[2].strip()} {inner}".strip())
+    width = shutil.get_terminal_size().columns - 1
+    sys.stderr.write("\r\033[K" + "  ·  ".join(parts)[:width])
+    sys.stderr.flush()
+
+
+def _last_bar(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").rstrip().rpartition("\r")[2].strip()
+    except OSError:
+        return ""
+
+
+def _clear_line() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")

@@ -1,0 +1,69 @@
+"""The pages: an index over all reports with its summary.json, and each notebook as HTML. No page needs a network."""
+
+import datetime
+import json
+from pathlib import Path
+
+from workbench import files
+
+_TEMPLATES = Path(__file__).parent
+
+
+def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
+    """Write OUT/summary.json and OUT/index.html over every report in OUT; return the summary.
+
+    ran: the notebooks of this run; failures: those that left no new report, with the reason.
+    """
+    records = [json.loads(path.read_text()) for path in sorted(out.glob("[0-9]*/run.json"))]
+    reports = [_entry(record) for record in records]
+    summary = {
+        "written": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "passed": all(entry["status"] == "passed" for entry in reports) and not failures,
+        "checks": sum(len(entry["checks"]) for entry in reports),
+        "checks_passed": sum(check["passed"] for entry in reports for check in entry["checks"]),
+        "ran": ran, "failures": failures, "reports": reports,
+        "machines": sorted({_machine(record) for record in records}),
+    }
+    with files.atomic(out / "summary.json") as new:
+        new.write_text(json.dumps(summary, indent=1))
+    with files.atomic(out / "index.html") as new:
+        new.write_text(_render("index.html.j2", summary=summary, kept=_kept(out)), encoding="utf-8")
+    return summary
+
+
+def notebook_page(notebook, title: str, status: str) -> str:
+    """HTML of an executed notebook, figures embedded, without scripts."""
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    body, _ = exporter.from_notebook_node(notebook)
+    colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    return _render("notebook.html.j2", title=title, body=body, status=status, colours=colours)
+
+
+def _entry(record: dict) -> dict:
+    """What the index says of one report: its record without what is long, each headline beside the previous run's."""
+    before = {h["name"]: h["text"] for h in (record.get("previous") or {}).get("headlines", [])}
+    headlines = [h | {"previous": before.get(h["name"])} for h in record["headlines"]]
+    changed = [f"{h['name']}: {h['previous']} → {h['text']}" for h in headlines if h["previous"] not in (None, h["text"])]
+    kept = ("name", "title", "status", "profile", "parameters", "checks", "figures", "tables", "started", "duration_s", "commit")
+    return {key: record[key] for key in kept} | {"headlines": headlines, "changed": changed}
+
+
+def _machine(record: dict) -> str:
+    has, runs = record["hardware"], record["versions"]
+    libraries = ", ".join(f"{name} {runs[name]}" for name in ("python", "torch", "onnxruntime") if name in runs)
+    return f"{has['processor']}, {has['cores']} cores, {has['memory_gib']} GiB, {', '.join(has['formats'])}; {libraries}"
+
+
+def _kept(out: Path) -> list[str]:
+    """Other index pages beside or below this one, such as the committed run of the full profile."""
+    return [path.parent.name for path in sorted(out.glob("[a-z]*/index.html"))]
+
+
+def _render(template: str, **values) -> str:
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(style=(_TEMPLATES / "style.css").read_text(), **values)

@@ -1,0 +1,82 @@
+"""What a notebook leaves behind: tables, figures, checks and headline figures, in the folder of its report."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from workbench import files
+
+
+class Report:
+    """The report of the notebook `name`.
+
+    In a batch run it writes to the folder that the runner gives (WORKBENCH_REPORT), otherwise to reports/lab/NAME.
+    Everything that it is told stands in result.json there at once, so a crash loses nothing.
+
+    Example: `report = Report("01_baseline"); report.table(frame, "accuracy")`
+    """
+
+    def __init__(self, name: str):
+        self.folder = Path(os.environ.get("WORKBENCH_REPORT") or Path("reports") / "lab" / name)
+        self.checks: list[dict] = []
+        self.headlines: list[dict] = []
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that outlives a killed run, for the states of long work; emptied once the notebook has finished."""
+        path = Path(os.environ.get("WORKBENCH_SCRATCH") or self.folder / "scratch")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it."""
+        with files.atomic(self.folder / "tables" / f"{name}.csv") as new:
+            frame.to_csv(new, index=False)
+        return frame
+
+    def figure(self, drawn: Axes | Figure, name: str) -> None:
+        """Write a figure to figures/NAME.png."""
+        figure = drawn.get_figure() if isinstance(drawn, Axes) else drawn
+        with files.atomic(self.folder / "figures" / f"{name}.png") as new:
+            figure.savefig(new, dpi=110, bbox_inches="tight")
+
+    def check(self, name: str, value, *, at_least=None, at_most=None, equals=None) -> str:
+        """Record one claim with its limit; exactly one limit is given. A value that is NaN does not pass.
+
+        Returns the line that the notebook shows. Raises ValueError where no limit or several are given.
+        """
+        limits = [(kind, limit) for kind, limit in ((">=", at_least), ("<=", at_most), ("=", equals)) if limit is not None]
+        if len(limits) != 1:
+            raise ValueError(f"check {name!r}: give exactly one of at_least, at_most, equals, found {len(limits)}")
+        kind, limit = limits[0]
+        passed = bool({">=": lambda: value >= limit, "<=": lambda: value <= limit, "=": lambda: value == limit}[kind]())
+        return self._record({"name": name, "value": _plain(value), "limit": f"{kind} {limit}", "passed": passed})
+
+    def verdict(self, name: str, checks: list[dict]) -> str:
+        """Record the checks of a verdict, such as Equivalence.checks(), each under `name`."""
+        return "\n".join(self._record(check | {"name": f"{name}: {check['name']}", "value": _plain(check["value"])})
+                         for check in checks)
+
+    def headline(self, name: str, value, *, text: str | None = None) -> None:
+        """Record a figure for the index page: `text` is how it reads there, with its unit and interval."""
+        self.headlines.append({"name": name, "value": _plain(value), "text": text or f"{value}"})
+        self._write()
+
+    def _record(self, check: dict) -> str:
+        self.checks.append(check)
+        self._write()
+        value = f"{check['value']:.6g}" if isinstance(check["value"], float) else check["value"]
+        return f"{'✓' if check['passed'] else '✗'} {check['name']}: {value} ({check['limit']})"
+
+    def _write(self) -> None:
+        with files.atomic(self.folder / "result.json") as new:
+            new.write_text(json.dumps({"checks": self.checks, "headlines": self.headlines}, indent=1))
+
+
+def _plain(value):
+    """numpy and torch scalars as Python's own, which JSON can hold."""
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,1 @@
+"""What is compressed: data, models, and their training."""
