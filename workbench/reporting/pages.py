@@ -47,8 +47,9 @@ def _entry(record: dict) -> dict:
     before = {h["name"]: h["text"] for h in (record.get("previous") or {}).get("headlines", [])}
     headlines = [h | {"previous": before.get(h["name"])} for h in record["headlines"]]
     changed = [f"{h['name']}: {h['previous']} → {h['text']}" for h in headlines if h["previous"] not in (None, h["text"])]
+    first = not record.get("previous")
     kept = ("name", "title", "status", "profile", "parameters", "checks", "figures", "tables", "started", "duration_s", "commit")
-    return {key: record[key] for key in kept} | {"headlines": headlines, "changed": changed}
+    return {key: record[key] for key in kept} | {"headlines": headlines, "changed": changed, "first": first}
 
 
 def _machine(record: dict) -> str:

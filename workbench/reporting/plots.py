@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BLUE, RED, GREY = "#1f5fa8", "#b3261e", "#8a97a5"
 
@@ -13,8 +15,8 @@ BLUE, RED, GREY = "#1f5fa8", "#b3261e", "#8a97a5"
 def images(pictures: np.ndarray, titles: Sequence[str], *, columns: int = 10) -> Figure:
     """A grid of pictures, uint8 (n, C, H, W) with C of 1 or 3, each under its title."""
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(columns * 1.05, rows * 1.25), layout="constrained")
-    for axes, picture, title in zip(figure.subplots(rows, columns, squeeze=False).flat, pictures, titles, strict=False):
+    figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=(columns * 1.05, rows * 1.25), layout="constrained")
+    for axes, picture, title in zip(grid.flat, pictures, titles, strict=False):
         axes.imshow(np.moveaxis(picture, 0, -1).squeeze(), cmap="gray_r", interpolation="nearest")
         axes.set_title(title, fontsize=8)
     for axes in figure.axes:
@@ -90,10 +92,11 @@ def history(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or _axes(7, 4)
     ax.plot(table.epoch, table.train_top1 * 100, color=GREY, label="training images (augmented)")
     ax.plot(table.epoch, table.validation_top1 * 100, color=BLUE, label="validation images")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="top-1, %", title=f"Training: last epoch {table.validation_top1.iloc[-1]:.2%} on validation")
     ax.legend(frameon=False)
     return ax
 
 
 def _axes(wide: float, high: float) -> Axes:
-    return Figure(figsize=(wide, high), layout="constrained").subplots()
+    return plt.subplots(figsize=(wide, high), dpi=100, layout="constrained")[1]

@@ -39,7 +39,7 @@ class Report:
         return frame
 
     def figure(self, drawn: Axes | Figure, name: str) -> None:
-        """Write a figure to figures/NAME.png."""
+        """Write a figure to figures/NAME.png; the notebook shows it at the end of the cell, as it does any plot."""
         figure = drawn.get_figure() if isinstance(drawn, Axes) else drawn
         with files.atomic(self.folder / "figures" / f"{name}.png") as new:
             figure.savefig(new, dpi=110, bbox_inches="tight")
