@@ -152,7 +152,7 @@ class _Run:
         images = self.sums["images"]
         row = {"epoch": self.step // self.epoch_steps, "loss": self.sums["loss"] / images,
                "train_top1": self.sums["hits"] / images, "validation_top1": self._validate(),
-               "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": round(self.sums["seconds"], 1)}
+               "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": round(self.sums["seconds"], 3)}
         self.rows.append(row)
         self.sums = dict.fromkeys(self.sums, 0) | {"loss": 0.0, "seconds": 0.0}
 
