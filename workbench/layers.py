@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,6 +15,22 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity)  # Identity stands where 
 
 class UnsupportedModelError(Exception):
     """A model, or a layer of it, that a method cannot handle; the message names the layer and the way out."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a method would do to one layer at one level: the layers that are replaced, by name, and what that removes.
+
+    removed, of: channels (or ranks, or bits) that go, of how many. layers: those that are coupled and go together.
+    left: the fraction of a layer's weights and MACs that stays, 1 for layers not named. note: a word for the reader.
+    """
+
+    modules: Mapping[str, nn.Module]
+    removed: int
+    of: int
+    layers: tuple[str, ...]
+    left: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 def named(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn.Module]:

@@ -7,7 +7,6 @@ Sources: Wilson 1927 for the interval of a proportion; McNemar 1947, exact binom
 from dataclasses import dataclass
 from math import sqrt
 
-import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
@@ -90,8 +89,7 @@ def evaluate(model, split: Split, *, batch_size: int = 256) -> Accuracy:
 def from_predictions(predictions: Tensor, labels: Tensor) -> Accuracy:
     """Accuracy of chosen classes int64 (n,) against labels int64 (n,)."""
     hits, n = int((predictions == labels).sum()), len(labels)
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return Accuracy(hits / n, float(interval.low), float(interval.high), n, predictions, labels)
+    return Accuracy(hits / n, *wilson(hits, n), n, predictions, labels)
 
 
 def difference(reference: Accuracy, candidate: Accuracy) -> Difference:
@@ -107,12 +105,23 @@ def difference(reference: Accuracy, candidate: Accuracy) -> Difference:
                          f"the candidate {candidate.n}, and their labels must agree")
     gained = int((candidate.correct & ~reference.correct).sum())
     lost = int((reference.correct & ~candidate.correct).sum())
-    n = reference.n + 2
+    p_value = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    low, high = paired_interval(gained, lost, reference.n)
+    return Difference((gained - lost) / reference.n, low, high, float(p_value), gained, lost, reference.n)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of hits / n."""
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+    """95 % interval of (gained - lost) / n, after Agresti & Min: half an image more in each of the four cells."""
+    n += 2
     middle, both = (gained - lost) / n, gained + lost + 1
     half = _Z * sqrt(max(both - (gained - lost) ** 2 / n, 0)) / n
-    p_value = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    low, high = np.clip([middle - half, middle + half], -1, 1)
-    return Difference((gained - lost) / reference.n, float(low), float(high), float(p_value), gained, lost, reference.n)
+    return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
 def finite(values: Tensor, what: str) -> Tensor:

@@ -1,0 +1,306 @@
+"""How much accuracy goes when one layer is changed: every layer, several levels, the unchanged prefix computed once.
+
+The model is traced (torch.fx) and run node by node. Where a change first touches the graph, a branch goes from there to
+the end with the changed layers, while what stands before it is shared by all. `exact` gives the counts of the plain
+loop; `fast` uses bfloat16 and a growing random subset, and stops each point when its paired interval is narrow enough.
+
+Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mean |w dL/dw|, Molchanov et al. 2019
+(arXiv 1906.10771).
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+
+from workbench import files
+from workbench.layers import Change, UnsupportedModelError, evaluating, named
+from workbench.measures import cost
+from workbench.measures.accuracy import finite, paired_interval, wilson
+from workbench.subjects.data import Split
+
+MODES = ("exact", "fast", "plain")
+Method = Callable[[str, float], Change]  # (layer, level) -> what changes; method.layers: the names it knows
+
+
+@dataclass
+class _Point:
+    """One layer at one level, and the images counted so far."""
+
+    layer: str
+    level: float
+    change: Change
+    n: int = 0
+    hits: int = 0
+    gained: int = 0
+    lost: int = 0
+    done: bool = field(default=False)
+
+
+def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[float], layers: Sequence[str] | None = None,
+         mode: str = "exact", tolerance: float = 0.02, shard: tuple[int, int] = (0, 1), seed: int = 0,
+         batch_size: int = 250, state: Path | str | None = None) -> pd.DataFrame:
+    """One row per layer and level: how top-1 changes when `method` changes that layer, alone, to that level.
+
+    mode "exact": all images, the counts of the plain loop; "fast": bfloat16, images in random order by `seed`, each
+    point until the half-width of its 95 % interval is at most `tolerance` (fraction); "plain": each point evaluated by
+    itself, slow, what the others are checked against. layers: those of method.layers by default. shard (k, m): every
+    m-th layer from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
+
+    Columns: layer, layers (coupled ones, " + "), level, removed, of, top1 with interval, top1_change (paired, against
+    the unchanged model on the same images) with interval, params, macs (of the changed model), n, note.
+    attrs["evaluations"]: images run through a branch; attrs["saved"]: the share that the plain loop would need more.
+
+    Raises UnsupportedModelError where the model cannot be traced (use mode "plain"), ValueError for an unknown layer or
+    mode, a level outside (0, 1], or a state of another scan.
+
+    Example: `sensitivity.scan(model, task.test, channels.silencing(model, example=task.example), levels=[.3, .5, .7])`
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    if not levels or any(not 0 < level <= 1 for level in levels):
+        raise ValueError(f"levels are {list(levels)}, expected at least one, each above 0 and at most 1")
+    known = list(getattr(method, "layers", named(model)))
+    odd = [layer for layer in layers or [] if layer not in known]
+    if odd:
+        raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {', '.join(known[:6])}, ... ({len(known)} in all)")
+    chosen = list(layers or known)[shard[0]::shard[1]]
+    points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
+    runner = _plain if mode == "plain" else _Branching(model)
+    scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
+    scanned.run(runner)
+    return scanned.frame()
+
+
+def merge(shards: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The shards of one scan as one frame. Raises ValueError where a point stands in two of them."""
+    frame = pd.concat(list(shards), ignore_index=True)
+    twice = frame[frame.duplicated(["layer", "level"])]
+    if len(twice):
+        raise ValueError(f"layer {twice.layer.iloc[0]} at level {twice.level.iloc[0]} stands in two shards")
+    return frame
+
+
+def taylor(model: nn.Module, batches) -> pd.DataFrame:
+    """One row per weighted layer: layer, score = mean |w dL/dw| over its weights, with L the mean cross entropy.
+
+    One backward pass per batch of (images, labels). Raises ValueError where there are no images or a score is NaN.
+    """
+    work, count = copy.deepcopy(model).eval(), 0
+    for images, labels in batches:
+        nn.functional.cross_entropy(work(finite(images, "images")), labels, reduction="sum").backward()
+        count += len(labels)
+    if not count:
+        raise ValueError("taylor found no images in its batches")
+    rows = []
+    for name, layer in named(work).items():
+        if layer.weight.grad is None:
+            continue
+        value = (layer.weight.detach() * layer.weight.grad / count).abs().mean().item()
+        if value != value:
+            raise ValueError(f"layer {name}: its gradient is NaN; look at its weights")
+        rows.append({"layer": name, "score": value})
+    return pd.DataFrame(rows)
+
+
+def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int = 1) -> pd.DataFrame:
+    """Which layers can shrink: `scores` (layer, score; in order of depth) with smoothed, limit and redundant added.
+
+    No layer is judged alone: smoothed_i is the mean of score i and the trend of its `neighbours` on each side, their
+    median. The limit adapts to the network: `threshold` times the median of all scores. A layer is redundant where its
+    smoothed score is below the limit. (The articles give the idea, not the formula; this is ours.)
+
+    Raises ValueError for NaN scores, a threshold that is not positive, or fewer than no neighbours.
+    """
+    if scores.score.isna().any():
+        raise ValueError(f"the score of layer {scores.layer[scores.score.isna()].iloc[0]} is NaN")
+    if threshold <= 0 or neighbours < 0:
+        raise ValueError(f"threshold is {threshold} and neighbours {neighbours}; expected more than 0, and 0 or more")
+    out = scores.reset_index(drop=True).copy()
+    around = [out.score[[j for j in range(i - neighbours, i + neighbours + 1) if j != i and 0 <= j < len(out)]].median()
+              for i in range(len(out))]
+    out["smoothed"] = (out.score + pd.Series(around).fillna(out.score)) / 2
+    out["limit"] = threshold * out.score.median()
+    out["redundant"] = out.smoothed < out.limit
+    return out
+
+
+class _Branching:
+    """A traced model that runs once per batch and branches wherever a point's change begins."""
+
+    def __init__(self, model: nn.Module):
+        try:
+            self.traced = fx.symbolic_trace(model)
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({str(error).splitlines()[0]}); "
+                                        "use mode 'plain'") from error
+        self.nodes = list(self.traced.graph.nodes)
+        self.place = {node.target: i for i, node in reversed(list(enumerate(self.nodes))) if node.op == "call_module"}
+        self.modules = dict(self.traced.named_modules())
+        self.last_use = {user: i for i, node in enumerate(self.nodes) for user in node.all_input_nodes}
+
+    def __call__(self, images: Tensor, points: Sequence[_Point]) -> tuple[Tensor, list[Tensor]]:
+        """The unchanged model's classes (n,), and those of each point."""
+        starts = [min((self._place(name, p) for name in p.change.modules), default=len(self.nodes) - 1) for p in points]
+        waiting: dict[int, list[int]] = {}
+        for index, start in enumerate(starts):
+            waiting.setdefault(start, []).append(index)
+        values: dict[fx.Node, object] = {}
+        chosen: list[Tensor | None] = [None] * len(points)
+        for i, node in enumerate(self.nodes):
+            for index in waiting.get(i, ()):
+                chosen[index] = self._finish(i, dict(values), images, points[index].change.modules).argmax(1)
+            if node.op == "output":
+                return self._load(node.args[0], values).argmax(1), chosen
+            self._step(i, node, values, images, {})
+        raise UnsupportedModelError("the traced model has no output")
+
+    def _place(self, name: str, point: _Point) -> int:
+        if name not in self.place:
+            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so {point.layer} cannot branch there")
+        return self.place[name]
+
+    def _finish(self, start: int, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
+        for i in range(start, len(self.nodes)):
+            node = self.nodes[i]
+            if node.op == "output":
+                return self._load(node.args[0], values)
+            self._step(i, node, values, images, modules)
+        raise UnsupportedModelError("the traced model has no output")
+
+    def _step(self, i: int, node: fx.Node, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> None:
+        args, kwargs = self._load(node.args, values), self._load(node.kwargs, values)
+        if node.op == "call_module":
+            values[node] = modules.get(node.target, self.modules[node.target])(*args, **kwargs)
+        elif node.op == "call_function":
+            values[node] = node.target(*args, **kwargs)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        elif node.op == "placeholder":
+            values[node] = images
+        else:
+            values[node] = _attribute(self.traced, node.target)
+        for used in node.all_input_nodes:
+            if self.last_use[used] == i:
+                values.pop(used, None)
+
+    @staticmethod
+    def _load(arguments, values: Mapping[fx.Node, object]):
+        return fx.node.map_arg(arguments, lambda node: values[node])
+
+
+class _Scan:
+    """The counts of all points over the batches seen so far; saved after each batch, so that a killed scan goes on."""
+
+    def __init__(self, model, split, points, mode, tolerance, seed, batch_size, state):
+        self.model, self.split, self.points, self.mode, self.tolerance = model, split, points, mode, tolerance
+        self.batch_size, self.state, self.batch, self.evaluations, self.base_hits, self.seen = batch_size, state, 0, 0, 0, 0
+        self.fast = mode == "fast"
+        self.order = torch.arange(len(split))
+        if self.fast:
+            self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+        weights = hashlib.sha256(b"".join(v.detach().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values()))
+        self.identity = [mode, tolerance, seed, batch_size, len(split), split.name, weights.hexdigest(),
+                         [(p.layer, p.level, p.change.removed) for p in points]]
+        for point in points:
+            point.done = not point.change.modules
+
+    def run(self, runner) -> None:
+        """Count every batch, until the images or the open points are at an end."""
+        self._restore()
+        dtype = torch.bfloat16 if self.fast else None
+        batches = self.order.split(self.batch_size)
+        open_points = [p for p in self.points if not p.done]
+        with evaluating(self.model), files.progress(total=len(batches), title=f"{self.mode} scan", unit="batch") as bar:
+            bar.update(self.batch)
+            for chosen in batches[self.batch:]:
+                if not open_points and self.seen:
+                    break
+                images = finite(self.split.normalise(self.split.images[chosen]), f"images of {self.split.name}")
+                with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=self.fast):
+                    base, classes = runner(images, open_points) if self.mode != "plain" else _plain(self.model, images, open_points)
+                self._count(base, classes, open_points, self.split.labels[chosen])
+                open_points = [p for p in open_points if not p.done]
+                self._save()
+                bar.update()
+
+    def frame(self) -> pd.DataFrame:
+        """The table that `scan` describes."""
+        costs = cost.table(self.model, self.split.normalise(self.split.images[:1])).set_index("layer")
+        top1 = self.base_hits / self.seen
+        rows = []
+        for p in self.points:
+            n, hits = (p.n, p.hits) if p.n else (self.seen, self.base_hits)
+            low, high = wilson(hits, n)
+            change_low, change_high = paired_interval(p.gained, p.lost, n) if p.n else (0.0, 0.0)
+            left = pd.Series(p.change.left, dtype=float).reindex(costs.index).fillna(1.0)
+            rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level, "removed": p.change.removed,
+                         "of": p.change.of, "top1": hits / n, "top1_low": low, "top1_high": high,
+                         "top1_change": (p.gained - p.lost) / n, "top1_change_low": change_low,
+                         "top1_change_high": change_high, "params": round((costs.params * left).sum()),
+                         "macs": round((costs.macs * left).sum()), "n": n, "note": p.change.note})
+        frame = pd.DataFrame(rows)
+        whole = max(len(self.points) * len(self.split), 1)
+        frame.attrs |= {"top1": top1, "evaluations": self.evaluations, "saved": 1 - self.evaluations / whole, "mode": self.mode}
+        return frame
+
+    def _count(self, base: Tensor, classes: Sequence[Tensor], points: Sequence[_Point], labels: Tensor) -> None:
+        right = base == labels
+        self.base_hits, self.seen = self.base_hits + int(right.sum()), self.seen + len(labels)
+        self.batch += 1
+        for point, found in zip(points, classes, strict=True):
+            now = found == labels
+            point.n, point.hits = point.n + len(labels), point.hits + int(now.sum())
+            point.gained, point.lost = point.gained + int((now & ~right).sum()), point.lost + int((right & ~now).sum())
+            self.evaluations += len(labels)
+            if self.fast and (self.batch & (self.batch - 1)) == 0:  # looked at after 1, 2, 4, 8, ... batches
+                low, high = paired_interval(point.gained, point.lost, point.n)
+                point.done = (high - low) / 2 <= self.tolerance
+
+    def _save(self) -> None:
+        if self.state:
+            counts = [[p.n, p.hits, p.gained, p.lost, p.done] for p in self.points]
+            stored = {"identity": self.identity, "counts": counts, "batch": self.batch, "seen": self.seen,
+                      "base_hits": self.base_hits, "evaluations": self.evaluations}
+            with files.atomic(self.state) as new:
+                new.write_text(json.dumps(stored))
+
+    def _restore(self) -> None:
+        if not (self.state and self.state.exists()):
+            return
+        try:
+            stored = json.loads(self.state.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"scan state {self.state} is damaged ({error}); delete it to start anew") from error
+        if stored["identity"] != json.loads(json.dumps(self.identity)):
+            raise ValueError(f"scan state {self.state} is of another scan; delete it or give another path")
+        for point, (n, hits, gained, lost, done) in zip(self.points, stored["counts"], strict=True):
+            point.n, point.hits, point.gained, point.lost, point.done = n, hits, gained, lost, done
+        self.batch, self.seen, self.base_hits = stored["batch"], stored["seen"], stored["base_hits"]
+        self.evaluations = stored["evaluations"]
+
+
+def _plain(model: nn.Module, images: Tensor, points: Sequence[_Point]) -> tuple[Tensor, list[Tensor]]:
+    """Each point by itself, the whole network every time: the oracle of the branching scan."""
+    chosen = []
+    for point in points:
+        changed = copy.deepcopy(model)
+        for name, module in point.change.modules.items():
+            parent, _, child = name.rpartition(".")
+            setattr(changed.get_submodule(parent), child, module)
+        chosen.append(changed.eval()(images).argmax(1))
+    return model(images).argmax(1), chosen
+
+
+def _attribute(module: nn.Module, target: str):
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
