@@ -52,7 +52,7 @@ def check_resuming(start, tiny, recipe, whole, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(training, "SAVE_EVERY_S", 0)
     steps = []
 
-    def interrupted(model, images, labels):
+    def interrupted(model, images, labels, progress):
         steps.append(1)
         if len(steps) > stop:
             raise KeyboardInterrupt

@@ -94,6 +94,30 @@ def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
+def watch(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that each forward pass fills with the outputs of the modules `names`, blocks as well as layers.
+
+    Raises ValueError where there is no such module.
+    """
+    outputs: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"no module {name!r} in {type(model).__name__}; its blocks are "
+                             f"{_list(child for child, _ in model.named_children())}")
+
+    def keep(name: str):
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode without gradients; each module's own mode is put back at the end."""
     modes = [(module, module.training) for module in model.modules()]

@@ -9,6 +9,7 @@ Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mea
 """
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
         raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {', '.join(known[:6])}, ... ({len(known)} in all)")
     chosen = list(layers or known)[shard[0]::shard[1]]
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
-    runner = _plain if mode == "plain" else _Branching(model)
+    runner = functools.partial(_plain, model) if mode == "plain" else _Branching(model)
     scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
@@ -113,7 +114,7 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
     """Which layers can shrink: `scores` (layer, score; in order of depth) with smoothed, limit and redundant added.
 
     No layer is judged alone: smoothed_i is the mean of score i and the trend of its `neighbours` on each side, their
-    median. The limit adapts to the network: `threshold` times the median of all scores. A layer is redundant where its
+    median. The limit adapts to the network: `threshold` times the mean of all scores. A layer is redundant where its
     smoothed score is below the limit. (The articles give the idea, not the formula; this is ours.)
 
     Raises ValueError for NaN scores, a threshold that is not positive, or fewer than no neighbours.
@@ -126,7 +127,7 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
     around = [out.score[[j for j in range(i - neighbours, i + neighbours + 1) if j != i and 0 <= j < len(out)]].median()
               for i in range(len(out))]
     out["smoothed"] = (out.score + pd.Series(around).fillna(out.score)) / 2
-    out["limit"] = threshold * out.score.median()
+    out["limit"] = threshold * out.score.mean()
     out["redundant"] = out.smoothed < out.limit
     return out
 
@@ -163,7 +164,8 @@ class _Branching:
 
     def _place(self, name: str, point: _Point) -> int:
         if name not in self.place:
-            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so {point.layer} cannot branch there")
+            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so {point.layer} cannot branch "
+                                        "there; use mode 'plain'")
         return self.place[name]
 
     def _finish(self, start: int, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
@@ -224,7 +226,7 @@ class _Scan:
                     break
                 images = finite(self.split.normalise(self.split.images[chosen]), f"images of {self.split.name}")
                 with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=self.fast):
-                    base, classes = runner(images, open_points) if self.mode != "plain" else _plain(self.model, images, open_points)
+                    base, classes = runner(images, open_points)
                 self._count(base, classes, open_points, self.split.labels[chosen])
                 open_points = [p for p in open_points if not p.done]
                 self._save()
@@ -240,8 +242,8 @@ class _Scan:
             low, high = wilson(hits, n)
             change_low, change_high = paired_interval(p.gained, p.lost, n) if p.n else (0.0, 0.0)
             left = pd.Series(p.change.left, dtype=float).reindex(costs.index).fillna(1.0)
-            rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level, "removed": p.change.removed,
-                         "of": p.change.of, "top1": hits / n, "top1_low": low, "top1_high": high,
+            rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level,
+                         "removed": p.change.removed, "of": p.change.of, "top1": hits / n, "top1_low": low, "top1_high": high,
                          "top1_change": (p.gained - p.lost) / n, "top1_change_low": change_low,
                          "top1_change_high": change_high, "params": round((costs.params * left).sum()),
                          "macs": round((costs.macs * left).sum()), "n": n, "note": p.change.note})

@@ -63,7 +63,8 @@ def groups(model: nn.Module, example: Tensor) -> list[Group]:
         group = _group(graph, module, names)
         seen.update(group.made_by)
         first = min(group.made_by, key=order.get)
-        found.append(Group(first, group.channels, group.made_by, group.normed_by, group.read_by, group.kept))
+        made = {maker: group.made_by[maker] for maker in sorted(group.made_by, key=order.get)}
+        found.append(Group(first, group.channels, made, group.normed_by, group.read_by, group.kept))
     return found
 
 
@@ -163,15 +164,11 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: T
     known = {group.layer: group for group in groups(model, example)}
     _check(removed, known)
     new = copy.deepcopy(model).eval()
-    import torch_pruning
-
     graph = _dependencies(new, example)
     for layer, places in removed.items():
         if places:
-            module = new.get_submodule(layer)
-            own = known[layer].made_by[layer]
-            graph.get_pruning_group(module, torch_pruning.prune_conv_out_channels if isinstance(module, nn.Conv2d) else
-                                    torch_pruning.prune_linear_out_channels, idxs=sorted(own[list(places)].flatten().tolist())).prune()
+            own = known[layer].made_by[layer][list(places)].flatten()
+            graph.get_pruning_group(new.get_submodule(layer), _pruner(new.get_submodule(layer)), sorted(own.tolist())).prune()
     expected = mask(model, removed, example=example)
     try:
         with evaluating(expected), evaluating(new):
@@ -257,7 +254,8 @@ def _check(removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> 
         if group.kept and places:
             raise UnsupportedModelError(f"channels of layer {layer} cannot be removed: {group.kept}")
         if any(not 0 <= place < group.channels for place in places) or len(set(places)) >= group.channels:
-            raise ValueError(f"layer {layer} has channels 0 to {group.channels - 1}, of which one must stay; found {list(places)}")
+            raise ValueError(f"layer {layer} has channels 0 to {group.channels - 1}, of which one must stay; "
+                             f"found {list(places)}")
 
 
 def _filter_scores(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:  # -> (out channels,)
@@ -296,17 +294,26 @@ def _dependencies(model: nn.Module, example: Tensor):
                                     f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
-def _group(graph, module: nn.Module, names: Mapping[nn.Module, str]) -> Group:
-    import torch_pruning
+def _pruner(layer: nn.Module):
     from torch_pruning import function
 
-    prune = torch_pruning.prune_linear_out_channels if isinstance(module, nn.Linear) else torch_pruning.prune_conv_out_channels
+    if isinstance(layer, nn.Linear):
+        return function.prune_linear_out_channels
+    depthwise = layer.groups == layer.out_channels > 1
+    return function.prune_depthwise_conv_out_channels if depthwise else function.prune_conv_out_channels
+
+
+def _group(graph, module: nn.Module, names: Mapping[nn.Module, str]) -> Group:
+    from torch_pruning import function
+
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     made, normed, read, kept = {}, {}, {}, None
-    for dependency, places in graph.get_pruning_group(module, prune, idxs=list(range(channels))):
+    for dependency, places in graph.get_pruning_group(module, _pruner(module), list(range(channels))):
         target, name, at = dependency.target.module, names.get(dependency.target.module), torch.tensor(places)
         if "ConstantPad" in str(getattr(dependency.target, "name", "")):
             kept = "they run through a shortcut padded with zero channels, whose places are fixed"
+        if isinstance(target, nn.LayerNorm | nn.GroupNorm):
+            kept = "a layer norm takes its mean over them"
         if name is None:
             continue
         outwards = dependency.handler in (function.prune_conv_out_channels, function.prune_linear_out_channels,
@@ -319,6 +326,10 @@ def _group(graph, module: nn.Module, names: Mapping[nn.Module, str]) -> Group:
             read[name] = at
     if not read:
         kept = "they are the network's output"
+    if any(len(at) % channels for at in (*made.values(), *normed.values(), *read.values())):
+        kept = "a layer that makes or reads them splits them, as attention does with its heads"
+    if kept and kept.startswith("a layer"):
+        made, normed, read = {names[module]: torch.arange(channels)}, {}, {}
     parts = {name: graph.model.get_submodule(name).groups for name in (*made, *read)
              if 1 < getattr(graph.model.get_submodule(name), "groups", 1) < channels}
     parted = max(parts.values(), default=1)

@@ -26,7 +26,7 @@ from workbench.subjects.data import Split, Task
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_EVERY_S = 60.0
 SCHEDULES = ("cosine", "step", "constant")
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, images, labels) -> scalar
+Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # (model, images, labels, progress 0-1) -> scalar
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
         loss: Loss | None = None, device: str = "cpu") -> Trained:
     """Train a copy of `model` on task.train and return it as it stands after the last epoch.
 
-    loss(model, images, labels) defaults to cross entropy. Every random choice follows from (seed, step), so the same
-    seed gives the same weights, and a run that is killed and called again with the same `state` path goes on from the
-    last save (each epoch's end, and once a minute) to the weights that it would have had.
+    loss(model, images, labels, progress) defaults to cross entropy; progress is the fraction of the steps done. Every
+    random choice follows from (seed, step), so the same seed gives the same weights, and a run that is killed and
+    called again with the same `state` path goes on from the last save (each epoch's end, and once a minute) to the
+    weights that it would have had.
 
     History: epoch, loss (mean), train_top1 (of augmented images), validation_top1, learning_rate, seconds.
 
@@ -192,7 +193,7 @@ class _Run:
         logits: list[Tensor] = []
         handle = self.model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.detach()))
         try:
-            return self.loss(self.model, images, labels), logits[0]
+            return self.loss(self.model, images, labels, self.step / self.steps), logits[0]
         finally:
             handle.remove()
 
@@ -232,7 +233,7 @@ def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generato
 
 
 def _cross_entropy(recipe: Recipe) -> Loss:
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, _progress: float) -> Tensor:
         return F.cross_entropy(model(images).float(), labels, label_smoothing=recipe.label_smoothing)
 
     return loss

@@ -1,0 +1,177 @@
+"""Channels: cut and silenced models compute the same, on networks of every kind; bad requests are refused."""
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from workbench.layers import UnsupportedModelError
+from workbench.methods import channels
+from workbench.subjects import models
+
+
+class Concatenating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 6, 1), nn.Conv2d(14, 12, 3)
+        self.last = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.three(torch.cat([self.one(x).relu(), self.two(x).relu()], 1)).relu()
+        return self.last(x.mean((2, 3)))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, groups=4), nn.ReLU(),
+                         nn.Conv2d(24, 8, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+
+
+def zoo(name: str):
+    sizes = {"resnet20": 32, "resnet56": 32}
+    if name == "concatenating":
+        return Concatenating(), torch.randn(2, 3, 16, 16)
+    if name == "grouped":
+        return grouped(), torch.randn(2, 3, 16, 16)
+    if name == "vit":
+        import timm
+
+        return timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=2), torch.randn(2, 3, 64, 64)
+    side = sizes.get(name, 64)
+    return models.load(name, pretrained=False), torch.randn(2, 3, side, side)
+
+
+def disturbed(model: nn.Module) -> nn.Module:
+    """The model in eval mode with norms that do something, and outputs of a size that a difference would show in."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "torchvision:resnet18", "torchvision:mobilenet_v2", "concatenating",
+                                  "grouped", "vit"])
+def test_masked_and_removed_models_agree_and_the_removed_one_is_smaller(name):
+    torch.manual_seed(0)
+    model, example = zoo(name)
+    disturbed(model)
+    scores = channels.score(model, "l1", example=example)
+    removed = channels.select(scores, 0.5, scope="layer")
+    small, masked = (make(model, removed, example=example) for make in (channels.remove, channels.mask))
+    inputs = torch.randn(3, *example.shape[1:])
+    with torch.inference_mode():
+        assert torch.allclose(small(inputs), masked(inputs), atol=1e-4 * masked(inputs).abs().max().item())
+        assert not torch.allclose(masked(inputs), model(inputs), atol=1e-3 * model(inputs).abs().max().item())
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_the_callers_model_is_left_as_it_was():
+    model, example = zoo("resnet20")
+    before = copy.deepcopy(model.state_dict())
+    channels.remove(model, {"layer1.0.conv1": [0, 5]}, example=example)
+    channels.mask(model, {"layer1.0.conv1": [0, 5]}, example=example)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_removing_no_channels_changes_nothing():
+    model, example = zoo("resnet20")
+    assert torch.equal(channels.remove(model, {}, example=example)(example), model(example))
+    assert channels.select(channels.score(model, "l1", example=example), 0.0) == {}
+
+
+def test_a_silent_channel_can_go_without_a_trace():
+    model, example = zoo("resnet20")
+    model.layer2[1].bn1.weight.data[3] = model.layer2[1].bn1.bias.data[3] = 0
+    small = channels.remove(model, {"layer2.1.conv1": [3]}, example=example)
+    assert small.layer2[1].conv1.out_channels == 31
+    assert torch.allclose(small(example), model(example), atol=1e-5)
+
+
+def test_scores_are_the_formula_of_each_criterion():
+    model, example = zoo("resnet20")
+    weight = model.layer3[1].conv1.weight.detach()
+    model.layer3[1].bn1.weight.data.uniform_(-1, 1)
+    expected = {"l1": [w.abs().sum() for w in weight], "l2": [w.pow(2).sum().sqrt() for w in weight],
+                "fpgm": [sum((w - v).norm() for v in weight) for w in weight], "bn_gamma": model.layer3[1].bn1.weight.detach().abs()}
+    for criterion, values in expected.items():
+        table = channels.score(model, criterion, example=example).query("layer == 'layer3.1.conv1'")
+        assert table.score.tolist() == pytest.approx([float(v) for v in values], rel=1e-3)
+
+
+def test_taylor_scores_are_weight_times_gradient(tiny, model):
+    batches = list(tiny.test.batches(100))
+    table = channels.score(model, "taylor", example=tiny.example, batches=batches).query("layer == 'layer1.1.conv1'")
+    work = copy.deepcopy(model)
+    nn.functional.cross_entropy(work(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches])).backward()
+    weight = work.layer1[1].conv1.weight
+    expected = (weight * weight.grad).abs().sum((1, 2, 3))
+    assert table.score.tolist() == pytest.approx(expected.tolist(), rel=1e-2)
+
+
+def test_random_scores_follow_from_their_seed():
+    model, example = zoo("resnet20")
+    one, same, other = (channels.score(model, "random", example=example, seed=s).score for s in (0, 0, 1))
+    assert one.equals(same)
+    assert not one.equals(other)
+
+
+def test_selection_takes_the_lowest_keeps_multiples_and_what_is_kept():
+    values = [*range(16), *range(32, 48)]
+    scores = pd.DataFrame({"layer": ["a"] * 16 + ["b"] * 16, "channel": [*range(16)] * 2, "score": values, "kept": False})
+    assert channels.select(scores, 0.5, scope="layer") == {"a": list(range(8)), "b": list(range(8))}
+    for ratio in (0.1, 0.4, 0.7, 0.99):
+        for places in channels.select(scores, ratio, multiple=8).values():
+            assert (16 - len(places)) % 8 == 0
+    assert list(channels.select(scores, 0.9, keep="b")) == ["a"]
+    assert all(len(places) < 16 for places in channels.select(scores, 0.99).values())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"ratio": 1.0}, "ratio is 1.0, expected 0 <= ratio < 1"), ({"ratio": 1.2}, "ratio is 1.2"), ({"ratio": -0.1}, "ratio is -0"),
+    ({"scope": "all"}, "unknown scope 'all'"), ({"keep": "layer9.*"}, r"keep: no layer matches 'layer9.\*'"),
+])
+def test_bad_selections_are_refused(change, message):
+    model, example = zoo("resnet20")
+    scores = channels.score(model, "l1", example=example)
+    with pytest.raises(ValueError, match=message):
+        channels.select(scores, **{"ratio": 0.5, **change})
+
+
+def test_nan_scores_are_refused():
+    model, example = zoo("resnet20")
+    scores = channels.score(model, "l1", example=example)
+    scores.loc[4, "score"] = float("nan")
+    with pytest.raises(ValueError, match="the score of channel 4 of layer conv1 is NaN"):
+        channels.select(scores, 0.5)
+    model.layer1[0].conv1.weight.data[2] = float("nan")
+    with pytest.raises(ValueError, match=r"layer layer1.0.conv1: criterion l1 gives NaN"):
+        channels.score(model, "l1", example=example)
+
+
+def test_what_cannot_be_scored_or_cut_is_named():
+    model, example = zoo("resnet20")
+    with pytest.raises(ValueError, match="unknown criterion 'entropy'"):
+        channels.score(model, "entropy", example=example)
+    with pytest.raises(ValueError, match="needs batches"):
+        channels.score(model, "taylor", example=example)
+    with pytest.raises(UnsupportedModelError, match="channels of layer conv1 cannot be removed: they run through a shortcut"):
+        channels.remove(model, {"conv1": [0]}, example=example)
+    with pytest.raises(ValueError, match="no group of channels is called 'layer9'"):
+        channels.remove(model, {"layer9": [0]}, example=example)
+    with pytest.raises(ValueError, match="has channels 0 to 15, of which one must stay"):
+        channels.remove(model, {"layer1.0.conv1": [16]}, example=example)
+    with pytest.raises(UnsupportedModelError, match="layer one has no batch norm"):
+        channels.score(Concatenating(), "bn_gamma", example=torch.zeros(1, 3, 16, 16))
+
+
+def test_a_model_that_cannot_be_traced_is_refused():
+    class Odd(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("not today")
+
+    with pytest.raises(UnsupportedModelError, match="the channels of Odd cannot be traced: not today"):
+        channels.groups(Odd(), torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,164 @@
+"""The scan: exact equals the plain loop, fast covers it, killed it goes on, shards merge."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from workbench import layers
+from workbench.measures import sensitivity
+from workbench.methods import channels
+
+LEVELS = [0.3, 0.6, 0.9]
+
+
+@pytest.fixture(scope="module")
+def some(task):
+    return task.test.subset(120)
+
+
+@pytest.fixture(scope="module")
+def silencing(model, task):
+    return channels.silencing(model, example=task.example)
+
+
+@pytest.fixture(scope="module")
+def exact(model, some, silencing):
+    return sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50)
+
+
+def test_exact_counts_what_the_plain_loop_counts(model, some, silencing, exact):
+    plain = sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, mode="plain")
+    pd.testing.assert_frame_equal(exact, plain)
+    assert exact.top1_change.min() < -0.05
+
+
+def test_zeroed_filters_count_what_the_plain_loop_counts(model, some):
+    method = channels.zeroing(model, layers=layers.named(model, ["conv1", "layer2.*", "linear"]))
+    both = [sensitivity.scan(model, some, method, levels=LEVELS, mode=mode) for mode in ("exact", "plain")]
+    pd.testing.assert_frame_equal(*both)
+
+
+def test_networks_with_functions_methods_and_reused_values_are_scanned_alike(some):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(12, 10)
+            self.shift = nn.Parameter(torch.randn(1, 6, 1, 1))
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            y = self.b(x) + x * self.shift
+            return self.c(torch.cat([x.mean((2, 3)), y.flatten(2).max(2).values], dim=1))
+
+    model = Odd().eval()
+    method = channels.zeroing(model, layers=layers.named(model))
+    both = [sensitivity.scan(model, some, method, levels=LEVELS, mode=mode) for mode in ("exact", "plain")]
+    pd.testing.assert_frame_equal(*both)
+
+
+def test_what_was_not_removed_is_said(exact):
+    kept = exact[exact.layer == "conv1"]
+    assert (kept.removed == 0).all()
+    assert (kept.top1_change == 0).all()
+    assert kept.note.str.contains("padded with zero channels").all()
+    assert (exact[exact.layer == "layer1.0.conv1"].removed == [5, 10, 14]).all()
+
+
+def test_coupled_layers_are_one_row_and_costs_are_those_of_the_cut_model(model, task, some, exact):
+    from workbench.measures import cost
+
+    assert exact[exact.layer == "conv1"].layers.iloc[0].startswith("conv1 + layer1.0.conv2")
+    ranked = channels.score(model, "l1", example=task.example).query("layer == 'layer2.1.conv1'").sort_values("score")
+    small = channels.remove(model, {"layer2.1.conv1": ranked.channel.tolist()[:19]}, example=task.example)
+    row = exact[(exact.layer == "layer2.1.conv1") & (exact.level == 0.6)].iloc[0]
+    assert {"params": row.params, "macs": row.macs}.items() <= cost.total(small, task.example).items()
+
+
+def test_fast_intervals_hold_the_exact_values(model, task):
+    split = task.test.subset(1500)
+    method = channels.silencing(model, example=task.example)
+    names = [name for name in method.layers if name.endswith("conv1")][1::2]
+    exact, fast = (sensitivity.scan(model, split, method, levels=LEVELS, layers=names, mode=m, tolerance=0.05, batch_size=100)
+                   for m in ("exact", "fast"))
+    inside = (fast.top1_change_low <= exact.top1_change) & (exact.top1_change <= fast.top1_change_high)
+    assert inside.mean() >= 0.9
+    assert fast.attrs["saved"] > 0.5
+    assert ((fast.top1_change_high - fast.top1_change_low) / 2 <= 0.05).all()
+
+
+def test_a_killed_scan_goes_on_to_the_same_table(model, some, silencing, exact, tmp_path, monkeypatch):
+    counted = sensitivity._Scan._save
+
+    def killed(self):
+        counted(self)
+        if self.batch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity._Scan, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, state=tmp_path / "s.json")
+    monkeypatch.setattr(sensitivity._Scan, "_save", counted)
+    resumed = sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, state=tmp_path / "s.json")
+    pd.testing.assert_frame_equal(resumed, exact)
+    with pytest.raises(ValueError, match="is of another scan"):
+        sensitivity.scan(model, some, silencing, levels=[0.5], batch_size=50, state=tmp_path / "s.json")
+
+
+def test_shards_merge_to_the_whole(model, some, silencing, exact):
+    shards = [sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, shard=(k, 3)) for k in range(3)]
+    merged = sensitivity.merge(shards).set_index(["layer", "level"]).loc[exact.set_index(["layer", "level"]).index]
+    pd.testing.assert_frame_equal(merged.reset_index(), exact, check_like=True)
+    with pytest.raises(ValueError, match="stands in two shards"):
+        sensitivity.merge([shards[0], shards[0]])
+
+
+def test_scanning_leaves_the_model_as_it_was(model, some, silencing):
+    model.train()
+    sensitivity.scan(model, some, silencing, levels=[0.5], layers=["layer1.0.conv1"])
+    assert all(module.training for module in model.modules())
+    model.eval()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"mode": "slow"}, "unknown mode 'slow'"), ({"levels": []}, "expected at least one"), ({"levels": [0]}, "each above 0"),
+    ({"levels": [1.2]}, "at most 1"), ({"layers": ["layer9"]}, "the method knows no layer 'layer9'"),
+])
+def test_bad_scans_are_refused(model, some, silencing, options, message):
+    with pytest.raises(ValueError, match=message):
+        sensitivity.scan(model, some, silencing, **{"levels": LEVELS, **options})
+
+
+def test_a_model_that_cannot_be_traced_is_refused_and_scanned_plainly(some):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(784, 10)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1)) if x.sum() > 0 else -self.fc(x.flatten(1))
+
+    model = Branching().eval()
+    method = channels.zeroing(model, layers=layers.named(model))
+    with pytest.raises(layers.UnsupportedModelError, match="Branching cannot be traced .* use mode 'plain'"):
+        sensitivity.scan(model, some, method, levels=[0.5])
+    assert len(sensitivity.scan(model, some, method, levels=[0.5], mode="plain")) == 1
+
+
+def test_taylor_is_the_mean_of_weight_times_gradient(tiny, model):
+    batches = list(tiny.test.batches(100))
+    table = sensitivity.taylor(model, batches).set_index("layer").score
+    loss = nn.functional.cross_entropy(model(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches]))
+    gradient, = torch.autograd.grad(loss, model.layer3[0].conv2.weight)
+    assert table["layer3.0.conv2"] == pytest.approx((model.layer3[0].conv2.weight * gradient).abs().mean().item(), rel=1e-2)
+
+
+def test_redundancy_adapts_to_the_network_and_judges_no_layer_alone():
+    scores = pd.DataFrame({"layer": list("abcdefg"), "score": [10.0, 10, 1, 10, 1, 1, 1]})
+    judged = sensitivity.redundant(scores, 0.6).set_index("layer").redundant
+    assert judged["f"]
+    assert not judged["c"]  # low itself, but its neighbours are not
+    scaled = sensitivity.redundant(scores.assign(score=scores.score * 1000), 0.6).set_index("layer").redundant
+    assert scaled.equals(judged)
+    with pytest.raises(ValueError, match="score of layer b is NaN"):
+        sensitivity.redundant(scores.assign(score=[1, float("nan"), 1, 1, 1, 1, 1]))

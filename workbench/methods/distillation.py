@@ -1,0 +1,173 @@
+"""Distillation losses: a student learns what a teacher puts out, not only the labels.
+
+z_s, z_t: logits (n, K) of student and teacher; p = softmax(z / T). Sources: soft targets Hinton et al. 2015
+(arXiv 1503.02531); decoupled Zhao et al. 2022 (arXiv 2203.08679); hints Romero et al. 2015 (arXiv 1412.6550); attention
+transfer Zagoruyko & Komodakis 2017 (arXiv 1612.03928); relational Park et al. 2019 (arXiv 1904.05068).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.layers import watch
+
+KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
+Schedule = float | Callable[[float], float]  # a constant, or a function of the fraction of the steps done
+
+
+def soft_targets(student: Tensor, teacher: Tensor, *, temperature: float = 3.0) -> Tensor:
+    """T^2 KL(p_t || p_s), mean over the batch; T^2 keeps the gradient's size as T grows. Zero where the two agree.
+
+    Raises ValueError where the classes differ or the temperature is not positive.
+    """
+    _check(student, teacher, temperature)
+    mine, theirs = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    return temperature**2 * F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
+def with_labels(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 3.0, alpha: float = 0.7) -> Tensor:
+    """alpha soft_targets + (1 - alpha) cross entropy of the labels int64 (n,). Raises as `soft_targets` does."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}, expected 0 (labels only) to 1 (teacher only)")
+    return alpha * soft_targets(student, teacher, temperature=temperature) + (1 - alpha) * F.cross_entropy(student, labels)
+
+
+def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 4.0, alpha: float = 1.0,
+              beta: float = 8.0) -> Tensor:
+    """T^2 (alpha TCKD + beta NCKD): the two parts of KL(p_t || p_s), weighted apart.
+
+    TCKD is the KL of (p_label, 1 - p_label), target against all others; NCKD that of the softmax over the others
+    alone. Raises ValueError as `soft_targets` does, and for fewer than two classes.
+    """
+    _check(student, teacher, temperature)
+    if student.shape[1] < 2:
+        raise ValueError("decoupled distillation needs at least 2 classes")
+    target = F.one_hot(labels, student.shape[1]).bool()
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:  # log (n, 2) of target and rest; log softmax (n, K - 1) of the rest
+        logs = F.log_softmax(logits / temperature, 1)
+        others = (logits / temperature)[~target].view(len(logits), -1)
+        rest = torch.logsumexp(logs[~target].view(len(logits), -1), 1)
+        return torch.stack([logs[target], rest], 1), F.log_softmax(others, 1)
+
+    (binary_s, others_s), (binary_t, others_t) = parts(student), parts(teacher)
+    tckd = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(others_s, others_t, reduction="batchmean", log_target=True)
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+
+def hint(student: Tensor, teacher: Tensor, *, regressor: nn.Module | None = None) -> Tensor:
+    """Half the mean squared distance of two feature maps (n, C, H, W), the student's through `regressor`.
+
+    Raises ValueError where the shapes differ and no regressor brings them together.
+    """
+    student = regressor(student) if regressor else student
+    if student.shape != teacher.shape:
+        raise ValueError(f"hint: the student's features have shape {tuple(student.shape)}, the teacher's "
+                         f"{tuple(teacher.shape)}; give a regressor between them")
+    return F.mse_loss(student, teacher) / 2
+
+
+def attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean ((Q_s / |Q_s| - Q_t / |Q_t|)^2) with Q = mean over channels of the squared features (n, C, H, W).
+
+    The numbers of channels may differ. Raises ValueError where height and width do.
+    """
+    if student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(f"attention: maps of {tuple(student.shape[2:])} and {tuple(teacher.shape[2:])} pixels; choose "
+                         "layers of one size")
+    maps = [F.normalize(features.pow(2).mean(1).flatten(1), dim=1) for features in (student, teacher)]
+    return (maps[0] - maps[1]).pow(2).mean()
+
+
+def relational(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angle: float = 50.0) -> Tensor:
+    """distance * RKD-D + angle * RKD-A of embeddings (n, d_s) and (n, d_t); the two widths may differ.
+
+    RKD-D: Huber loss of the pairwise distances, each divided by its mean over pairs that differ; RKD-A: of the cosines
+    of the angles at each j between all i and k. Raises ValueError for fewer than two rows.
+    """
+    if len(student) < 2 or len(student) != len(teacher):
+        raise ValueError(f"relational: needs two or more rows, the same in both; found {len(student)} and {len(teacher)}")
+    losses = []
+    for weight, relation in ((distance, _distances), (angle, _angles)):
+        if weight:
+            with torch.no_grad():
+                wanted = relation(teacher.flatten(1))
+            losses.append(weight * F.smooth_l1_loss(relation(student.flatten(1)), wanted))
+    return sum(losses)
+
+
+def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedule = 3.0, alpha: Schedule = 0.7,
+         weight: float = 1.0, layers: Sequence[str] = ()) -> Callable[[nn.Module, Tensor, Tensor, float], Tensor]:
+    """A loss for training.fit: (student, images, labels, progress 0-1) -> scalar; the teacher is frozen in eval mode.
+
+    "soft_targets": with_labels. "decoupled": cross entropy + weight * decoupled. "hint", "attention", "relational":
+    with_labels + weight * the loss of the features of each of `layers` (module names in both, such as "layer2").
+    temperature and alpha may fall or step through training: see `falling` and `stages`.
+
+    Raises ValueError for an unknown kind or missing layers.
+
+    Example: `training.fit(student, task, recipe=recipe, loss=distillation.loss(teacher))`
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown distillation {kind!r}; expected one of {', '.join(KINDS)}")
+    on_features = {"hint": hint, "attention": attention, "relational": relational}.get(kind)
+    if on_features and not layers:
+        raise ValueError(f"distillation {kind!r} needs layers=(NAME, ...), modules of both networks")
+    teacher = copy.deepcopy(teacher).eval()
+
+    def combined(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        heat, share = (value(progress) if callable(value) else value for value in (temperature, alpha))
+        with torch.no_grad(), watch(teacher, layers) as theirs:
+            wanted = teacher(images).float()
+        with watch(student, layers) as mine:
+            logits = student(images).float()
+        if kind == "decoupled":
+            return F.cross_entropy(logits, labels) + weight * decoupled(logits, wanted, labels, temperature=heat)
+        total = with_labels(logits, wanted, labels, temperature=heat, alpha=share)
+        for layer in layers if on_features else ():
+            pair = mine[layer].float(), theirs[layer].float()
+            if kind == "relational" and pair[0].dim() > 2:  # of embeddings: each map's mean, (n, C)
+                pair = tuple(features.flatten(2).mean(2) for features in pair)
+            total = total + weight * on_features(*pair)
+        return total
+
+    return combined
+
+
+def falling(start: float, end: float) -> Callable[[float], float]:
+    """A schedule that goes from `start` to `end` in a straight line (C3: the temperature lowered through training)."""
+    return lambda progress: start + (end - start) * progress
+
+
+def stages(*steps: tuple[float, float]) -> Callable[[float], float]:
+    """A schedule in steps, each (from this fraction of training on, this value); the first is from 0.
+
+    `stages((0, 1.0), (0.3, 0.7))` for alpha fits the teacher's outputs alone, then adds the labels (B6).
+    """
+    if not steps or steps[0][0] != 0 or any(a[0] >= b[0] for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError(f"stages are {steps}; expected (fraction, value) pairs whose fractions rise from 0")
+    return lambda progress: [value for start, value in steps if start <= progress][-1]
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f"the student puts out {tuple(student.shape)}, the teacher {tuple(teacher.shape)}; both need the "
+                         "same images and classes")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected more than 0")
+
+
+def _distances(rows: Tensor) -> Tensor:  # (n, d) -> (n, n), divided by the mean over pairs that differ
+    square = rows.pow(2).sum(1)
+    apart = (square[:, None] + square[None] - 2 * rows @ rows.T).clamp_min(1e-12).sqrt()
+    apart = apart * ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return apart / apart[apart > 0].mean()
+
+
+def _angles(rows: Tensor) -> Tensor:  # (n, d) -> cosines (n, n, n): at j, between the directions to i and to k
+    directions = F.normalize(rows[None] - rows[:, None], dim=2)
+    return torch.bmm(directions, directions.transpose(1, 2))
