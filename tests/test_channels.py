@@ -77,6 +77,21 @@ def test_the_callers_model_is_left_as_it_was():
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
+def test_the_callers_mode_is_left_as_it_was():
+    model, example = zoo("resnet20")
+    model.train()
+    channels.score(model, "l1", example=example)
+    channels.remove(model, {"layer1.0.conv1": [0]}, example=example)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_puts_out_nan_is_not_taken_for_verified():
+    model, example = zoo("resnet20")
+    model.linear.bias.data[0] = float("nan")
+    with pytest.raises(UnsupportedModelError, match="computes something else"):
+        channels.remove(model, {"layer1.0.conv1": [0]}, example=example)
+
+
 def test_removing_no_channels_changes_nothing():
     model, example = zoo("resnet20")
     assert torch.equal(channels.remove(model, {}, example=example)(example), model(example))
@@ -96,7 +111,8 @@ def test_scores_are_the_formula_of_each_criterion():
     weight = model.layer3[1].conv1.weight.detach()
     model.layer3[1].bn1.weight.data.uniform_(-1, 1)
     expected = {"l1": [w.abs().sum() for w in weight], "l2": [w.pow(2).sum().sqrt() for w in weight],
-                "fpgm": [sum((w - v).norm() for v in weight) for w in weight], "bn_gamma": model.layer3[1].bn1.weight.detach().abs()}
+                    "fpgm": [sum((w - v).norm() for v in weight) for w in weight],
+                    "bn_gamma": model.layer3[1].bn1.weight.detach().abs()}
     for criterion, values in expected.items():
         table = channels.score(model, criterion, example=example).query("layer == 'layer3.1.conv1'")
         assert table.score.tolist() == pytest.approx([float(v) for v in values], rel=1e-3)
@@ -175,3 +191,26 @@ def test_a_model_that_cannot_be_traced_is_refused():
 
     with pytest.raises(UnsupportedModelError, match="the channels of Odd cannot be traced: not today"):
         channels.groups(Odd(), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.3}])
+def test_a_cut_meets_its_target_and_not_by_much(target):
+    from workbench.layers import macs_of
+
+    model, example = zoo("resnet20")
+    small = channels.cut_to(model, channels.score(model, "l1", example=example), example=example, scope="layer", **target)
+    left = {"macs": macs_of(small, example) / macs_of(model, example),
+            "params": sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())}
+    (kind, wanted), = target.items()
+    assert wanted - 0.05 < left[kind] <= wanted
+
+
+def test_impossible_targets_are_refused():
+    model, example = zoo("resnet20")
+    scores = channels.score(model, "l1", example=example)
+    with pytest.raises(ValueError, match="2% of the cost cannot be reached: .* stay when all that may go is gone"):
+        channels.cut_to(model, scores, example=example, macs=0.02)
+    with pytest.raises(ValueError, match="exactly one of macs and params"):
+        channels.cut_to(model, scores, example=example)
+    with pytest.raises(ValueError, match="expected more than 0"):
+        channels.cut_to(model, scores, example=example, params=0)

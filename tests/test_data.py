@@ -99,6 +99,8 @@ def test_large_sets_decode_batch_by_batch_to_the_same_pixels(tmp_path, monkeypat
     for (a, _), (b, _) in zip(whole.test.batches(3), lazy.test.batches(3), strict=True):
         assert torch.equal(a, b)
     assert len(lazy.test.subset(3)) == 3
+    assert torch.equal(lazy.test.images[2:4], whole.test.images[2:4])
+    assert torch.equal(lazy.test.subset(3, seed=1).images[:], whole.test.subset(3, seed=1).images)
 
 
 def test_preprocessing_resizes_and_crops(tmp_path):

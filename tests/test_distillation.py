@@ -115,6 +115,20 @@ def test_relational_equals_a_naive_loop():
     assert distillation.relational(Z_S, Z_T).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_relations_are_exact_where_training_is_in_bfloat16(tiny, model):
+    """Distances of rows that lie close together cancel in half precision."""
+    images, labels = next(tiny.test.batches(32))
+    loss = distillation.loss(model, "relational", layers=("layer3",), alpha=0.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        total = loss(model, images, labels, 0.0)
+        assert total.item() == pytest.approx(torch.nn.functional.cross_entropy(model(images).float(), labels).item(), abs=1e-4)
+
+
+def test_a_last_batch_of_one_image_is_taught_without_relations(tiny, model):
+    images, labels = next(tiny.test.batches(1))
+    assert distillation.loss(model, "relational", layers=("layer3",))(model, images, labels, 0.0).isfinite()
+
+
 def test_schedules_fall_and_step():
     assert [distillation.falling(4, 1)(p) for p in (0, 0.5, 1)] == [4, 2.5, 1]
     assert [distillation.stages((0, 1.0), (0.3, 0.7))(p) for p in (0, 0.29, 0.3, 1)] == [1, 1, 0.7, 0.7]

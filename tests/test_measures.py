@@ -137,6 +137,14 @@ def test_folding_batch_norm_changes_no_layer(task, model):
     assert frame.sqnr_db.min() > 80
 
 
+def test_layers_that_work_in_place_do_not_overwrite_what_is_compared(tmp_path):
+    model = models.load("torchvision:resnet18", pretrained=False)
+    images = torch.randn(4, 3, 64, 64)
+    frame = equivalence.by_layer(model, onnx.export(model, images[:1], tmp_path / "m.onnx"), images)
+    assert not frame.parted.any()
+    assert len(frame) == 21
+
+
 def test_the_export_is_compared_layer_by_layer(task, model, tmp_path):
     path = onnx.export(model, task.example, tmp_path / "m.onnx")
     frame = equivalence.by_layer(model, path, task.test.subset(50))
@@ -174,3 +182,14 @@ def test_sessions_of_every_kind_agree(task, model, tmp_path):
     outputs = [sessions.open(kind)(images) for kind in kinds]
     assert all(torch.allclose(output, outputs[0], atol=1e-4) for output in outputs)
     assert all(output.shape == (5, 10) for output in outputs)
+
+
+def test_the_mean_over_seeds_has_students_interval_and_a_single_seed_none():
+    import pandas as pd
+
+    frame = pd.DataFrame({"kind": ["a"] * 3 + ["b"], "top1": [0.9, 0.92, 0.94, 0.8], "top1_change": [0, 0.1, 0.2, 0.3]})
+    means = accuracy.over_seeds(frame, ["kind"]).set_index("kind")
+    assert means.top1["a"] == pytest.approx(0.92)
+    assert means.top1_high["a"] - means.top1["a"] == pytest.approx(4.30265 * 0.02 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(means.top1_low["b"])
+    assert means.runs.tolist() == [3, 1]

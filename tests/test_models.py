@@ -39,6 +39,23 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path, task, model):
     assert models.read_header(tmp_path / "m.safetensors")["note"] == "kept"
 
 
+@pytest.mark.parametrize("name", ["resnet20", "torchvision:mobilenet_v2"])
+def test_a_cut_model_comes_back_from_its_checkpoint_with_its_own_shapes(name, tmp_path):
+    from workbench.methods import channels
+
+    whole, example = models.load(name, pretrained=False), torch.randn(2, 3, 64, 64)
+    cut = channels.remove(whole, channels.select(channels.score(whole, "l1", example=example), 0.4), example=example)
+    models.save(cut, tmp_path / "cut.safetensors")
+    again = models.load(str(tmp_path / "cut.safetensors"))
+    assert torch.equal(again(example), cut(example))
+    assert [str(m) for m in again.modules()] == [str(m) for m in cut.modules()]
+
+
+def test_pretrained_weights_of_other_classes_are_refused(task):
+    with pytest.raises(ValueError, match="efficientnet_lite0 knows 1,000 ImageNet classes of RGB images, fashion_mnist has 10"):
+        models.load("efficientnet_lite0", task)
+
+
 def test_a_random_start_follows_from_its_seed_and_leaves_the_global_state(task):
     before = torch.random.get_rng_state()
     one, same, other = (models.load("resnet20", task, pretrained=False, seed=seed).conv1.weight for seed in (1, 1, 2))

@@ -97,7 +97,8 @@ def test_a_notebook_that_raises_keeps_the_last_good_report_and_is_run_again(fold
     out = folder.parent / "reports"
     assert json.loads((out / "01_one" / "run.json").read_text())["status"] == "passed"
     assert (out / ".failed" / "01_one" / "01_one.ipynb").exists()
-    assert run(folder, "01_one", settings=["fault=true"])["ran"] == ["01_one"]
+    assert "01_one" in run(folder, "02_two", settings=["images=9"])["failures"]  # stays until it is run well
+    assert not run(folder, force=True)["failures"]
 
 
 def test_several_notebooks_at_a_time_leave_the_same(folder):
@@ -174,6 +175,11 @@ def test_a_profile_that_names_what_is_not_there_is_refused(folder):
         (folder / "profiles.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             notebooks.plan([], folder=folder)
+
+
+def test_settings_and_defaults_keep_their_types(folder):
+    job, = notebooks.plan(["01_one"], folder=folder, settings=["least=1e-4"])
+    assert job.parameters == {"images": 10, "least": 1e-4, "pause": 0.0, "fault": False}
 
 
 def test_a_damaged_notebook_is_named(folder):

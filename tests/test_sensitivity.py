@@ -83,7 +83,7 @@ def test_fast_intervals_hold_the_exact_values(model, task):
                    for m in ("exact", "fast"))
     inside = (fast.top1_change_low <= exact.top1_change) & (exact.top1_change <= fast.top1_change_high)
     assert inside.mean() >= 0.9
-    assert fast.attrs["saved"] > 0.5
+    assert fast.attrs["saved"] > 0.4
     assert ((fast.top1_change_high - fast.top1_change_low) / 2 <= 0.05).all()
 
 
@@ -101,8 +101,10 @@ def test_a_killed_scan_goes_on_to_the_same_table(model, some, silencing, exact, 
     monkeypatch.setattr(sensitivity._Scan, "_save", counted)
     resumed = sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, state=tmp_path / "s.json")
     pd.testing.assert_frame_equal(resumed, exact)
-    with pytest.raises(ValueError, match="is of another scan"):
-        sensitivity.scan(model, some, silencing, levels=[0.5], batch_size=50, state=tmp_path / "s.json")
+    other = channels.silencing(model, example=some.normalise(some.images[:1]), criterion="random")
+    for method, levels in ((silencing, [0.5]), (other, LEVELS)):
+        with pytest.raises(ValueError, match="is of another scan"):
+            sensitivity.scan(model, some, method, levels=levels, batch_size=50, state=tmp_path / "s.json")
 
 
 def test_shards_merge_to_the_whole(model, some, silencing, exact):

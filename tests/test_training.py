@@ -86,6 +86,17 @@ def test_a_state_of_another_run_is_refused(start, tiny, tmp_path):
         training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
 
 
+def test_a_state_of_another_start_or_another_loss_is_refused(start, tiny, model, tmp_path):
+    from workbench.methods import distillation
+
+    short = replace(RECIPE, epochs=1)
+    training.fit(start, tiny, recipe=short, state=tmp_path / "s")
+    with pytest.raises(ValueError, match="of another run: its start is"):
+        training.fit(model, tiny, recipe=short, state=tmp_path / "s")
+    with pytest.raises(ValueError, match="of another run: its loss is None"):
+        training.fit(start, tiny, recipe=short, state=tmp_path / "s", loss=distillation.loss(model))
+
+
 def test_a_damaged_state_is_refused(start, tiny, tmp_path):
     training.fit(start, tiny, recipe=replace(RECIPE, epochs=1), state=tmp_path / "s")
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:999])

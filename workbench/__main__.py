@@ -64,9 +64,19 @@ def compare(reference, candidate, source, images, seed, cosine, l2, agreement) -
         click.echo(f"{'✓' if check['passed'] else '✗'} {check['name']}: {check['value']:.6g} ({check['limit']})")
     click.echo(f"{'equivalent' if verdict.passed else 'not equivalent'} on {verdict.n:,} images of {task.name}")
     if not verdict.passed:
-        parted = equivalence.by_layer(*both, test.subset(200)).query("first")
-        click.echo(f"the first layer that parts: {parted.layer.iloc[0] if len(parted) else 'none; only the outputs differ'}")
+        click.echo(_first_parting(both, test.subset(200)))
     raise SystemExit(0 if verdict.passed else 1)
+
+
+def _first_parting(both: list, images) -> str:
+    from workbench.layers import UnsupportedModelError
+    from workbench.measures import equivalence
+
+    try:
+        parted = equivalence.by_layer(*both, images).query("first")
+    except (ValueError, UnsupportedModelError) as error:  # of other widths, say, or without names
+        return f"layer by layer they cannot be compared: {error}"
+    return f"the first layer that parts: {parted.layer.iloc[0] if len(parted) else 'none; only the outputs differ'}"
 
 
 def main() -> None:

@@ -36,6 +36,14 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(tensors: Iterable) -> str:
+    """Hexadecimal SHA-256 of tensors' bytes, shapes left out: what tells one start or one set of images from another."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def progress(items: Iterable | None = None, *, total: int | None = None, title: str = "", unit: str = "it") -> tqdm:
     """A progress bar; in a batch run it goes to the file named by WORKBENCH_PROGRESS, which the runner shows."""
     target = os.environ.get("WORKBENCH_PROGRESS")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from workbench import layers, machine
 
+_PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity")  # nodes through which a weight keeps its name
+
 
 class Session:
     """A model that maps a batch, float32 (n, C, H, W), to its output, float32 (n, ...), on a stated runtime.
@@ -88,7 +90,9 @@ class OnnxSession(Session):
     def __init__(self, source, *, name: str, threads: int):
         import onnxruntime
 
-        if not isinstance(source, onnxruntime.InferenceSession):
+        if isinstance(source, onnxruntime.InferenceSession):  # opened elsewhere: it keeps its own threads
+            threads = source.get_session_options().intra_op_num_threads or machine.cores()
+        else:
             source = _open_onnx(source, name, threads)
         self.session = source
         self._input = source.get_inputs()[0].name
@@ -113,12 +117,10 @@ class OnnxSession(Session):
         self.session = self._watched = None
 
     def _watch(self):
-        from workbench.deployment import onnx
-
         path = self.session._model_path
         if not path:
             raise layers.UnsupportedModelError(f"{self.name}: a session made from bytes shows no layers; open its file")
-        model, values = onnx.with_layer_outputs(path)
+        model, values = _with_layer_outputs(path)
         return _open_onnx(model.SerializeToString(), self.name, self.threads), values
 
 
@@ -145,6 +147,44 @@ def open(source, *, threads: int | None = None, name: str | None = None) -> Sess
     if callable(source):
         return Session(source, name=name or getattr(source, "__name__", "function"), threads=threads)
     raise TypeError(f"{source!r} is no model; expected a module, an ONNX file, an ONNX Runtime session or a function")
+
+
+def _with_layer_outputs(path: str) -> tuple:
+    """The model of an ONNX file with every weighted layer's value among its outputs, and those values by layer name.
+
+    A layer is a Conv, ConvTranspose, Gemm or MatMul node whose weight is a stored tensor called "LAYER.weight"; where
+    a BatchNormalization directly follows, its output is the one that counts.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    made_by = {value: node for node in model.graph.node for value in node.output}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    used_by: dict[str, list] = {}
+    for node in model.graph.node:
+        for value in node.input:
+            used_by.setdefault(value, []).append(node)
+    values: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            layer = _layer_name(node, made_by, stored)
+            if layer:
+                behind = used_by.get(node.output[0], [])
+                normed = len(behind) == 1 and behind[0].op_type == "BatchNormalization"
+                values[layer] = (behind[0] if normed else node).output[0]
+    if not values:
+        raise layers.UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its layers have no names")
+    present = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
+    return model, values
+
+
+def _layer_name(node, made_by: dict, stored: set[str]) -> str | None:
+    value = node.input[1]
+    while value in made_by and made_by[value].op_type in _PASSED_ON:
+        value = made_by[value].input[0]
+    layer, _, kind = value.rpartition(".")
+    return layer if value in stored and kind.startswith("weight") else None
 
 
 def _open_onnx(source: Path | bytes, name: str, threads: int):

@@ -7,8 +7,9 @@ Sources: Wilson 1927 for the interval of a proportion; McNemar 1947, exact binom
 from dataclasses import dataclass
 from math import sqrt
 
+import pandas as pd
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 from torch import Tensor
 
 from workbench import files
@@ -110,17 +111,38 @@ def difference(reference: Accuracy, candidate: Accuracy) -> Difference:
     return Difference((gained - lost) / reference.n, low, high, float(p_value), gained, lost, reference.n)
 
 
+def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean top1 and top1_change over the rows of each group (its seeds), with runs and the mean's 95 % interval.
+
+    The interval is Student's t over the runs; NaN where there is a single one. Needs columns top1 and top1_change.
+    """
+    rows = []
+    for key, part in table.groupby(by, sort=False):
+        n, row = len(part), dict(zip(by, key, strict=True))
+        for column in ("top1", "top1_change"):
+            mean = part[column].mean()
+            half = t.ppf(0.975, n - 1) * part[column].std() / sqrt(n) if n > 1 else float("nan")
+            row |= {column: mean, f"{column}_low": mean - half, f"{column}_high": mean + half}
+        rows.append(row | {"runs": n})
+    return pd.DataFrame(rows)
+
+
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """95 % Wilson interval of hits / n."""
     interval = binomtest(hits, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """95 % interval of (gained - lost) / n, after Agresti & Min: half an image more in each of the four cells."""
+def paired_interval(gained: int, lost: int, n: int, *, z: float = _Z, population: int | None = None) -> tuple[float, float]:
+    """95 % interval of (gained - lost) / n, after Agresti & Min: half an image more in each of the four cells.
+
+    z: the normal quantile, for another level. population: where the n images are drawn without replacement from that
+    many and the interval is for the difference over those, its half-width shrinks by sqrt(1 - n / population).
+    """
+    rest = 1 - n / population if population else 1.0
     n += 2
     middle, both = (gained - lost) / n, gained + lost + 1
-    half = _Z * sqrt(max(both - (gained - lost) ** 2 / n, 0)) / n
+    half = z * sqrt(max(both - (gained - lost) ** 2 / n, 0) * rest) / n
     return max(middle - half, -1.0), min(middle + half, 1.0)
 
 

@@ -6,10 +6,7 @@ n H_out W_out C_out (C_in / g) k_h k_w of them; biases, norms and activations ar
 """
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from workbench import layers
 
@@ -30,19 +27,17 @@ def table(model: nn.Module, example: Tensor) -> pd.DataFrame:
         return hook
 
     handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
-    counter = FlopCounterMode(display=False)
     try:
-        with layers.evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-            model(example[:1])  # attention as plain products: the counter does not know the CPU's fused kernel
+        counted = layers.macs_by_module(model, example)
     finally:
         for handle in handles:
             handle.remove()
     root = type(model).__name__
-    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    counts = {name: sum(ops.values()) for name, ops in counted.items()}
     path = {name: f"{root}.{name}" if name else root for name, _ in model.named_modules()}
     rows, seen = [], set()
     for name, module in model.named_modules():
-        inner = [path[f"{name}.{child}" if name else child] for child, _ in module.named_children()]
+        inner = [path.get(f"{name}.{child}" if name else child) for child, _ in module.named_children()]
         macs = counts.get(path[name], counts.get("Global", 0) if not name else 0) - sum(counts.get(i, 0) for i in inner)
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(map(id, own))

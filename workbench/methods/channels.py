@@ -1,71 +1,27 @@
 """Channel pruning: score channels, silence them in place, or cut them out into a new, smaller, dense model.
 
-A group is a set of channels that can only go together: those that a residual addition, a concatenation or a depthwise
-convolution couples. The groups come from torch-pruning's dependency graph (Fang et al. 2023, arXiv 2301.12900).
+Channels go by groups, those that can only go together: see `workbench.coupling`.
 
 Sources of the criteria: l1 Li et al. 2017 (arXiv 1608.08710); bn_gamma Liu et al. 2017 (arXiv 1708.06519); taylor
 Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its square; fpgm He et al. 2019
 (arXiv 1811.00250), by the sum of distances to all other filters.
 """
 
-import contextlib
 import copy
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.layers import Change, UnsupportedModelError, evaluating
+from workbench import coupling
+from workbench.coupling import Group, groups
+from workbench.layers import WEIGHTED, Change, UnsupportedModelError, evaluating, macs_of
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
-_PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Coupled channels. layer: the first that makes them; each map goes from a layer's name to the places, within that
-    layer, of each of the group's channels, int64 (channels, places).
-
-    made_by: layers whose output channels they are; normed_by: batch norms over them; read_by: layers whose input
-    channels they are (several places a channel, where an image was flattened). Where a convolution of g > 1 groups
-    makes or reads them, a channel here is one of each of its groups, so that they stay equal. kept: why they cannot be
-    removed, or None.
-    """
-
-    layer: str
-    channels: int
-    made_by: Mapping[str, Tensor]
-    normed_by: Mapping[str, Tensor]
-    read_by: Mapping[str, Tensor]
-    kept: str | None = None
-
-
-def groups(model: nn.Module, example: Tensor) -> list[Group]:
-    """The groups of `model` in order of definition, those that cannot be cut among them, with the reason.
-
-    example: float32 (n, C, H, W). Raises UnsupportedModelError where the dependencies cannot be traced.
-
-    Example: `[group.layer for group in channels.groups(model, task.example) if not group.kept]`
-    """
-    names = {module: name for name, module in model.named_modules()}
-    order = {name: place for place, name in enumerate(names.values())}
-    graph = _dependencies(model, example)
-    found, seen = [], set()
-    for name, module in model.named_modules():
-        if not isinstance(module, _PRODUCERS) or name in seen or module not in graph.module2node:
-            continue  # the last: a layer that eval mode does not run, such as an auxiliary classifier
-        group = _group(graph, module, names)
-        seen.update(group.made_by)
-        first = min(group.made_by, key=order.get)
-        made = {maker: group.made_by[maker] for maker in sorted(group.made_by, key=order.get)}
-        found.append(Group(first, group.channels, made, group.normed_by, group.read_by, group.kept))
-    return found
 
 
 def score(model: nn.Module, criterion: str, *, example: Tensor, batches=None, seed: int = 0) -> pd.DataFrame:
@@ -146,11 +102,7 @@ def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Ten
 
     It computes what `remove` computes: the weights that read a silenced channel are zero.
     """
-    new = copy.deepcopy(model)
-    for name, layer in _silenced(model, removed, groups(model, example)).items():
-        parent, _, child = name.rpartition(".")
-        setattr(new.get_submodule(parent), child, layer)
-    return new
+    return _put_in(model, _silenced(model, removed, {group.layer: group for group in groups(model, example)}))
 
 
 def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Tensor) -> nn.Module:
@@ -164,22 +116,55 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: T
     known = {group.layer: group for group in groups(model, example)}
     _check(removed, known)
     new = copy.deepcopy(model).eval()
-    graph = _dependencies(new, example)
-    for layer, places in removed.items():
-        if places:
-            own = known[layer].made_by[layer][list(places)].flatten()
-            graph.get_pruning_group(new.get_submodule(layer), _pruner(new.get_submodule(layer)), sorted(own.tolist())).prune()
-    expected = mask(model, removed, example=example)
+    coupling.cut(new, {layer: known[layer].made_by[layer][list(places)].flatten() for layer, places in removed.items() if places},
+                 example)
+    expected = _put_in(model, _silenced(model, removed, known))
     try:
         with evaluating(expected), evaluating(new):
             a, b = expected(example), new(example)
     except RuntimeError as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of {', '.join(removed)}: "
                                     f"{str(error).splitlines()[0]}; keep that layer") from error
-    if (a - b).norm() > 1e-4 * a.norm().clamp_min(1e-6):
+    if not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):  # so that NaN does not pass
         raise UnsupportedModelError(f"{type(model).__name__} without channels of {', '.join(removed)} computes something "
                                     f"else than with them silenced (distance {(a - b).norm():.3g}); keep these layers")
+    if removed and hasattr(model, "origin"):
+        new.origin = model.origin | {"cut": "true"}  # so that its checkpoint is read by its own shapes
     return new.to(memory_format=torch.channels_last)
+
+
+def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Tensor, macs: float | None = None, params: float | None = None,
+           scope: str = "global", multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
+    """`model` without as many of the lowest-scored channels as it takes to keep at most that share of its cost.
+
+    macs, params: the fraction (0-1) of the multiply-accumulates of one image, or of the parameters, that may stay;
+    exactly one is given. The ratio of `select` is found by bisection to 1/256, the costs counted on the cut model.
+
+    Raises ValueError where no selection reaches the target, for both or neither of macs and params, and as `select`
+    does.
+
+    Example: `channels.cut_to(model, channels.score(model, "l1", example=x), macs=0.5, example=x)`
+    """
+    if (macs is None) == (params is None):
+        raise ValueError("give exactly one of macs and params, the fraction of that cost which may stay")
+    target = macs if params is None else params
+    if not 0 < target <= 1:
+        raise ValueError(f"the fraction that stays is {target}, expected more than 0 and at most 1")
+
+    def cost(candidate: nn.Module) -> int:
+        return macs_of(candidate, example) if params is None else sum(p.numel() for p in candidate.parameters())
+
+    def cut(step: int) -> nn.Module:
+        return remove(model, select(scores, step / 256, scope=scope, multiple=multiple, keep=keep), example=example)
+
+    whole, low, high = cost(model), -1, 255
+    if cost(cut(high)) > target * whole:
+        raise ValueError(f"{target:.0%} of the cost cannot be reached: {cost(cut(high)) / whole:.0%} stay when all that may "
+                         "go is gone; raise the target, or keep fewer layers")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(cut(middle)) <= target * whole else (middle, high)
+    return cut(high)
 
 
 def silencing(model: nn.Module, *, example: Tensor, criterion: str = "l1", batches=None, seed: int = 0):
@@ -203,7 +188,7 @@ def silencing(model: nn.Module, *, example: Tensor, criterion: str = "l1", batch
             inputs = model.get_submodule(name).weight.shape[1]
             shares[name] = shares.get(name, 1.0) * (1 - len(places) * at.shape[1] / inputs)
         note = "" if places else "nothing was removed at this level"
-        return Change(_silenced(model, {layer: places}, [group]), removed=len(places), of=group.channels,
+        return Change(_silenced(model, {layer: places}, {layer: group}), removed=len(places), of=group.channels,
                       layers=tuple(group.made_by), left=shares, note=note)
 
     method.layers = list(known)
@@ -232,13 +217,20 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     return method
 
 
-def _silenced(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Sequence[Group]) -> dict[str, nn.Module]:
+def _put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    new = copy.deepcopy(model)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(new.get_submodule(parent), child, layer)
+    return new
+
+
+def _silenced(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> dict[str, nn.Module]:
     """New layers, by name, for all that read a removed channel, with the weights that read it zero."""
-    by_layer = {group.layer: group for group in known}
-    _check(removed, by_layer)
+    _check(removed, known)
     new: dict[str, nn.Module] = {}
     for layer, places in removed.items():
-        group = by_layer[layer]
+        group = known[layer]
         for name, at in group.read_by.items() if places else ():
             reader = new.setdefault(name, copy.deepcopy(model.get_submodule(name)))
             with torch.no_grad():
@@ -280,68 +272,4 @@ def _gradients(model: nn.Module, batches: Iterator) -> dict[str, Tensor]:
     if not count:
         raise ValueError("criterion 'taylor' found no images in its batches")
     return {name: (layer.weight.detach() * layer.weight.grad / count).abs().flatten(1).sum(1)
-            for name, layer in work.named_modules() if isinstance(layer, _PRODUCERS) and layer.weight.grad is not None}
-
-
-def _dependencies(model: nn.Module, example: Tensor):
-    import torch_pruning
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
-            return torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
-    except Exception as error:  # it runs the model and walks autograd's graph; either may raise anything
-        raise UnsupportedModelError(f"the channels of {type(model).__name__} cannot be traced: "
-                                    f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-
-
-def _pruner(layer: nn.Module):
-    from torch_pruning import function
-
-    if isinstance(layer, nn.Linear):
-        return function.prune_linear_out_channels
-    depthwise = layer.groups == layer.out_channels > 1
-    return function.prune_depthwise_conv_out_channels if depthwise else function.prune_conv_out_channels
-
-
-def _group(graph, module: nn.Module, names: Mapping[nn.Module, str]) -> Group:
-    from torch_pruning import function
-
-    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    made, normed, read, kept = {}, {}, {}, None
-    for dependency, places in graph.get_pruning_group(module, _pruner(module), list(range(channels))):
-        target, name, at = dependency.target.module, names.get(dependency.target.module), torch.tensor(places)
-        if "ConstantPad" in str(getattr(dependency.target, "name", "")):
-            kept = "they run through a shortcut padded with zero channels, whose places are fixed"
-        if isinstance(target, nn.LayerNorm | nn.GroupNorm):
-            kept = "a layer norm takes its mean over them"
-        if name is None:
-            continue
-        outwards = dependency.handler in (function.prune_conv_out_channels, function.prune_linear_out_channels,
-                                          function.prune_depthwise_conv_out_channels)
-        if isinstance(target, nn.modules.batchnorm._BatchNorm):
-            normed[name] = at
-        elif isinstance(target, _PRODUCERS) and outwards:
-            made[name] = at
-        elif isinstance(target, _PRODUCERS):
-            read[name] = at
-    if not read:
-        kept = "they are the network's output"
-    if any(len(at) % channels for at in (*made.values(), *normed.values(), *read.values())):
-        kept = "a layer that makes or reads them splits them, as attention does with its heads"
-    if kept and kept.startswith("a layer"):
-        made, normed, read = {names[module]: torch.arange(channels)}, {}, {}
-    parts = {name: graph.model.get_submodule(name).groups for name in (*made, *read)
-             if 1 < getattr(graph.model.get_submodule(name), "groups", 1) < channels}
-    parted = max(parts.values(), default=1)
-    if any(parted % g for g in parts.values()) or channels % parted:
-        kept = f"they run through convolutions of {sorted(set(parts.values()))} groups, which do not divide each other"
-        parted = 1
-    channels //= parted
-
-    def places(at: Tensor) -> Tensor:  # (parted * channels * k,) -> (channels, parted * k)
-        return at.view(parted, channels, -1).transpose(0, 1).reshape(channels, -1)
-
-    made, normed, read = ({name: places(at) for name, at in part.items()} for part in (made, normed, read))
-    for name in parts.keys() & read.keys():  # its weight sees one of its groups only
-        read[name] = read[name][:, : read[name].shape[1] // parted]
-    return Group(names[module], channels, made, normed, read, kept)
+            for name, layer in work.named_modules() if isinstance(layer, WEIGHTED) and layer.weight.grad is not None}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.files import fingerprint
 from workbench.layers import watch
 
 KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
@@ -67,7 +68,7 @@ def hint(student: Tensor, teacher: Tensor, *, regressor: nn.Module | None = None
     student = regressor(student) if regressor else student
     if student.shape != teacher.shape:
         raise ValueError(f"hint: the student's features have shape {tuple(student.shape)}, the teacher's "
-                         f"{tuple(teacher.shape)}; give a regressor between them")
+                         f"{tuple(teacher.shape)}; give a regressor between them, or choose layers of one shape")
     return F.mse_loss(student, teacher) / 2
 
 
@@ -130,11 +131,18 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
         total = with_labels(logits, wanted, labels, temperature=heat, alpha=share)
         for layer in layers if on_features else ():
             pair = mine[layer].float(), theirs[layer].float()
+            if kind == "relational" and len(labels) < 2:
+                continue  # a last batch of one image has no relations
             if kind == "relational" and pair[0].dim() > 2:  # of embeddings: each map's mean, (n, C)
                 pair = tuple(features.flatten(2).mean(2) for features in pair)
-            total = total + weight * on_features(*pair)
+            with torch.autocast(images.device.type, enabled=False):  # distances cancel in half precision
+                total = total + weight * on_features(*pair)
         return total
 
+    def told(value: Schedule):
+        return [value(step / 8) for step in range(9)] if callable(value) else value
+
+    combined.identity = [kind, told(temperature), told(alpha), weight, list(layers), fingerprint(teacher.state_dict().values())]
     return combined
 
 

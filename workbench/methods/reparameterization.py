@@ -4,6 +4,7 @@ Source: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.
 """
 
 import copy
+from collections import Counter
 
 import torch
 from torch import fx, nn
@@ -18,7 +19,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
 
     W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
-    names remain. A norm whose layer feeds something else too is left alone. The copy is in eval mode.
+    names remain. A norm whose layer feeds something else too, or runs twice, is left alone. The copy is in eval mode.
 
     Raises UnsupportedModelError where torch.fx cannot trace the model or nothing was there to fold.
 
@@ -31,12 +32,14 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find its batch norms: "
                                     f"{str(error).splitlines()[0]}") from error
     modules, folded = dict(new.named_modules()), 0
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         source = node.args[0] if node.args else None
         if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         norm, layer = modules[node.target], modules[source.target]
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and type(layer) in _FUSE and len(source.users) == 1:
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and type(layer) in _FUSE and len(source.users) == 1 \
+                and calls[node.target] == calls[source.target] == 1:
             with torch.no_grad():
                 _put(new, source.target, _FUSE[type(layer)](layer, norm))
             _put(new, node.target, nn.Identity())

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from workbench import files, machine
@@ -53,7 +53,8 @@ def packed(job: Job) -> bytes:
     """The report of `job`, executed on this machine, as a tar archive: what a cluster's worker sends back."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / job.name
-        process = start(job, out, Path(folder) / "scratch", threads=machine.cores())
+        here = job if Path(job.folder).is_dir() else replace(job, folder=str(Path.cwd()))  # the worker's own clone
+        process = start(here, out, Path(folder) / "scratch", threads=machine.cores())
         if process.wait():
             raise RuntimeError(reason(out))
         archive = io.BytesIO()
@@ -97,8 +98,8 @@ def execute(job: Job, out: Path) -> None:
 
 def reason(out: Path) -> str:
     """Why the process that was to fill `out` failed: the last line of its error output, which in Python names it."""
-    lines = (out / ERRORS).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "its process was killed, perhaps for want of memory"
+    lines = (out / ERRORS).read_text(errors="replace").strip().splitlines() if (out / ERRORS).exists() else []
+    return lines[-1] if lines else "its process ended without a word, for want of memory or disk"
 
 
 def _finish(out: Path, executed: Path, status: str) -> str:

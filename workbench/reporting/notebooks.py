@@ -4,11 +4,15 @@ A report stands in OUT/NAME whole or not at all: it is made in OUT/.partial.NAME
 keeps what had finished, and the next one goes on.
 """
 
+import ast
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -55,7 +59,7 @@ def plan(names: Sequence[str], *, folder: Path, profile: str = "quick", settings
     base = _base_fingerprint()
     jobs = []
     for name in chosen:
-        wanted = profiles.get(profile, {}).get(name, {}) | {k: v for k, v in given.items() if k in declared[name]}
+        wanted = (profiles.get(profile, {}).get(name) or {}) | {k: v for k, v in given.items() if k in declared[name]}
         parameters = _merged(name, declared[name], wanted)
         source = known[name].read_text(encoding="utf-8")
         mark = hashlib.sha256(f"{base}{_code(source)}{json.dumps(parameters)}{_files_of(parameters, folder)}".encode())
@@ -67,12 +71,12 @@ def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | No
     """Execute the jobs that have changed, `workers` at a time or on a dask cluster; return (and write) the summary.
 
     Raises ValueError where `workers` is below 1 or another run is writing to `out`; OSError where `out` cannot be
-    written.
+    written or its disk is full, and then leaves what was finished.
     """
     if workers < 1:
         raise ValueError(f"jobs is {workers}, expected at least 1")
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with _locked(out), _room(out):
         _recover(out)
         before = {job.name: record(out / job.name) for job in jobs}
         changed = [job for job in jobs if force or not _current(before[job.name], job)]
@@ -85,6 +89,7 @@ def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | No
             error = error or _keep(job, out, before[job.name])
             if error:
                 failures[job.name] = error
+                shutil.rmtree(_partial(out, job), ignore_errors=True)
             print(f"{job.name}: {_outcome(out, job, error)}", flush=True)
         return pages.write(out, ran=[job.name for job in changed], failures=failures)
 
@@ -130,8 +135,10 @@ def _declared(path: Path) -> dict[str, tuple[str, object]]:
             found = papermill.inspect_notebook(str(path))
     except Exception as error:  # damaged JSON, no kernel named, an unknown format: each library has its own kind
         raise ValueError(f"{path} is no notebook that can be run ({str(error).splitlines()[0]}); save it again") from error
-    return {name: (entry["inferred_type_name"], yaml.safe_load(entry["default"].strip("'\"") if
-            entry["inferred_type_name"] == "str" else entry["default"])) for name, entry in found.items()}
+    try:
+        return {name: (entry["inferred_type_name"], ast.literal_eval(entry["default"])) for name, entry in found.items()}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: a default in its parameters cell is no plain value ({error})") from error
 
 
 def _merged(notebook: str, declared: Mapping[str, tuple[str, object]], wanted: Mapping[str, object]) -> dict:
@@ -141,6 +148,9 @@ def _merged(notebook: str, declared: Mapping[str, tuple[str, object]], wanted: M
             raise ValueError(f"profiles.yaml: {notebook} has no parameter {name!r}; it takes {', '.join(declared)}")
         kind = declared[name][0]
         base = kind.split("[")[0]
+        if base == "float" and isinstance(value, str):  # YAML takes 1e-4 for text
+            with contextlib.suppress(ValueError):
+                value = float(value)
         fits = isinstance(value, _TYPES.get(base, object)) and not (base in ("int", "float") and isinstance(value, bool))
         if not fits:
             raise ValueError(f"{notebook}: parameter {name!r} expects {kind}, found {value!r}")
@@ -151,9 +161,9 @@ def _merged(notebook: str, declared: Mapping[str, tuple[str, object]], wanted: M
 def _base_fingerprint() -> str:
     """Of all that every notebook depends on: the package, the embedded data, the versions, the processor."""
     package = Path(__file__).parents[1]
-    data = package.parent / "data"
+    data = Path(os.environ.get("WORKBENCH_DATA") or package.parent / "data")
     paths = sorted(package.rglob("*.py")) + sorted(path for path in data.rglob("*") if path.is_file())
-    marks = [f"{path.relative_to(package.parent)} {files.sha256(path)}" for path in paths]
+    marks = [f"{path.name} {files.sha256(path)}" for path in paths]
     return json.dumps([marks, machine.versions(), machine.hardware()])
 
 
@@ -164,11 +174,14 @@ def _code(source: str) -> str:
 def _files_of(parameters: Mapping[str, object], folder: Path) -> str:
     """Names, sizes and times of the files that text parameters point to ("folder:PATH", "NAME@PATH" or a path)."""
     marks = []
-    for value in parameters.values():
-        if isinstance(value, str) and value:
-            path = folder.parent / value.removeprefix("folder:").rpartition("@")[2]
-            within = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-            marks += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in within]
+    texts = [text for value in parameters.values() for text in (value if isinstance(value, list) else [value])]
+    for text in texts:
+        if isinstance(text, str) and text:
+            bare = text.removeprefix("folder:").removeprefix("timm:local-dir:").rpartition("@")[2]
+            for match in sorted(glob.glob(str(folder.parent / bare))):
+                path = Path(match)
+                within = sorted(path.rglob("*")) if path.is_dir() else [path]
+                marks += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in within]
     return json.dumps(marks)
 
 
@@ -184,6 +197,18 @@ def _locked(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"another run is writing to {out}; wait for it, or give another --out") from error
         yield
+
+
+@contextlib.contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """Say of a full disk which one it is, and leave nothing half-written on it."""
+    try:
+        yield
+    except OSError as error:
+        _recover(out)
+        if error.errno == errno.ENOSPC:
+            raise OSError(f"no space left for the reports in {out}; free some, or give another --out") from error
+        raise
 
 
 def _recover(out: Path) -> None:
@@ -255,15 +280,15 @@ def _keep(job: Job, out: Path, before: dict | None) -> str | None:
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     if new["status"] != "error":
-        for scratch in (out / ".scratch").glob(f"{job.name}.*"):
-            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(_scratch(out, job), ignore_errors=True)
         shutil.rmtree(out / ".failed" / job.name, ignore_errors=True)
     return new["error"]
 
 
 def _outcome(out: Path, job: Job, error: str | None) -> str:
     if error:
-        return f"error: {error}"
+        kept = out / ".failed" / job.name / f"{job.name}.ipynb"
+        return f"error: {error}" + (f" (see {kept})" if kept.exists() else "")
     done = record(out / job.name)
     held = sum(check["passed"] for check in done["checks"])
     missed = "; ".join(f"{c['name']}: {c['value']} ({c['limit']})" for c in done["checks"] if not c["passed"])

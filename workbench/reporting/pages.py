@@ -12,10 +12,13 @@ _TEMPLATES = Path(__file__).parent
 def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     """Write OUT/summary.json and OUT/index.html over every report in OUT; return the summary.
 
-    ran: the notebooks of this run; failures: those that left no new report, with the reason.
+    ran: the notebooks of this run; failures: those that left no new report, with the reason; one that raised in an
+    earlier run stays among them until it is run well.
     """
     records = [json.loads(path.read_text()) for path in sorted(out.glob("[0-9]*/run.json"))]
     reports = [_entry(record) for record in records]
+    stored = [json.loads(path.read_text()) for path in sorted(out.glob(".failed/*/run.json"))]
+    failures = {record["name"]: record["error"] for record in stored} | failures
     summary = {
         "written": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "passed": all(entry["status"] == "passed" for entry in reports) and not failures,

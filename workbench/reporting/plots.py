@@ -87,6 +87,99 @@ def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> 
     return ax
 
 
+def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Top-1 against the fraction of channels removed, a line per layer of sensitivity.scan, with its paired interval."""
+    ax = ax or _axes(8, 5)
+    cut = curves[curves.removed > 0]
+    layers = list(cut.layer.unique())
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
+    for layer, shade in zip(layers, shades, strict=True):
+        line = cut[cut.layer == layer]
+        base = line.top1 - line.top1_change
+        ax.plot(line.level, line.top1 * 100, color=shade, label=layer)
+        low, high = ((base + change) * 100 for change in (line.top1_change_low, line.top1_change_high))
+        ax.fill_between(line.level, low, high, color=shade, alpha=0.1)
+    ax.axhline((curves.top1 - curves.top1_change).iloc[0] * 100, color=GREY, linestyle=":", label="unchanged")
+    ax.set(xlabel="fraction of the layer's channels removed", ylabel="top-1, %",
+           title=f"Sensitivity, one layer at a time ({curves.n.max():,} images; band: paired 95 %)")
+    ax.legend(frameon=False, fontsize=7, ncols=2)
+    return ax
+
+
+def sensitivity_map(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Points of top-1 lost, layer by level; grey where nothing could be removed."""
+    lost = (-100 * curves.top1_change).where(curves.removed > 0)
+    grid = curves.assign(lost=lost).pivot(index="layer", columns="level", values="lost").loc[curves.layer.unique()]
+    ax = ax or _axes(8, 0.32 * len(grid) + 1.5)
+    shades = plt.get_cmap("Reds").copy()
+    shades.set_bad("#d9dee4")
+    ax.imshow(np.ma.masked_invalid(grid.to_numpy()), cmap=shades, aspect="auto", vmin=0)
+    for (row, column), value in np.ndenumerate(grid.to_numpy()):
+        dark = np.isfinite(value) and value > 0.6 * np.nanmax(grid.to_numpy())
+        ax.text(column, row, f"{value:.1f}" if np.isfinite(value) else "-", ha="center", va="center", fontsize=8,
+                color="white" if dark else "#1d2733")
+    ax.set_xticks(range(grid.shape[1]), [f"{level:g}" for level in grid.columns])
+    ax.set_yticks(range(len(grid)), grid.index, fontsize=8)
+    ax.set(xlabel="fraction of the layer's channels removed", title="Points of top-1 lost (grey: cannot be removed)")
+    return ax
+
+
+def agreement(correlations: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A square table of rank correlations between criteria."""
+    ax = ax or _axes(6.5, 5.5)
+    ax.imshow(correlations, cmap="RdBu", vmin=-1, vmax=1)
+    for (row, column), value in np.ndenumerate(correlations.to_numpy()):
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.7 else "black")
+    ax.set_xticks(range(len(correlations)), correlations.columns, rotation=45, ha="right")
+    ax.set_yticks(range(len(correlations)), correlations.index)
+    ax.set(title="Rank correlation of the criteria within a layer (Spearman, mean over layers)")
+    return ax
+
+
+def criteria(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Top-1 against the ratio removed, a line per criterion with its 95 % interval; random orders in grey."""
+    ax = ax or _axes(8, 4.5)
+    for name, line in table.groupby("criterion", sort=False):
+        chance = str(name).startswith("random")
+        errors = [(line.top1 - line.top1_low) * 100, (line.top1_high - line.top1) * 100]
+        ax.errorbar(line.ratio, line.top1 * 100, errors, capsize=2, marker="o", markersize=4, label=name,
+                    color=GREY if chance else None, linestyle=":" if chance else "-")
+    ax.set(xlabel="fraction of the channels removed", ylabel="top-1, %",
+           title=f"Accuracy left, by criterion ({table.n.max():,} images)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def recovery(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
+    """Top-1 of each criterion and target, as cut (hollow) and after recovery (filled, 95 % interval), over seeds."""
+    ax = ax or _axes(8, 4.5)
+    names = list(dict.fromkeys(table.criterion))
+    for (target, part), shade in zip(table.groupby("macs_left", sort=False), (BLUE, RED, GREY, "#137a4b") * 9, strict=False):
+        at = part.criterion.map(names.index) + 0.15 * list(dict.fromkeys(table.macs_left)).index(target)
+        ax.plot(at, part.top1_cut * 100, "o", markerfacecolor="none", color=shade)
+        errors = [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
+        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade, label=f"{target:.0%} of the MACs")
+    ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
+    ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel="top-1, %", title="Hollow: as cut; filled: after recovery")
+    ax.legend(frameon=False)
+    return ax
+
+
+def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Paired difference of each way of teaching with labels only, in points, with its 95 % interval."""
+    taught = table[table.taught_by != "labels only"]
+    names = list(dict.fromkeys(taught.taught_by))
+    ax = ax or _axes(7, 0.45 * len(names) + 1.4)
+    errors = [(taught.top1_change - taught.top1_change_low) * 100, (taught.top1_change_high - taught.top1_change) * 100]
+    ax.errorbar(taught.top1_change * 100, taught.taught_by.map(names.index), xerr=errors, fmt="o", capsize=3, color=BLUE)
+    ax.axvline(0, color=GREY, linestyle=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="top-1 against fine-tuning on labels only, points (same test images)")
+    return ax
+
+
 def history(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Top-1 on the augmented training images and on the validation images, epoch by epoch, of training.fit."""
     ax = ax or _axes(7, 4)

@@ -21,13 +21,13 @@ class Report:
     """
 
     def __init__(self, name: str):
-        self.folder = Path(os.environ.get("WORKBENCH_REPORT") or Path("reports") / "lab" / name)
+        self.folder = Path(os.environ.get("WORKBENCH_REPORT") or Path(__file__).parents[2] / "reports" / "lab" / name)
         self.checks: list[dict] = []
         self.headlines: list[dict] = []
 
     @property
     def scratch(self) -> Path:
-        """A folder that outlives a killed run, for the states of long work; emptied once the notebook has finished."""
+        """A folder for the states of long work: it outlives a killed run; the runner empties it once all is done."""
         path = Path(os.environ.get("WORKBENCH_SCRATCH") or self.folder / "scratch")
         path.mkdir(parents=True, exist_ok=True)
         return path

