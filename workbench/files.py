@@ -1,5 +1,6 @@
 """Files written whole or not at all, checksums, and progress bars that a batch run can show."""
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -52,4 +53,6 @@ def progress(items: Iterable | None = None, *, total: int | None = None, title: 
 
 @functools.cache
 def _opened(path: str):
-    return open(path, "w")  # noqa: SIM115  (one for all bars; closed with the process)
+    file = open(path, "w")  # noqa: SIM115  (one for all bars of the process)
+    atexit.register(file.close)
+    return file
