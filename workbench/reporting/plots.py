@@ -82,6 +82,7 @@ def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> 
     frame = next(iter(frames.values()))
     ax.set_xticks(range(len(frame)), frame.layer, rotation=90, fontsize=8)
     ax.set(ylabel="1 - cosine with the reference", title="Where the models part, layer by layer (lower is closer)")
+    ax.margins(y=0.12)
     ax.axhline(1 - 0.995, color=GREY, linestyle=":", label="limit, cosine 0.995")
     ax.legend(frameon=False)
     return ax
