@@ -162,7 +162,8 @@ def _base_fingerprint() -> str:
     """Of all that every notebook depends on: the package, the embedded data, the versions, the processor."""
     package = Path(__file__).parents[1]
     data = Path(os.environ.get("WORKBENCH_DATA") or package.parent / "data")
-    paths = sorted(path for kind in ("py", "j2", "css") for path in package.rglob(f"*.{kind}")) + sorted(path for path in data.rglob("*") if path.is_file())
+    code = (path for kind in ("py", "j2", "css") for path in package.rglob(f"*.{kind}"))
+    paths = sorted(code) + sorted(path for path in data.rglob("*") if path.is_file())
     marks = [f"{path.name} {files.sha256(path)}" for path in paths]
     return json.dumps([marks, machine.versions(), machine.hardware()])
 
