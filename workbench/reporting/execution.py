@@ -9,6 +9,7 @@ import datetime
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,8 @@ def execute(job: Job, out: Path) -> None:
 
 def reason(out: Path) -> str:
     """Why the process that was to fill `out` failed: the last line of its error output, which in Python names it."""
+    if shutil.disk_usage(out).free < 2**20:  # then not even the error could be written
+        return f"no space left for the reports in {out.parent}; free some, or give another --out"
     lines = (out / ERRORS).read_text(errors="replace").strip().splitlines() if (out / ERRORS).exists() else []
     return lines[-1] if lines else "its process ended without a word, for want of memory or disk"
 

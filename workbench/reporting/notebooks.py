@@ -90,7 +90,7 @@ def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | No
             if error:
                 failures[job.name] = error
                 shutil.rmtree(_partial(out, job), ignore_errors=True)
-            print(f"{job.name}: {_outcome(out, job, error)}", flush=True)
+            print(f"{job.name}: {_outcome(out, job, error)}", flush=True, file=sys.stderr if error else sys.stdout)
         return pages.write(out, ran=[job.name for job in changed], failures=failures)
 
 
