@@ -46,9 +46,6 @@ class Session:
         """Each weighted layer's output, with the batch norm behind it, by name in order of execution."""
         raise layers.UnsupportedModelError(f"{self.name}: a plain function shows no layers; give a module or an ONNX file")
 
-    def close(self) -> None:
-        """Give the runtime's threads and memory back."""
-
 
 class TorchSession(Session):
     """A module in eval mode; one that is training is copied first."""
@@ -112,9 +109,6 @@ class OnnxSession(Session):
         session, values = self._watched
         found = session.run(list(values.values()), {self._input: np.ascontiguousarray(images.numpy())})
         return {layer: torch.from_numpy(value) for layer, value in zip(values, found, strict=True)}
-
-    def close(self) -> None:
-        self.session = self._watched = None
 
     def _watch(self):
         path = self.session._model_path

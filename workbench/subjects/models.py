@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench import files
-from workbench.layers import UnsupportedModelError
 from workbench.subjects import data
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9}  # blocks in each of the three stages
@@ -260,6 +259,3 @@ def _refuse_nan(model: nn.Module, where: str) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{where}: {key} holds NaN or infinity; train or fetch these weights again")
-
-
-__all__ = ["NAMES", "ResNet", "UnsupportedModelError", "load", "preprocessing", "read_header", "save"]
