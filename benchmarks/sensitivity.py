@@ -1,17 +1,23 @@
-"""Sensitivity of every layer of ResNet-20 at 9 levels: the plain loop, the exact scan, the fast scan; one run.
+"""Sensitivity of every layer of ResNet-20 at 9 levels: plain loop, exact scan, fast scan, and fasterai 0.3.2; one run.
 
-    python benchmarks/sensitivity.py [--images N] [--tolerance 0.02]
+    pip install -e '.[peers]'                                  (fasterai; without it the other three are timed)
+    python benchmarks/sensitivity.py [--images N] [--tolerance 0.03]
 
 Prints seconds and ratios, whether the exact counts equal the plain loop's at every point, and how many of the exact
 values lie inside the fast intervals; writes reports/benchmarks/sensitivity.csv. The plain loop evaluates each layer
-and level by itself, as the tools of the field do, with our own evaluation.
+and level by itself, as the tools of the field do, with our own evaluation. fasterai zeroes whole filters of a layer
+(`SensitivityAnalyzer.sweep`, granularity "filter") on the same network, images and batches; it knows convolutions only,
+so its seconds are also given per point.
 """
 
 import argparse
+import copy
+import importlib.util
 import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from workbench import layers, machine
 from workbench.measures import sensitivity
@@ -22,7 +28,7 @@ LEVELS = [round(0.1 * k, 1) for k in range(1, 10)]
 
 
 def main() -> None:
-    """Run the three and print the table."""
+    """Run all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--tolerance", type=float, default=0.03, help="half-width of the fast intervals, fraction")
@@ -35,20 +41,55 @@ def main() -> None:
         started = time.perf_counter()
         frames[mode] = sensitivity.scan(model, test, method, levels=LEVELS, mode=mode, tolerance=options.tolerance)
         seconds[mode] = time.perf_counter() - started
+        print(f"{mode}: {seconds[mode]:.1f} s", flush=True)
     exact, fast, plain = frames["exact"], frames["fast"], frames["plain"]
+    if importlib.util.find_spec("fasterai"):
+        started = time.perf_counter()
+        frames["fasterai"] = fasterai(model, test)
+        seconds["fasterai"] = time.perf_counter() - started
+    else:
+        print("fasterai is not installed: pip install -e '.[peers]'")
+    rows = [{"mode": mode, "points": len(frame), "seconds": seconds[mode],
+             "ms_per_point": 1000 * seconds[mode] / len(frame), "evaluations": frame.attrs.get("evaluations")}
+            for mode, frame in frames.items()]
+    table = pd.DataFrame(rows).sort_values("seconds", ascending=False)
+    for mode in ("exact", "fast"):
+        table[f"{mode}_times_faster"] = table.ms_per_point / table.ms_per_point[table["mode"] == mode].item()
     inside = (fast.top1_change_low <= exact.top1_change) & (exact.top1_change <= fast.top1_change_high)
-    rows = [{"mode": mode, "seconds": seconds[mode], "times_faster": seconds["plain"] / seconds[mode],
-             "evaluations": frames[mode].attrs["evaluations"]} for mode in ("plain", "exact", "fast")]
-    table = pd.DataFrame(rows).round(2)
     print(machine.describe())
     print(f"{len(exact)} points on {len(test):,} images")
-    print(table.to_string(index=False))
+    print(table.round(2).to_string(index=False))
     print(f"exact equals plain at every point: {exact.top1.equals(plain.top1)}")
     print(f"exact values inside the fast intervals: {inside.sum()} of {len(inside)} ({inside.mean():.1%}), "
           f"half-width at most {options.tolerance}")
+    if "fasterai" in frames:
+        both = frames["fasterai"].merge(exact, on=["layer", "level"])
+        apart = (both.top1_x - both.top1_y).abs()
+        print(f"fasterai and exact: equal at {(apart == 0).sum()} of {len(both)} points, apart by {apart.mean():.4f} in the "
+              f"mean, at most by {apart.max():.4f}")
     out = Path("reports/benchmarks/sensitivity.csv")
     out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False)
+    table.round(3).to_csv(out, index=False)
+
+
+def fasterai(model: torch.nn.Module, test: data.Split) -> pd.DataFrame:
+    """Its own sweep: columns layer, level, top1."""
+    from fasterai.analyze.sensitivity import SensitivityAnalyzer
+    from fasterai.core.all import large_final
+
+    batches = list(test.batches(250))
+    convolutions = [name for name, layer in layers.named(model).items() if isinstance(layer, torch.nn.Conv2d)]
+
+    @torch.inference_mode()
+    def evaluate(candidate: torch.nn.Module) -> float:
+        return sum(int((candidate(images).argmax(1) == labels).sum()) for images, labels in batches) / len(test)
+
+    analyser = SensitivityAnalyzer(copy.deepcopy(model), batches[0][0][:1], evaluate, criteria=large_final)
+    rows = []
+    for level in LEVELS:
+        result = analyser.analyze("sparsity", 100 * level, granularity="filter", layers=convolutions, verbose=False)
+        rows += [{"layer": point.name, "level": level, "top1": point.compressed_metric} for point in result.layers]
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

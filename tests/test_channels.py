@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.layers import UnsupportedModelError
+from workbench.layers import UnsupportedModelError, macs_of
 from workbench.methods import channels
 from workbench.subjects import models
 
@@ -205,12 +205,40 @@ def test_a_cut_meets_its_target_and_not_by_much(target):
     assert wanted - 0.05 < left[kind] <= wanted
 
 
+def test_any_cost_can_be_the_target():
+    model, example = zoo("resnet20")
+    scores = channels.score(model, "l1", example=example)
+
+    def first_stage(candidate):
+        return sum(p.numel() for p in candidate.layer1.parameters())
+
+    small = channels.cut_to(model, scores, example=example, share=0.6, cost=first_stage, scope="layer")
+    assert 0.5 < first_stage(small) / first_stage(model) <= 0.6
+
+
+def test_cutting_by_turns_reaches_the_target_and_recovers_after_each():
+    model, example = zoo("resnet20")
+    costs = []
+
+    def recover(candidate, step):
+        costs.append((step, macs_of(candidate, example) / macs_of(model, example)))
+        return candidate
+
+    small = channels.iteratively(model, macs=0.25, steps=2, score=lambda m: channels.score(m, "l1", example=example),
+                                 recover=recover, example=example, scope="layer")
+    assert [step for step, _ in costs] == [1, 2]
+    assert 0.45 < costs[0][1] <= 0.5
+    assert 0.2 < macs_of(small, example) / macs_of(model, example) <= 0.25
+    with pytest.raises(ValueError, match="steps is 0"):
+        channels.iteratively(model, macs=0.25, steps=0, score=None, recover=None, example=example)
+
+
 def test_impossible_targets_are_refused():
     model, example = zoo("resnet20")
     scores = channels.score(model, "l1", example=example)
     with pytest.raises(ValueError, match="2% of the cost cannot be reached: .* stay when all that may go is gone"):
         channels.cut_to(model, scores, example=example, macs=0.02)
-    with pytest.raises(ValueError, match="exactly one of macs and params"):
+    with pytest.raises(ValueError, match="exactly one of macs, params, and share with cost"):
         channels.cut_to(model, scores, example=example)
     with pytest.raises(ValueError, match="expected more than 0"):
         channels.cut_to(model, scores, example=example, params=0)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.methods import distillation
+from workbench.methods import channels, distillation
+from workbench.subjects import training
 
 ROWS = torch.Generator().manual_seed(0)
 Z_S, Z_T = torch.randn(6, 5, generator=ROWS, dtype=torch.float64), torch.randn(6, 5, generator=ROWS, dtype=torch.float64)
@@ -161,3 +162,43 @@ def test_a_student_moves_towards_its_teacher(tiny, model, kind):
 def test_bad_requests_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_hints_between_widths_train_their_regressors_and_leave_the_teacher(tiny, model):
+    narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example)
+    layers = ("layer1.0.conv1", "layer3.1.conv1")
+    between = distillation.regressors(narrow, model, layers, tiny.example)
+    assert all(r.weight.shape[0] >= r.weight.shape[1] for r in between.values())
+    loss = distillation.loss(model, "hint", layers=layers, regressors=between)
+    taught = {id(p) for p in loss.parameters()}
+    assert taught == {id(p) for p in between.parameters()}, "the teacher is not trained"
+    seen = []
+
+    def watching(student, step, steps):
+        seen.append(step)
+
+    recipe = training.Recipe(epochs=1, batch_size=64, learning_rate=0.01, precision="fp32")
+    before = [p.clone() for p in between.parameters()]
+    first = training.fit(narrow, tiny, recipe=recipe, loss=loss, after_step=watching).model
+    again = training.fit(narrow, tiny, recipe=recipe, loss=loss).model
+    assert seen == list(range(1, 7))
+    assert all(torch.equal(a, b) for a, b in zip(before, between.parameters(), strict=True)), "a copy is trained"
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="give a regressor between them"):
+        distillation.loss(model, "hint", layers=layers)(narrow, *next(tiny.test.batches(4)), 0.0)
+
+
+def test_regressors_learn(tiny, model):
+    narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example)
+    layers = ("layer2.1.conv1",)
+    loss = distillation.loss(model, "hint", layers=layers, weight=1.0,
+                             regressors=distillation.regressors(narrow, model, layers, tiny.example))
+    images, labels = next(tiny.test.batches(32))
+    optimizer, values = torch.optim.SGD(loss.parameters(), 0.05), []
+    for _ in range(5):
+        value = loss(narrow, images, labels, 0.0)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0]

@@ -8,8 +8,9 @@ Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its squ
 """
 
 import copy
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import pandas as pd
@@ -134,25 +135,28 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: T
 
 
 def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Tensor, macs: float | None = None, params: float | None = None,
-           scope: str = "global", multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
+           share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
+           multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
     """`model` without as many of the lowest-scored channels as it takes to keep at most that share of its cost.
 
     macs, params: the fraction (0-1) of the multiply-accumulates of one image, or of the parameters, that may stay;
-    exactly one is given. The ratio of `select` is found by bisection to 1/256, the costs counted on the cut model.
+    share: that of `cost`, any function of a model, such as its measured latency. Exactly one of the three is given. The
+    ratio of `select` is found by bisection to 1/256, the costs counted on the cut model.
 
-    Raises ValueError where no selection reaches the target, for both or neither of macs and params, and as `select`
-    does.
+    Raises ValueError where no selection reaches the target, for not exactly one target, and as `select` does.
 
     Example: `channels.cut_to(model, channels.score(model, "l1", example=x), macs=0.5, example=x)`
     """
-    if (macs is None) == (params is None):
-        raise ValueError("give exactly one of macs and params, the fraction of that cost which may stay")
-    target = macs if params is None else params
+    targets = [target for target in (macs, params, share) if target is not None]
+    if len(targets) != 1 or (share is None) != (cost is None):
+        raise ValueError("give exactly one of macs, params, and share with cost: the fraction of that cost which may stay")
+    target = targets[0]
     if not 0 < target <= 1:
         raise ValueError(f"the fraction that stays is {target}, expected more than 0 and at most 1")
-
-    def cost(candidate: nn.Module) -> int:
-        return macs_of(candidate, example) if params is None else sum(p.numel() for p in candidate.parameters())
+    if macs is not None:
+        cost = functools.partial(macs_of, example=example)
+    elif params is not None:
+        cost = _parameters
 
     def cut(step: int) -> nn.Module:
         return remove(model, select(scores, step / 256, scope=scope, multiple=multiple, keep=keep), example=example)
@@ -165,6 +169,24 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Tensor, macs: flo
         middle = (low + high) // 2
         low, high = (low, middle) if cost(cut(middle)) <= target * whole else (middle, high)
     return cut(high)
+
+
+def iteratively(model: nn.Module, *, macs: float, steps: int, score: Callable[[nn.Module], pd.DataFrame],
+                recover: Callable[[nn.Module, int], nn.Module], example: Tensor, **options) -> nn.Module:
+    """`model` cut to the fraction `macs` in `steps` equal ratios, the channels scored anew and recovered after each.
+
+    score(model) gives the table that `cut_to` takes, recover(model, step) the model trained again; options: as `cut_to`.
+    Source: Han et al. 2015 (arXiv 1506.02626), prune and retrain by turns.
+
+    Raises ValueError for fewer than one step, and as `cut_to` does.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    whole = macs_of(model, example)
+    for step in range(1, steps + 1):
+        part = min(whole * macs ** (step / steps) / macs_of(model, example), 1.0)
+        model = recover(cut_to(model, score(model), macs=part, example=example, **options), step)
+    return model
 
 
 def silencing(model: nn.Module, *, example: Tensor, criterion: str = "l1", batches=None, seed: int = 0):
@@ -215,6 +237,10 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
 
     method.layers = list(layers)
     return method
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.files import fingerprint
-from workbench.layers import watch
+from workbench.layers import evaluating, watch
 
 KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
 Schedule = float | Callable[[float], float]  # a constant, or a function of the fraction of the steps done
@@ -102,12 +102,13 @@ def relational(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angl
 
 
 def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedule = 3.0, alpha: Schedule = 0.7,
-         weight: float = 1.0, layers: Sequence[str] = ()) -> Callable[[nn.Module, Tensor, Tensor, float], Tensor]:
+         weight: float = 1.0, layers: Sequence[str] = (), regressors: nn.ModuleDict | None = None) -> nn.Module:
     """A loss for training.fit: (student, images, labels, progress 0-1) -> scalar; the teacher is frozen in eval mode.
 
     "soft_targets": with_labels. "decoupled": cross entropy + weight * decoupled. "hint", "attention", "relational":
     with_labels + weight * the loss of the features of each of `layers` (module names in both, such as "layer2").
-    temperature and alpha may fall or step through training: see `falling` and `stages`.
+    temperature and alpha may fall or step through training: see `falling` and `stages`. regressors: for hints between
+    layers of different widths; see the function of that name.
 
     Raises ValueError for an unknown kind or missing layers.
 
@@ -118,32 +119,66 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
     on_features = {"hint": hint, "attention": attention, "relational": relational}.get(kind)
     if on_features and not layers:
         raise ValueError(f"distillation {kind!r} needs layers=(NAME, ...), modules of both networks")
-    teacher = copy.deepcopy(teacher).eval()
+    return _Teaching(teacher, kind, temperature, alpha, weight, tuple(layers), on_features, regressors)
 
-    def combined(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        heat, share = (value(progress) if callable(value) else value for value in (temperature, alpha))
-        with torch.no_grad(), watch(teacher, layers) as theirs:
+
+def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Tensor, *, seed: int = 0) -> nn.ModuleDict:
+    """A 1 x 1 convolution for each of `layers`, from the student's width to the teacher's: what FitNets hints need where
+    the widths differ. Drawn by `seed`; training.fit trains them with the student.
+
+    Raises ValueError for an unknown layer, or one that does not put out feature maps (n, C, H, W).
+    """
+    with watch(student, layers) as mine, watch(teacher, layers) as theirs, evaluating(student), evaluating(teacher):
+        student(example), teacher(example)
+    found = nn.ModuleDict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in layers:
+            if mine[layer].dim() != 4 or theirs[layer].dim() != 4:
+                raise ValueError(f"regressors: {layer} puts out {tuple(mine[layer].shape)}, expected feature maps (n, C, H, W)")
+            found[_key(layer)] = nn.Conv2d(mine[layer].shape[1], theirs[layer].shape[1], 1, bias=False)
+    return found
+
+
+class _Teaching(nn.Module):
+    """The loss that `loss` describes; only the regressors are trained with the student, never the teacher."""
+
+    def __init__(self, teacher, kind, temperature, alpha, weight, layers, on_features, regressors):
+        super().__init__()
+        self._teacher = (copy.deepcopy(teacher).eval(),)  # in a tuple, so that its weights are not this module's
+        self.kind, self.temperature, self.alpha, self.weight = kind, temperature, alpha, weight
+        self.layers, self.on_features, self.regressors = layers, on_features, regressors
+        self.identity = [kind, _told(temperature), _told(alpha), weight, list(layers), fingerprint(teacher.state_dict().values())]
+        if regressors:
+            self.identity.append(fingerprint(regressors.state_dict().values()))
+
+    def forward(self, student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        heat, share = (value(progress) if callable(value) else value for value in (self.temperature, self.alpha))
+        teacher = self._teacher[0]
+        with torch.no_grad(), watch(teacher, self.layers) as theirs:
             wanted = teacher(images).float()
-        with watch(student, layers) as mine:
+        with watch(student, self.layers) as mine:
             logits = student(images).float()
-        if kind == "decoupled":
-            return F.cross_entropy(logits, labels) + weight * decoupled(logits, wanted, labels, temperature=heat)
+        if self.kind == "decoupled":
+            return F.cross_entropy(logits, labels) + self.weight * decoupled(logits, wanted, labels, temperature=heat)
         total = with_labels(logits, wanted, labels, temperature=heat, alpha=share)
-        for layer in layers if on_features else ():
-            pair = mine[layer].float(), theirs[layer].float()
-            if kind == "relational" and len(labels) < 2:
+        for layer in self.layers if self.on_features else ():
+            if self.kind == "relational" and len(labels) < 2:
                 continue  # a last batch of one image has no relations
-            if kind == "relational" and pair[0].dim() > 2:  # of embeddings: each map's mean, (n, C)
-                pair = tuple(features.flatten(2).mean(2) for features in pair)
             with torch.autocast(images.device.type, enabled=False):  # distances cancel in half precision
-                total = total + weight * on_features(*pair)
+                total = total + self.weight * self._of_features(layer, mine[layer].float(), theirs[layer].float())
         return total
 
-    def told(value: Schedule):
-        return [value(step / 8) for step in range(9)] if callable(value) else value
+    def _of_features(self, layer: str, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.kind == "relational" and student.dim() > 2:  # of embeddings: each map's mean, (n, C)
+            student, teacher = student.flatten(2).mean(2), teacher.flatten(2).mean(2)
+        if self.kind == "hint" and self.regressors:
+            return hint(student, teacher, regressor=self.regressors[_key(layer)])
+        return self.on_features(student, teacher)
 
-    combined.identity = [kind, told(temperature), told(alpha), weight, list(layers), fingerprint(teacher.state_dict().values())]
-    return combined
+    def _apply(self, change, recurse=True):  # .to(device) moves the teacher too
+        self._teacher[0]._apply(change, recurse)
+        return super()._apply(change, recurse)
 
 
 def falling(start: float, end: float) -> Callable[[float], float]:
@@ -159,6 +194,14 @@ def stages(*steps: tuple[float, float]) -> Callable[[float], float]:
     if not steps or steps[0][0] != 0 or any(a[0] >= b[0] for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"stages are {steps}; expected (fraction, value) pairs whose fractions rise from 0")
     return lambda progress: [value for start, value in steps if start <= progress][-1]
+
+
+def _told(value: Schedule):
+    return [value(step / 8) for step in range(9)] if callable(value) else value
+
+
+def _key(layer: str) -> str:  # a ModuleDict's keys hold no dots
+    return layer.replace(".", "-")
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:

@@ -27,6 +27,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_EVERY_S = 60.0
 SCHEDULES = ("cosine", "step", "constant")
 Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # (model, images, labels, progress 0-1) -> scalar
+AfterStep = Callable[[nn.Module, int, int], None]  # (model with its gradients, steps done, steps in all)
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,18 @@ class Trained:
 
 
 def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: Path | str | None = None,
-        loss: Loss | None = None, device: str = "cpu") -> Trained:
+        loss: Loss | None = None, after_step: AfterStep | None = None, device: str = "cpu") -> Trained:
     """Train a copy of `model` on task.train and return it as it stands after the last epoch.
 
-    loss(model, images, labels, progress) defaults to cross entropy; progress is the fraction of the steps done. Every
-    random choice follows from (seed, step), so the same seed gives the same weights, and a run that is killed and
+    loss(model, images, labels, progress) defaults to cross entropy; progress is the fraction of the steps done. A loss
+    that is a module trains with the model, such as one with regressors; a copy of it, so that every call starts alike.
+    after_step(model, step, steps) runs after each update, the gradients still in place, such as sparsity.Regrow; where
+    it has a state_dict, a copy of it runs, and its state is saved with the rest.
+
+    Every random choice follows from (seed, step), so the same seed gives the same weights, and a run that is killed and
     called again with the same `state` path goes on from the last save (each epoch's end, and once a minute) to the
-    weights that it would have had. A state knows its start weights, images, recipe and seed, and a loss by its
-    attribute `identity`, where it has one.
+    weights that it would have had. A state knows its start weights, images, recipe and seed, and loss and after_step by
+    their attribute `identity`, where they have one.
 
     History: epoch, loss (mean), train_top1 (of augmented images), validation_top1, learning_rate, seconds.
 
@@ -87,7 +92,7 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
 
     Example: `small = training.fit(small, task, recipe=Recipe(epochs=5, learning_rate=0.01)).model`
     """
-    run = _Run(model, task, recipe, seed, loss or _cross_entropy(recipe), device)
+    run = _Run(model, task, recipe, seed, loss or _cross_entropy(recipe), after_step, device)
     state = Path(state) if state else None
     if state and state.exists():
         run.restore(state)
@@ -110,13 +115,18 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
 class _Run:
     """All that a training consists of between two steps; `save` and `restore` keep exactly that."""
 
-    def __init__(self, model: nn.Module, task: Task, recipe: Recipe, seed: int, loss: Loss, device: str):
+    def __init__(self, model: nn.Module, task: Task, recipe: Recipe, seed: int, loss: Loss, after_step: AfterStep | None,
+                 device: str):
         if not len(task.train):
             raise ValueError(f"{task.name} has no training images")
-        self.task, self.recipe, self.seed, self.loss, self.device = task, recipe, seed, loss, device
+        self.task, self.recipe, self.seed, self.device = task, recipe, seed, device
         self.model = copy.deepcopy(model).train().to(device, memory_format=torch.channels_last)
+        self.loss, self.after_step = copy.deepcopy(loss), copy.deepcopy(after_step)
+        self.parts = {"model": self.model, "loss": self.loss, "after_step": self.after_step}  # what has a state to keep
+        self.parts = {name: part for name, part in self.parts.items() if hasattr(part, "state_dict")}
         rule = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": recipe.momentum > 0}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), recipe.learning_rate, **rule)
+        trained = [*self.model.parameters(), *(self.loss.to(device).parameters() if isinstance(self.loss, nn.Module) else ())]
+        self.optimizer = torch.optim.SGD(trained, recipe.learning_rate, **rule)
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.precision == "fp16")
         self.epoch_steps = math.ceil(len(task.train) / recipe.batch_size)
         self.steps = self.epoch_steps * recipe.epochs
@@ -125,7 +135,8 @@ class _Run:
         self.identity = asdict(recipe) | {"seed": seed, "task": task.name, "images": len(task.train),
                                           "labels": files.fingerprint([task.train.labels]),
                                           "start": files.fingerprint(model.state_dict().values()),
-                                          "loss": getattr(loss, "identity", None)}
+                                          "loss": getattr(loss, "identity", None),
+                                          "after_step": getattr(after_step, "identity", None)}
 
     def advance(self) -> None:
         """One step: a batch, its loss, the scaled gradients, the update."""
@@ -144,8 +155,10 @@ class _Run:
             self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
         self.step += 1
+        if self.after_step:
+            self.after_step(self.model, self.step, self.steps)
+        self.optimizer.zero_grad()
         self.sums["loss"] += loss.item() * len(labels)
         self.sums["hits"] += int((logits.argmax(1) == labels).sum())
         self.sums["images"] += len(labels)
@@ -162,7 +175,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file, whole or not at all."""
-        tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        tensors = {f"{name}.{k}": v.contiguous() for name, part in self.parts.items() for k, v in part.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items() if v is not None}
         progress = {"step": self.step, "rows": self.rows, "sums": self.sums, "scaler": self.scaler.state_dict()}
@@ -183,7 +196,8 @@ class _Run:
                                  f"{self.identity[key]!r}; delete it or give another path")
         progress = json.loads(header["progress"])
         self.step, self.rows, self.sums = progress["step"], progress["rows"], progress["sums"]
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        for name, part in self.parts.items():
+            part.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")})
         slots: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
