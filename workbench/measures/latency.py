@@ -68,6 +68,12 @@ def paired(candidates: Mapping[str, object], images: Tensor, *, threads: int | N
     return frame
 
 
+def fastest(table: pd.DataFrame) -> str | None:
+    """The candidate of `paired` with the least ratio to the reference, or None where no interval is below 1."""
+    gaining = table[table.ratio_high < 1]
+    return None if gaining.empty else str(gaining.loc[gaining.ratio.idxmin(), "candidate"])
+
+
 def _turn(run: Callable[[], object], least_ms: float) -> np.ndarray:
     """Milliseconds of each run of one turn, without those of its settling."""
     times: list[float] = []

@@ -167,6 +167,23 @@ def recovery(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) ->
     return ax
 
 
+def structure(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
+    """Top-1 of each pattern of zeros, fixed and regrown, and of missing channels; hollow as cut, filled recovered (95 %)."""
+    ax = ax or _axes(8, 4)
+    names = list(dict.fromkeys(table.pattern))
+    for (kind, part), shade, shift in zip(table.groupby("zeros", sort=False), (BLUE, RED, GREY), (-0.08, 0.08, 0), strict=False):
+        at = part.pattern.map(names.index) + shift
+        ax.plot(at, part.top1_cut * 100, "o", markerfacecolor="none", color=shade)
+        errors = [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
+        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade, label="no zeros" if kind == "none" else kind)
+    ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
+    shares = table.groupby("pattern", sort=False).sparsity.first()
+    ax.set_xticks(range(len(names)), [f"{name}\n{shares[name]:.0%} of the weights gone" for name in names], fontsize=8)
+    ax.set(ylabel="top-1, %", title="Hollow: as cut; filled: after recovery")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Paired difference of each way of teaching with labels only, in points, with its 95 % interval."""
     taught = table[table.taught_by != "labels only"]
