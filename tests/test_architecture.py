@@ -14,10 +14,11 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workbench"
 BELOW = {  # what each room may import of the package
-    "files": set(), "machine": set(), "layers": set(), "coupling": {"layers"}, "": set(),
+    "files": set(), "machine": set(), "layers": set(), "coupling": {"layers"},
+    "quantizers": {"layers"}, "": set(),
     "subjects": {"files", "layers", "machine"},
-    "methods": {"files", "layers", "machine", "coupling"},
-    "deployment": {"files", "layers", "machine", "subjects"},
+    "methods": {"files", "layers", "machine", "coupling", "quantizers"},
+    "deployment": {"files", "layers", "machine", "quantizers", "subjects"},
     "measures": {"files", "layers", "machine", "subjects", "deployment"},
     "reporting": {"files", "machine"},
     "__main__": {"reporting", "measures", "subjects", "layers"},

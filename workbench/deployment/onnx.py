@@ -1,9 +1,11 @@
-"""Export to ONNX with a dynamic batch axis.
+"""Export to ONNX with a dynamic batch axis; a quantised model with its own integers and scales.
 
-Source: torch.onnx.export (the torch.export based exporter), which folds each batch norm into its convolution.
+Source: torch.onnx.export (the torch.export based exporter), which folds each batch norm into its convolution and writes
+each fake quantisation as QuantizeLinear and DequantizeLinear.
 """
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -13,18 +15,22 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from workbench import files, layers
 from workbench.deployment import sessions
+from workbench.quantizers import ActivationQuantizer, WeightQuantizer
 
 TOLERANCE = 1e-3  # largest relative L2 distance between torch and the export, per image, before `export` refuses
+QUANTISED_TOLERANCE = 0.2  # the same where both round: a value that lies between two integers may go either way
 
 
 def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
     """Write `model` as an ONNX file that takes any batch size; return its path.
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
-    ONNX Runtime to torch's outputs; otherwise nothing is. example: float32 (n, C, H, W).
+    ONNX Runtime to torch's outputs; otherwise nothing is. example: float32 (n, C, H, W). The weights of a model of
+    quantization.quantize are stored as int8, fewer bits in the same, its biases as int32, its scales as they are.
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something else.
 
@@ -32,14 +38,20 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
     """
     path = Path(path)
     session = sessions.open(model)
+    whole, quantised = session.model, [m for m in session.model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
+    if quantised:
+        whole = copy.deepcopy(whole)
+        _freeze(whole)
     batch = torch.export.Dim.DYNAMIC
     noise = torch.randn(7, *example.shape[1:], generator=torch.Generator().manual_seed(0))
     probe = example[:1] + 0.1 * noise
     try:
         with _quietly():
-            program = torch.onnx.export(session.model, (probe[:2],), dynamo=True, dynamic_shapes=({0: batch},),
+            program = torch.onnx.export(whole, (probe[:2],), dynamo=True, dynamic_shapes=({0: batch},),
                                         input_names=["images"], output_names=["logits"], verbose=False)
         proto = program.model_proto
+        if quantised:
+            _integer_biases(proto)
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the exporter raises a dozen kinds, all of them about this model
         reason = str(error).strip().splitlines()[0]
@@ -48,15 +60,44 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
         onnx.save(proto, new)
         exported = sessions.open(new)
         for size in (1, 7):
-            _check(session(probe[:size]), exported(probe[:size]), f"{path} at batch {size}")
+            _check(session(probe[:size]), exported(probe[:size]), f"{path} at batch {size}",
+                   QUANTISED_TOLERANCE if quantised else TOLERANCE)
     return path
 
 
-def _check(expected: Tensor, found: Tensor, where: str) -> None:
+def _check(expected: Tensor, found: Tensor, where: str, tolerance: float) -> None:
     distance = (expected - found).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-12)
-    if not np.isfinite(distance.max().item()) or distance.max() > TOLERANCE:
+    if not np.isfinite(distance.max().item()) or distance.max() > tolerance:
         raise layers.UnsupportedModelError(f"{where} puts out something else than the model: relative L2 distance "
-                                           f"{distance.max():.3g}, at most {TOLERANCE} allowed")
+                                           f"{distance.max():.3g}, at most {tolerance} allowed")
+
+
+def _freeze(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.freeze()
+        elif parametrize.is_parametrized(module, "weight"):
+            module.parametrizations.weight[0].freeze(module.parametrizations.weight.original)
+
+
+def _integer_biases(proto: onnx.ModelProto) -> None:
+    """Store biases as int32 at the scale of the products that they join, as integer kernels want them."""
+    graph = proto.graph
+    values = {constant.name: onnx.numpy_helper.to_array(constant) for constant in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    for node in [node for node in graph.node if node.op_type in ("Conv", "Gemm") and len(node.input) == 3]:
+        sources, bias = [made_by.get(name) for name in node.input[:2]], values.get(node.input[2])
+        if bias is None or any(source is None or source.op_type != "DequantizeLinear" for source in sources):
+            continue
+        scale = (values[sources[0].input[1]] * values[sources[1].input[1]]).astype(np.float32)
+        names = [f"{node.input[2]}_{part}" for part in ("integers", "scale", "zero", "dequantized")]
+        parts = (np.rint(bias / scale).astype(np.int32), scale, np.zeros_like(scale, np.int32))
+        graph.initializer.extend(onnx.numpy_helper.from_array(part, name) for part, name in zip(parts, names, strict=False))
+        graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", names[:3], names[3:], axis=0))
+        node.input[2] = names[3]
+    used = {name for node in graph.node for name in node.input}
+    for constant in [constant for constant in graph.initializer if constant.name not in used]:
+        graph.initializer.remove(constant)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """Structural rewrites that leave the computed function as it is.
 
-Source: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2).
+Source: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2). And one that does change it: the
+batch norms' statistics taken anew.
 """
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
@@ -47,6 +49,36 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     if not folded:
         raise UnsupportedModelError(f"{type(model).__name__} has no batch norm directly behind a convolution or linear layer")
     return new
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable) -> nn.Module:
+    """A copy whose batch norms hold the mean and variance of `batches`, each batch weighing the same; nothing else changes.
+
+    What a cut or quantised model needs before it is judged: the statistics of its own activations. batches: (images,
+    labels) pairs of at least two images. Raises ValueError where there are none, UnsupportedModelError where no batch
+    norm is left.
+
+    Example: `reparameterization.reestimate_batchnorm(cut, task.validation.subset(1000).batches(100))`
+    """
+    new = copy.deepcopy(model).eval()
+    norms = [module for module in new.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm whose statistics could be taken anew")
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average
+        norm.train()
+    count = 0
+    with torch.no_grad():
+        for images, _ in batches:
+            new(images)
+            count += 1
+    if not count:
+        raise ValueError("re-estimation of batch norms saw no images; give at least one batch")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return new.eval()
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -184,6 +184,32 @@ def structure(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -
     return ax
 
 
+def bits(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
+    """Top-1 against bits a weight, a line per scheme with its 95 % interval."""
+    ax = ax or _axes(8, 4.5)
+    for name, line in table.groupby("scheme", sort=False):
+        errors = [(line.top1 - line.top1_low) * 100, (line.top1_high - line.top1) * 100]
+        ax.errorbar(line.bits, line.top1 * 100, errors, capsize=2, marker="o", markersize=4, label=name)
+    ax.axhline(baseline * 100, color=GREY, linestyle=":", label="float32")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.invert_xaxis()
+    ax.set(xlabel="bits of each weight", ylabel="top-1, %", title=f"Quantised weights ({table.n.max():,} images)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Paired difference of each rung with float32, in points, with its 95 % interval, one below the other."""
+    ax = ax or _axes(8, 0.45 * len(table) + 1.4)
+    errors = [(table.top1_change - table.top1_change_low) * 100, (table.top1_change_high - table.top1_change) * 100]
+    ax.errorbar(table.top1_change * 100, range(len(table)), xerr=errors, fmt="o", capsize=3, color=BLUE)
+    ax.axvline(0, color=GREY, linestyle=":")
+    ax.set_yticks(range(len(table)), table.rung)
+    ax.invert_yaxis()
+    ax.set(xlabel="top-1 against float32, points (same test images)")
+    return ax
+
+
 def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Paired difference of each way of teaching with labels only, in points, with its 95 % interval."""
     taught = table[table.taught_by != "labels only"]

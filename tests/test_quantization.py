@@ -1,0 +1,229 @@
+"""Fake quantisation of whole networks, its repairs, and the integer graph that ONNX Runtime runs."""
+
+import onnx as onnx_library
+import pytest
+import torch
+from torch import nn
+
+from workbench.deployment import onnx, sessions
+from workbench.layers import UnsupportedModelError, named
+from workbench.measures import accuracy, sensitivity
+from workbench.methods import quantization, reparameterization, rounding
+from workbench.quantizers import CALIBRATORS, Scheme, quantizers
+from workbench.subjects import training
+
+FOUR = Scheme(4, granularity="channel")
+
+
+@pytest.fixture(scope="module")
+def folded(model):
+    return reparameterization.fold_batchnorm(model)
+
+
+@pytest.fixture(scope="module")
+def seen(task):
+    return list(task.validation.subset(200).batches(100))
+
+
+@pytest.fixture(scope="module")
+def eight(folded, seen):
+    return quantization.quantize(folded, seen)
+
+
+@pytest.fixture(scope="module")
+def four(folded, seen):
+    return quantization.quantize(folded, seen, weights=FOUR)
+
+
+def logit_error(candidate, reference, images):
+    with torch.no_grad():
+        return (candidate(images) - reference(images)).norm().item() / reference(images).norm().item()
+
+
+def test_eight_bits_answer_as_float_does_and_the_model_is_left_as_it_was(model, folded, eight, tiny):
+    images, _ = next(tiny.test.batches(200))
+    assert logit_error(eight, folded, images) < 0.05
+    assert logit_error(folded, model, images) < 1e-5
+    assert (eight(images).argmax(1) == folded(images).argmax(1)).float().mean() > 0.97
+
+
+def test_a_quantiser_stands_behind_whatever_the_runtime_stores(eight):
+    places = [quantizer.place for _, quantizer in quantizers(eight)]
+    assert places[0] == "the images"
+    assert len(places) == 1 + 19 + 9 + 1, "the images, 19 convolutions with their ReLUs, 9 additions, the average"
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+def test_every_calibrator_keeps_the_answers(folded, seen, tiny, calibrator):
+    images, _ = next(tiny.test.batches(200))
+    calibrated = quantization.quantize(folded, seen, calibrator=calibrator)
+    assert (calibrated(images).argmax(1) == folded(images).argmax(1)).float().mean() > 0.9
+
+
+def test_weights_alone_or_some_layers_alone_can_be_quantised(folded, tiny):
+    images, _ = next(tiny.test.batches(50))
+    only = quantization.quantize(folded, [], weights=FOUR, activations=None, layers="layer3.*")
+    assert set(quantization.integers(only)) == {name for name in named(folded) if name.startswith("layer3")}
+    assert 0 < logit_error(only, folded, images) < 0.5
+
+
+def test_the_table_counts_bits_and_noise(folded, eight, four):
+    by_eight, by_four = quantization.table(eight, folded), quantization.table(four, folded)
+    assert (by_eight.sqnr_db - by_four.sqnr_db).median() == pytest.approx(24, abs=3), "6 dB a bit"
+    first = by_four[by_four.layer == "layer1.0.conv1"].iloc[0]
+    assert first.size_bytes == 16 * 16 * 9 // 2 + 16 * 4 + 16 * 4, "4-bit weights, a scale and a bias a channel"
+
+
+def test_trained_through_the_grid_it_gets_better(folded, tiny, seen):
+    rough = quantization.quantize(folded, seen, weights=Scheme(3, granularity="channel"))
+    recipe = training.Recipe(epochs=5, batch_size=64, learning_rate=3e-3, precision="fp32")
+    start = quantization.for_training(rough)
+    trained = training.fit(start, tiny, recipe=recipe).model
+    scales = [(a.scale, b.scale) for (_, a), (_, b) in zip(quantizers(start), quantizers(trained), strict=True)]
+    assert any(not torch.equal(a, b) for a, b in scales), "activation scales learn"
+    learnt = accuracy.evaluate(rough, tiny.train), accuracy.evaluate(trained, tiny.train)
+    assert learnt[1].top1 > learnt[0].top1 + 0.01
+    for name, integers in quantization.integers(trained).items():
+        assert integers.abs().max() <= 4, name
+
+
+def test_equalising_changes_ranges_and_nothing_else(folded, tiny):
+    images, _ = next(tiny.test.batches(50))
+    equal = rounding.equalize(folded)
+    assert logit_error(equal, folded, images) < 1e-5
+    first, second = equal.layer1[0].conv1.weight, equal.layer1[0].conv2.weight
+    assert torch.allclose(first.abs().flatten(1).amax(1), second.abs().transpose(0, 1).flatten(1).amax(1), rtol=1e-3)
+
+
+def test_a_depthwise_layer_is_equalised_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    net[0].weight.data *= torch.logspace(-2, 2, 8).view(-1, 1, 1, 1)
+    images = torch.randn(4, 3, 6, 6)
+    equal = rounding.equalize(net)
+    assert torch.allclose(equal(images), net(images), rtol=1e-3, atol=1e-3)
+    assert equal[0].weight.abs().flatten(1).amax(1).log().std() < net[0].weight.abs().flatten(1).amax(1).log().std()
+
+
+def test_correcting_the_bias_brings_each_layers_mean_back(folded, four, seen):
+    fixed = rounding.correct_bias(four, folded, seen)
+    images = torch.cat([images for images, _ in seen])
+    with torch.no_grad():
+        apart = [(net(images).mean(0) - folded(images).mean(0)).abs().max().item() for net in (four, fixed)]
+    assert apart[1] < 0.3 * apart[0]
+
+
+@pytest.mark.parametrize("repair", [rounding.adaround, rounding.adaquant])
+def test_better_rounding_errs_less_on_other_images_and_stays_on_the_grid(folded, four, seen, tiny, repair):
+    images, _ = next(tiny.test.batches(200))
+    fixed = repair(four, folded, seen, steps=200)
+    assert logit_error(fixed, folded, images) < 0.8 * logit_error(rounding.correct_bias(four, folded, seen), folded, images)
+    for name, integers in quantization.integers(fixed).items():
+        layer = fixed.get_submodule(name)
+        quantizer = layer.parametrizations.weight[0]
+        assert integers.min() >= -8
+        assert integers.max() <= 7
+        assert torch.allclose(integers.flatten(1) * quantizer.scale, layer.weight.flatten(1), atol=1e-6)
+
+
+def test_adaround_finds_the_best_rounding_of_a_layer_small_enough_to_try_all():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 1))
+    batches = [(torch.randn(500, 6) @ torch.randn(6, 6), torch.zeros(500))]
+    rough = quantization.quantize(net, batches, weights=Scheme(3), activations=None)
+    scale = rough.get_submodule("0").parametrizations.weight[0].scale.item()
+    centred = batches[0][0] - batches[0][0].mean(0)
+    down = (net[0].weight.detach() / scale).floor()
+    errors = []
+    for choice in range(64):
+        up = torch.tensor([[choice >> k & 1 for k in range(6)]])
+        errors.append((centred @ ((down + up).clamp(-4, 3) * scale - net[0].weight).T).pow(2).mean().item())
+    fixed = rounding.adaround(rough, net, batches)
+    found = (centred @ (fixed.get_submodule("0").weight - net[0].weight).T).pow(2).mean().item()
+    assert sorted(errors).index(min(errors, key=lambda e: abs(e - found))) <= 2, "among the three best of 64"
+
+
+def test_convolution_patches_give_the_convolution_back():
+    torch.manual_seed(0)
+    for layer in (nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 8, 3, groups=2, dilation=2),
+                  nn.Conv2d(4, 4, 3, groups=4)):
+        images, places = torch.randn(2, 4, 9, 9), torch.randint(0, 99, (2, 10))
+        out = layer(images)
+        patches = rounding._patches(layer, images, places)  # (g, N, K)
+        weight = layer.weight.view(layer.groups, -1, patches.shape[2])
+        found = torch.einsum("gnk,gok->ngo", patches, weight).flatten(1) + layer.bias
+        expected = out[:, :, places[0] % out.shape[2], places[1] % out.shape[3]].transpose(1, 2).flatten(0, 1)
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def integer_file(four, task, tmp_path_factory):
+    return onnx.export(four, task.example, tmp_path_factory.mktemp("onnx") / "four.onnx")
+
+
+def test_the_integer_graph_answers_as_the_fake_quantised_module(four, integer_file, tiny):
+    images, _ = next(tiny.test.batches(200))
+    found, expected = sessions.open(integer_file)(images), four(images)
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.995
+    assert (found - expected).norm() / expected.norm() < 0.03
+
+
+def test_scales_and_integers_reach_the_file_unchanged(four, integer_file):
+    graph = onnx_library.load(integer_file).graph
+    stored = {constant.name: onnx_library.numpy_helper.to_array(constant) for constant in graph.initializer}
+    weights = {name: value for name, value in stored.items() if value.dtype == "int8" and value.ndim > 1}
+    ours = list(quantization.integers(four).values())
+    assert sorted(v.tobytes() for v in weights.values()) == sorted(v.to(torch.int8).numpy().tobytes() for v in ours)
+    assert not any(value.dtype == "float32" and value.size > 64 for value in stored.values()), "no float weights are left"
+    scales = {value.tobytes() for value in stored.values() if value.dtype == "float32"}
+    assert all(quantizer.scale.detach().numpy().tobytes() in scales for _, quantizer in quantizers(four))
+
+
+def test_the_runtime_computes_with_integers(integer_file, tmp_path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(integer_file, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx_library.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 19
+    assert "Conv" not in kinds
+    assert kinds.count("QLinearAdd") >= 7, "all but the two padded shortcuts"
+
+
+def test_sensitivity_by_bits_needs_nothing_new(folded, tiny):
+    method = quantization.quantizing(folded)
+    frame = sensitivity.scan(folded, tiny.test, method, levels=[0.25, 0.5, 1.0], layers=["conv1", "linear"])
+    assert frame.note.tolist() == ["2 bits", "4 bits", "8 bits"] * 2
+    assert frame.top1_change.abs().iloc[2] <= frame.top1_change.abs().iloc[0]
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda m: quantization.quantize(m, []), "calibration saw no images"),
+    (lambda m: quantization.quantize(m, [(torch.ones(4, 1, 28, 28), None)]), "every pixel of every image is 1; give real"),
+    (lambda m: quantization.quantize(m, [(torch.full((1, 1, 28, 28), float("nan")), None)]), "the images hold NaN"),
+    (lambda m: quantization.quantize(m, [], calibrator="median"), "unknown calibrator 'median'"),
+    (lambda m: quantization.prepare(m, by="best"), "unknown way to fit weights 'best'"),
+    (lambda m: quantization.prepare(m, layers="layer9"), "no layer matches 'layer9'"),
+    (lambda m: rounding.adaround(m, m, []), "AdaRound saw no images")])
+def test_bad_input_gets_one_line(folded, call, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call(folded)
+    assert words in str(error.value)
+
+
+def test_what_cannot_be_traced_or_repaired_is_refused(network, folded, four, seen):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    with pytest.raises(UnsupportedModelError, match="Branching cannot be traced to place quantisers"):
+        quantization.prepare(Branching())
+    with pytest.raises(UnsupportedModelError, match="has no two layers with only a ReLU between them"):
+        rounding.equalize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 3)))
+    with pytest.raises(UnsupportedModelError, match="give the float model that was quantised"):
+        rounding.correct_bias(four, network, seen)

@@ -1,0 +1,209 @@
+"""Quantisation: a copy of a model whose weights and activations lie on integer grids, as an integer runtime has them.
+
+The graph is traced (torch.fx). A quantiser stands behind every node whose result an integer runtime stores in memory:
+the input, a convolution or linear layer with the norm and ReLU that follow it alone, an addition, a concatenation, an
+average. What the runtime computes in float (softmax, layer norm, SiLU) is left in float. Fold the batch norms first
+(reparameterization.fold_batchnorm), as the runtime does.
+
+Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krishnamoorthi 2018 (arXiv 1806.08342).
+"""
+
+import copy
+import operator
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from workbench import files
+from workbench.layers import WEIGHTED, Change, UnsupportedModelError, evaluating, named
+from workbench.quantizers import CALIBRATORS, ActivationQuantizer, Scheme, WeightQuantizer, quantizers
+
+INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
+UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
+_FOLLOWING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh)  # one node with its layer
+_JOINING = {operator.add, operator.iadd, torch.add, torch.cat, torch.mean, F.adaptive_avg_pool2d, F.avg_pool2d}
+_RELUS = {F.relu, F.relu6, F.hardtanh, torch.relu}
+_RELU_METHODS, _JOINING_METHODS = {"relu", "relu_", "clamp"}, {"add", "add_", "mean"}
+_PASSING = (nn.Flatten, nn.MaxPool2d, nn.Identity, nn.Dropout)  # values on a grid stay on it
+_PASSING_FUNCTIONS = {torch.flatten, F.max_pool2d, F.pad, operator.getitem, F.dropout}
+_PASSING_METHODS = {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "size"}
+
+
+def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | None = INT8_WEIGHTS,
+             activations: Scheme | None = UINT8_ACTIVATIONS, calibrator: str = "minmax", by: str = "minmax",
+             layers: str | Sequence[str] = "*") -> nn.Module:
+    """A copy of `model` with fake-quantised weights and activations, in eval mode, calibrated on `batches`.
+
+    batches: (images, labels) pairs; labels are not looked at. weights, activations: their schemes, None for float.
+    calibrator: how the range of activations is read from what passes: "minmax", "moving_average", "percentile", "mse" or
+    "entropy" (KL divergence); that of the images is always min-max. by: how the scales of weights are fitted, "minmax" or
+    "mse". layers: globs of the layers whose weights are quantised. Trained on (training.fit), weights and scales learn
+    through straight-through gradients.
+
+    Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no images, NaN, or
+    images that are constant.
+
+    Example: `quantization.quantize(folded, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
+    """
+    new = prepare(model, weights=weights, activations=activations, by=by, layers=layers)
+    return calibrate(new, batches, calibrator) if activations else new
+
+
+def prepare(model: nn.Module, *, weights: Scheme | None = INT8_WEIGHTS, activations: Scheme | None = UINT8_ACTIVATIONS,
+            by: str = "minmax", layers: str | Sequence[str] = "*") -> fx.GraphModule:
+    """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are."""
+    if by not in ("minmax", "mse"):
+        raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
+    chosen = named(model, layers)
+    source = copy.deepcopy(model).eval()
+    try:
+        traced = fx.GraphModule(source, _Tracer().trace(source))
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to place quantisers "
+                                    f"({str(error).splitlines()[0]}); write its forward without branches on values") from error
+    if activations:
+        _insert(traced, activations)
+    for name in chosen if weights else ():
+        layer = traced.get_submodule(name)
+        parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, weights, by=by, layer=name))
+    if hasattr(model, "origin"):
+        traced.origin = model.origin
+    return traced.eval()
+
+
+def calibrate(model: nn.Module, batches: Iterable, calibrator: str = "minmax") -> nn.Module:
+    """Set the ranges of the activations of a prepared `model`, itself, from `batches`; returns it."""
+    if calibrator not in CALIBRATORS:
+        raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
+    found = dict(quantizers(model))
+    for quantizer in found.values():
+        quantizer.observe()
+    with evaluating(model):
+        for images, _ in files.progress(batches, title="calibration", unit="batch"):
+            model(images)
+    first = next(iter(found.values())).seen
+    if first.low == first.high:
+        raise ValueError(f"calibration: every pixel of every image is {first.low:g}; give real images")
+    for place, quantizer in enumerate(found.values()):
+        quantizer.settle(calibrator if place else "minmax")  # pixels have a range of their own, and nothing to clip
+    return model
+
+
+def for_training(model: nn.Module) -> nn.Module:
+    """A copy of a quantised model whose activation scales learn too (learned step size); weights' scales always do."""
+    new = copy.deepcopy(model)
+    for _, quantizer in quantizers(new):
+        quantizer.learned = True
+    return new
+
+
+def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
+    """One row per quantised layer: layer, bits, granularity, scales, sqnr_db of its weights, size_bytes, params.
+
+    sqnr_db = 10 log10(sum w^2 / sum (w - w')^2), w from `reference`. size_bytes: the integers packed, with a float32 scale
+    and an int8 zero point a row (or the table of levels) and the float32 biases.
+    """
+    known, rows = named(reference), []
+    for name, layer in named(model).items():
+        if not parametrize.is_parametrized(layer, "weight"):
+            continue
+        quantizer, weight = layer.parametrizations.weight[0], known[name].weight.detach()
+        scheme, error = quantizer.scheme, (weight - layer.weight.detach()).pow(2).sum().item()
+        groups = len(scheme.rows(weight, name))
+        overhead = groups * (4 * 2**scheme.bits if scheme.levels == "kmeans" else 4 + (not scheme.symmetric))
+        size = (weight.numel() * scheme.bits + 7) // 8 + overhead + 4 * (layer.bias.numel() if layer.bias is not None else 0)
+        rows.append({"layer": name, "bits": scheme.bits, "granularity": scheme.granularity, "scales": groups,
+                     "sqnr_db": 10 * torch.tensor(weight.pow(2).sum().item() / max(error, 1e-30)).log10().item(),
+                     "size_bytes": size, "params": weight.numel()})
+    return pd.DataFrame(rows)
+
+
+def quantizing(model: nn.Module, *, granularity: str = "channel", by: str = "minmax"):
+    """A method for sensitivity.scan: (layer, bits / 8) -> that layer's weights at so many bits, alone.
+
+    Levels are fractions of 8 bits: 0.25 is 2 bits, 0.5 is 4.
+
+    Example: `sensitivity.scan(model, task.test, quantization.quantizing(model), levels=[0.25, 0.375, 0.5, 0.75, 1.0])`
+    """
+    known = named(model)
+
+    def method(layer: str, level: float) -> Change:
+        bits = round(8 * level)
+        new = copy.deepcopy(known[layer])
+        with torch.no_grad():
+            new.weight.copy_(WeightQuantizer(new.weight, Scheme(bits, granularity=granularity), by=by, layer=layer)(new.weight))
+        return Change({layer: new}, removed=8 - bits, of=8, layers=(layer,), note=f"{bits} bits")
+
+    method.layers = list(known)
+    return method
+
+
+class _Tracer(fx.Tracer):
+    """Keeps this package's own small modules whole, as torch's are."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return super().is_leaf_module(module, name) or not list(module.children())
+
+
+def _insert(traced: fx.GraphModule, scheme: Scheme) -> None:
+    modules, graph = dict(traced.named_modules()), traced.graph
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    behind: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if _is_layer(node, modules) or _joins(node, modules) or node.op == "placeholder":
+            behind.setdefault(_last_of(node, modules), node)
+    for node in list(graph.nodes):  # what else a layer reads
+        if _is_layer(node, modules):
+            source = node.args[0]
+            while source not in behind and _passes(source, modules):
+                source = source.args[0]
+            behind.setdefault(source, source)
+    for place, node in behind.items():
+        if place is result:
+            continue
+        name = f"quantizer_{node.name}"
+        what = "the images" if node.op == "placeholder" else str(node.target)
+        traced.add_submodule(name, ActivationQuantizer(scheme, place=what))
+        with graph.inserting_after(place):
+            new = graph.call_module(name, (place,))
+        place.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    traced.recompile()
+
+
+def _last_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    """The last of the chain that one kernel computes: each followed by the next alone, up to a ReLU."""
+    while len(node.users) == 1:
+        follower = next(iter(node.users))
+        module = modules.get(follower.target) if follower.op == "call_module" else None
+        relu = (follower.op == "call_function" and follower.target in _RELUS) or \
+               (follower.op == "call_method" and follower.target in _RELU_METHODS)
+        if not (isinstance(module, _FOLLOWING) or relu) or follower.args[0] is not node:
+            return node
+        node = follower
+    return node
+
+
+def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules[node.target], WEIGHTED)
+
+
+def _joins(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return (node.op == "call_function" and node.target in _JOINING) or \
+           (node.op == "call_method" and node.target in _JOINING_METHODS) or \
+           (node.op == "call_module" and isinstance(modules[node.target], nn.AvgPool2d | nn.AdaptiveAvgPool2d))
+
+
+def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return (node.op == "call_module" and isinstance(modules[node.target], _PASSING)) or \
+           (node.op == "call_function" and node.target in _PASSING_FUNCTIONS) or \
+           (node.op == "call_method" and node.target in _PASSING_METHODS)
+
+
+def integers(model: nn.Module) -> dict[str, Tensor]:
+    """The integer weights of each quantised layer, int32 of the weight's shape, by name."""
+    return {name: layer.parametrizations.weight[0].integers(layer.parametrizations.weight.original)
+            for name, layer in named(model).items() if parametrize.is_parametrized(layer, "weight")}

@@ -1,0 +1,271 @@
+"""Repairs of a quantised model without labels or training: equalisation, bias correction, AdaRound, AdaQuant.
+
+All but the first go through the layers in their order. With x the input of a layer in the float model, x' that in the
+quantised one so far, they need only second moments: E|W x - W' x'|^2, the bias chosen best, is the quadratic form
+(W' - W*) G (W' - W*)^T plus a constant, with G = Cov(x'), W* = W Cov(x, x') G^-1. So a layer's rounding is found on K x K
+matrices, K inputs a channel, and memory does not grow with the images. Convolutions give patches at places drawn at
+random.
+
+Sources: equalisation and bias correction Nagel et al. 2019 (arXiv 1906.04721); AdaRound Nagel et al. 2020
+(arXiv 2004.10568), here without the ReLU behind the layer; AdaQuant Hubara et al. 2020 (arXiv 2006.10518).
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from workbench import files
+from workbench.layers import UnsupportedModelError, evaluating, named
+from workbench.quantizers import WeightQuantizer, fake_quantize
+
+PLACES = 64  # patches of each image that a convolution's moments take
+DAMPING = 1e-2  # of the mean variance, added to Cov(x') before it is inverted
+STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
+STEPS = 1000
+
+
+@dataclass
+class _Moments:
+    """Per group of a layer's inputs: means (g, K) of x and x', target W* (g, out / g, K) and Cov(x') (g, K, K)."""
+
+    mean: Tensor
+    mean_quantised: Tensor
+    target: Tensor
+    covariance: Tensor
+
+    def loss(self, weight: Tensor) -> Tensor:
+        """The quadratic form, per output channel (g, out / g)."""
+        apart = weight - self.target
+        return (apart @ self.covariance * apart).sum(2)
+
+
+def equalize(model: nn.Module, *, passes: int = 3) -> nn.Module:
+    """A copy that computes the same, with the ranges of neighbouring layers made equal channel by channel.
+
+    Channel i of a layer is divided, and what reads it multiplied, by s_i = sqrt(max|W_1,i| / max|W_2,i|). It needs two
+    convolution or linear layers with nothing but a ReLU (not ReLU6) between them, batch norms folded.
+
+    Raises UnsupportedModelError where the model cannot be traced or has no such pair.
+
+    Example: `equal = rounding.equalize(reparameterization.fold_batchnorm(model))`
+    """
+    new = copy.deepcopy(model).eval()
+    pairs = _pairs(new)
+    if not pairs:
+        raise UnsupportedModelError(f"{type(model).__name__} has no two layers with only a ReLU between them; fold its batch "
+                                    "norms first (ReLU6 cannot be equalised)")
+    with torch.no_grad():
+        for _ in range(passes):
+            for first, second in pairs:
+                depthwise = getattr(second, "groups", 1) > 1
+                mine = first.weight.abs().flatten(1).amax(1)
+                theirs = (second.weight if depthwise else second.weight.transpose(0, 1)).abs().flatten(1).amax(1)
+                share = torch.where((mine > 0) & (theirs > 0), (mine / theirs.clamp_min(1e-12)).sqrt(), 1.0)
+                first.weight /= share.view(-1, *[1] * (first.weight.dim() - 1))
+                if first.bias is not None:
+                    first.bias /= share
+                second.weight *= share.view(-1, 1, 1, 1) if depthwise else share.view(1, -1, *[1] * (second.weight.dim() - 2))
+    return new
+
+
+def correct_bias(model: nn.Module, reference: nn.Module, batches: Iterable, *, seed: int = 0) -> nn.Module:
+    """A copy of the quantised `model` in which each layer's mean output equals that of the float `reference`.
+
+    b' = b + W E[x] - W' E[x'], layer by layer. Raises ValueError where there are no images, UnsupportedModelError where the
+    two models have other layers.
+
+    Example: `rounding.correct_bias(quantised, folded, list(task.validation.subset(500).batches()))`
+    """
+    return _repair(model, reference, batches, lambda quantizer, weight, moments: None, "bias correction", seed)
+
+
+def adaround(model: nn.Module, reference: nn.Module, batches: Iterable, *, steps: int = STEPS, seed: int = 0) -> nn.Module:
+    """A copy of the quantised `model` whose weights are rounded up or down so that each layer's output errs least.
+
+    W' = s clamp(floor(W* / s) + h(V)), h the rectified sigmoid, V by Adam on the quadratic form plus a term that drives h to
+    0 or 1; where plain rounding errs less in a channel, that is kept. The biases are corrected. Raises as `correct_bias`.
+
+    Example: `rounding.adaround(quantised, folded, list(task.validation.subset(500).batches()))`
+    """
+    return _repair(model, reference, batches, lambda *layer: _adaround(*layer, steps), "AdaRound", seed)
+
+
+def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable, *, steps: int = STEPS, seed: int = 0) -> nn.Module:
+    """A copy of the quantised `model` whose weights and scales move, straight through the rounding, to where each layer's
+    output errs least; the best step is kept. The biases are corrected. Raises as `correct_bias`.
+    """
+    return _repair(model, reference, batches, lambda *layer: _adaquant(*layer, steps), "AdaQuant", seed)
+
+
+def _repair(model: nn.Module, reference: nn.Module, batches: Iterable, change, title: str, seed: int) -> nn.Module:
+    new, batches = copy.deepcopy(model).eval(), [images for images, _ in batches]
+    known, layers = named(reference), named(new)
+    if list(known) != list(layers):
+        raise UnsupportedModelError(f"the quantised model has layers {', '.join(list(layers)[:4])}, ..., the reference "
+                                    f"{', '.join(list(known)[:4])}, ...; give the float model that was quantised")
+    if not batches:
+        raise ValueError(f"{title} saw no images; give at least one batch")
+    for name in files.progress(_order(new, batches[0][:1]), title=title, unit="layer"):
+        layer = layers[name]
+        if not parametrize.is_parametrized(layer, "weight"):
+            continue
+        quantizer, source = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+        if quantizer.scheme.levels == "kmeans":
+            raise UnsupportedModelError(f"layer {name}: {title} needs uniform levels, not k-means")
+        moments = _moments(new, reference, name, known[name], batches, seed)
+        found = change(quantizer, known[name].weight.detach(), moments)
+        with torch.no_grad():
+            if found is not None:
+                source.copy_(found)
+            groups = len(moments.mean)
+            wanted = (known[name].weight.reshape(groups, -1, moments.mean.shape[1]) @ moments.mean[:, :, None]).flatten()
+            have = (layer.weight.reshape(groups, -1, moments.mean.shape[1]) @ moments.mean_quantised[:, :, None]).flatten()
+            bias = wanted - have if known[name].bias is None else known[name].bias + wanted - have
+            layer.bias = nn.Parameter(bias)
+    return new
+
+
+def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, steps: int) -> Tensor:
+    scale, zero = (_spread(value, quantizer, weight, moments) for value in (quantizer.scale.detach(), quantizer.zero))
+    low, high = quantizer.scheme.limits
+    down = (moments.target / scale).floor()
+    rest = (moments.target / scale - down).clamp(0.01, 0.99)
+    logit = ((rest - STRETCH[0]) / (STRETCH[1] - rest)).log().requires_grad_()
+    nearest = fake_quantize(moments.target, scale, zero, quantizer.scheme)
+    unit = moments.loss(nearest).mean().clamp_min(1e-20)
+    optimizer = torch.optim.Adam([logit], 0.02)
+    for step in range(steps):
+        chosen = (logit.sigmoid() * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp(0, 1)
+        values = ((down + zero + chosen).clamp(low, high) - zero) * scale
+        loss = moments.loss(values).mean() / unit
+        if step > 0.2 * steps:  # sharpness 20 to 2
+            sharp = 2 + 9 * (1 + torch.cos(torch.tensor(torch.pi * (step / steps - 0.2) / 0.8)))
+            loss = loss + 0.1 * (1 - (2 * chosen - 1).abs().pow(sharp)).mean() * (step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        rounded = ((down + zero + (logit > 0).float()).clamp(low, high) - zero) * scale
+        plain = fake_quantize(weight.reshape(moments.target.shape), scale, zero, quantizer.scheme)
+        return _best([rounded, nearest, plain], moments).reshape(weight.shape)
+
+
+def _adaquant(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, steps: int) -> Tensor:
+    start, zero = quantizer.scale.detach().clone(), _spread(quantizer.zero, quantizer, weight, moments)
+
+    def rounded(values: Tensor, scale: Tensor) -> Tensor:
+        return fake_quantize(values, _spread(scale, quantizer, weight, moments), zero, quantizer.scheme)
+
+    unit = moments.loss(rounded(weight.reshape(moments.target.shape), start)).mean().clamp_min(1e-20)
+    moved = moments.target.clone().requires_grad_()
+    stretch = torch.zeros_like(start).requires_grad_()
+    typical = float(start.mean())
+    optimizer = torch.optim.Adam([{"params": [moved], "lr": 0.02 * typical}, {"params": [stretch], "lr": 2e-3}])
+    best, kept = float("inf"), (moments.target, start)
+    for _ in range(steps):
+        scale = start * stretch.exp()
+        loss = moments.loss(rounded(moved, scale)).mean() / unit
+        if loss.item() < best:
+            best, kept = loss.item(), (moved.detach().clone(), scale.detach().clone())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    quantizer.scale.data = kept[1]
+    return rounded(*kept).reshape(weight.shape)
+
+
+def _best(candidates: list[Tensor], moments: _Moments) -> Tensor:
+    """Channel by channel the candidate of least loss, (g, out / g, K)."""
+    losses = torch.stack([moments.loss(candidate) for candidate in candidates])
+    chosen = losses.argmin(0)[None, :, :, None].expand(1, *candidates[0].shape)
+    return torch.stack(candidates).gather(0, chosen)[0]
+
+
+def _spread(value: Tensor, quantizer: WeightQuantizer, weight: Tensor, moments: _Moments) -> Tensor:  # (R, 1) -> (g, out / g, K)
+    rows = quantizer.scheme.rows(torch.ones_like(weight), quantizer.layer)
+    return (rows * value).reshape(moments.target.shape)
+
+
+def _moments(model: nn.Module, reference: nn.Module, name: str, layer: nn.Module, batches: list[Tensor], seed: int) -> _Moments:
+    draw, sums, count = torch.Generator().manual_seed(seed), None, 0
+    for images in batches:
+        inputs = [_input(network, name, images) for network in (reference, model)]
+        places = torch.randint(0, 2**31, (2, PLACES), generator=draw)
+        x, y = (_patches(layer, values, places).double() for values in inputs)  # (g, N, K)
+        found = [x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y]
+        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+        count += x.shape[1]
+    mean, mean_quantised, cross, own = (value / count for value in sums)
+    cross = cross - mean[:, :, None] * mean_quantised[:, None]
+    own = own - mean_quantised[:, :, None] * mean_quantised[:, None]
+    damping = DAMPING * own.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None] * torch.eye(own.shape[1]).double()
+    weight = layer.weight.detach().double().reshape(len(mean), -1, own.shape[1])
+    target = torch.linalg.solve(own + damping, (weight @ (cross + damping)).transpose(1, 2)).transpose(1, 2)
+    return _Moments(mean.float(), mean_quantised.float(), target.float(), (own + damping).float())
+
+
+def _patches(layer: nn.Module, values: Tensor, places: Tensor) -> Tensor:  # -> (groups, N, K)
+    if isinstance(layer, nn.Linear):
+        return values.reshape(1, -1, values.shape[-1])
+    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv2d with zero padding, and Linear")
+    (high, wide), (down, right) = layer.padding, layer.dilation
+    values = F.pad(values, (wide, wide, high, high))
+    windows = values.unfold(2, down * (layer.kernel_size[0] - 1) + 1, layer.stride[0])
+    windows = windows.unfold(3, right * (layer.kernel_size[1] - 1) + 1, layer.stride[1])[..., ::down, ::right]
+    chosen = windows[:, :, places[0] % windows.shape[2], places[1] % windows.shape[3]]  # (n, C, P, kh, kw)
+    patches = chosen.transpose(1, 2).reshape(-1, layer.groups, chosen[0, 0, 0].numel() * chosen.shape[1] // layer.groups)
+    return patches.transpose(0, 1)
+
+
+def _input(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
+    try:
+        with evaluating(model):
+            model(images)
+    finally:
+        handle.remove()
+    return seen[0].clone()
+
+
+def _order(model: nn.Module, image: Tensor) -> list[str]:
+    """The layers in the order in which they run."""
+    ran: list[str] = []
+    handles = [layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, layer in named(model).items()]
+    try:
+        with evaluating(model):
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(ran))
+
+
+def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find neighbouring layers "
+                                    f"({str(error).splitlines()[0]})") from error
+    modules, pairs = dict(model.named_modules()), []
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.Conv2d | nn.Linear):
+            continue
+        place = node
+        while len(place.users) == 1:
+            place = next(iter(place.users))
+            module = modules.get(place.target) if place.op == "call_module" else None
+            if not (isinstance(module, nn.ReLU | nn.Identity | nn.Dropout) or place.target in (F.relu, torch.relu, "relu")):
+                break
+        second = modules.get(place.target) if place.op == "call_module" else None
+        first = modules[node.target]
+        if place is not node and type(second) is type(first) and len(first.weight) in (
+                second.weight.shape[1], len(second.weight) if getattr(second, "groups", 1) == len(second.weight) else -1):
+            pairs.append((first, second))
+    return pairs

@@ -1,0 +1,332 @@
+"""Ground floor: numbers on a grid. Schemes, the scales of weights, the ranges of activations, and their fake quantisation.
+
+q = clamp(round(x / s) + z, q_min, q_max), x' = s (q - z); symmetric has z = 0 and q from -2^(b-1), asymmetric q from 0.
+
+Sources: affine grid and straight-through gradients Jacob et al. 2018 (arXiv 1712.05877); learned step Esser et al. 2020
+(arXiv 1902.08153); entropy calibration Migacz 2017, "8-bit inference with TensorRT"; k-means levels Han et al. 2016
+(arXiv 1510.00149).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workbench.layers import UnsupportedModelError
+
+GRANULARITIES = ("tensor", "channel", "group")
+LEVELS = ("uniform", "kmeans")
+CALIBRATORS = ("minmax", "moving_average", "percentile", "mse", "entropy")
+BINS = 4096  # of a histogram at most; when a batch needs more, neighbours merge two by two
+PERCENTILE = 0.9999  # of the values that the percentile calibrator keeps, a half of the rest cut on either side
+MOMENTUM = 0.9  # of the moving average, per batch
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How numbers become integers of `bits` bits (2-8).
+
+    granularity: one scale for the "tensor", for each output "channel", or for each "group" of `group` consecutive inputs
+    of a channel. levels "uniform", or "kmeans": 2^bits values, fitted to each tensor or channel, stored as a table.
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: str = "tensor"
+    group: int = 0
+    levels: str = "uniform"
+
+    def __post_init__(self):
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"scheme: bits is {self.bits}, expected 2 to 8")
+        for name, known in (("granularity", GRANULARITIES), ("levels", LEVELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"scheme: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if (self.granularity == "group") != (self.group > 0):
+            raise ValueError(f"scheme: granularity is {self.granularity!r} and group {self.group}; a group of at least 1 input "
+                             "goes with granularity 'group', and only with it")
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the greatest integer."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+
+    def rows(self, weight: Tensor, layer: str = "") -> Tensor:
+        """The weight (out, ...) as (R, C), each row sharing a scale. Raises UnsupportedModelError where groups do not fit."""
+        if self.granularity == "tensor":
+            return weight.reshape(1, -1)
+        if self.granularity == "channel":
+            return weight.reshape(len(weight), -1)
+        if weight[0].numel() % self.group:
+            raise UnsupportedModelError(f"layer {layer} has {weight[0].numel()} inputs a channel, which groups of {self.group} "
+                                        "do not divide; choose another group")
+        return weight.reshape(-1, self.group)
+
+
+def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32 (R, 1) each, of values (R, C), row by row.
+
+    by "minmax": the range covers all values; "mse": of 60 ranges from 0.3 of that to all of it, the one of least
+    squared error. A row of zeros has scale 1.
+    """
+    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    if by == "minmax":
+        return _affine(low, high, scheme)
+    best = torch.full_like(low, math.inf)
+    scale, zero = _affine(low, high, scheme)
+    for share in torch.linspace(1.0, 0.3, 60).tolist():
+        trial_scale, trial_zero = _affine(low * share, high * share, scheme)
+        error = (rows - fake_quantize(rows, trial_scale, trial_zero, scheme)).pow(2).sum(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
+    return scale, zero
+
+
+def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """s (clamp(round(x / s) + z) - z), with the gradient 1 straight through inside the limits, and to s as learned step."""
+    low, high = scheme.limits
+    scaled = values / scale + zero
+    rounded = scaled.clamp(low, high)
+    rounded = rounded + (rounded.round() - rounded).detach()
+    return (rounded - zero) * scale
+
+
+def kmeans(rows: Tensor, bits: int, *, steps: int = 30) -> Tensor:
+    """2^bits sorted levels, float32 (R, 2^bits), of values (R, C): Lloyd's steps from the best uniform grid, so never worse."""
+    uniform = Scheme(bits)
+    levels = torch.arange(uniform.limits[0], uniform.limits[1] + 1) * fit(rows, uniform, by="mse")[0]
+    for _ in range(steps):
+        chosen = _nearest(rows, levels)
+        sums = torch.zeros_like(levels).scatter_add_(1, chosen, rows)
+        counts = torch.zeros_like(levels).scatter_add_(1, chosen, torch.ones_like(rows))
+        levels = torch.where(counts > 0, sums / counts.clamp_min(1), levels).sort(1).values
+    return levels
+
+
+class WeightQuantizer(nn.Module):
+    """A parametrisation of a layer's weight: what the layer computes with lies on the grid.
+
+    scale, zero: (R, 1), or levels (R, 2^bits) for k-means. Where gradients flow, the scale learns too (learned step).
+    frozen: integers, scale and zero point for the exporter, or None.
+    """
+
+    def __init__(self, weight: Tensor, scheme: Scheme, *, by: str = "minmax", layer: str = ""):
+        super().__init__()
+        self.scheme, self.layer, self.frozen = scheme, layer, None
+        rows = scheme.rows(weight.detach(), layer)
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"layer {layer}: its weights hold NaN or infinity; look at them")
+        if scheme.levels == "kmeans":
+            self.register_buffer("levels", kmeans(rows, scheme.bits))
+            return
+        scale, zero = fit(rows, scheme, by=by)
+        self.scale = nn.Parameter(scale)
+        self.register_buffer("zero", zero)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = self.scheme.rows(weight, self.layer)
+        if self.scheme.levels == "kmeans":
+            chosen = self.levels.gather(1, _nearest(rows.detach(), self.levels))
+            return (rows + (chosen - rows).detach()).reshape(weight.shape)
+        if self.frozen:
+            return _onnx("DequantizeLinear", self.frozen, weight.shape, torch.float32)
+        return fake_quantize(rows, _learned(self.scale, rows.shape[1], self.scheme), self.zero, self.scheme).reshape(weight.shape)
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """The integers of a weight, int32 of its shape: its levels' places for k-means."""
+        rows = self.scheme.rows(weight.detach(), self.layer)
+        if self.scheme.levels == "kmeans":
+            return _nearest(rows, self.levels).int().reshape(weight.shape)
+        return ((rows / self.scale + self.zero).round().clamp(*self.scheme.limits)).int().reshape(weight.shape)
+
+    def freeze(self, weight: Tensor) -> None:
+        """Let `forward` stand for ONNX's operators from now on, for the exporter; fewer bits are stored in 8 as well.
+
+        Raises UnsupportedModelError for groups and k-means, for which the runtime has no kernel.
+        """
+        if self.scheme.levels == "kmeans" or self.scheme.granularity == "group":
+            what = "k-means levels" if self.scheme.levels == "kmeans" else f"groups of {self.scheme.group} inputs"
+            raise UnsupportedModelError(f"layer {self.layer}: the runtime has no kernel for {what}; use granularity 'channel'")
+        kind = torch.int8 if self.scheme.symmetric else torch.uint8
+        shape = (-1,) if self.scheme.granularity == "channel" else ()
+        self.frozen = (self.integers(weight).to(kind), self.scale.detach().reshape(shape), self.zero.reshape(shape).to(kind))
+
+
+class ActivationQuantizer(nn.Module):
+    """Stands behind a node of the graph: watches its values while `observing`, then puts them on the grid."""
+
+    def __init__(self, scheme: Scheme, *, place: str):
+        super().__init__()
+        if scheme.granularity != "tensor" or scheme.levels != "uniform":
+            raise ValueError("scheme of activations: only granularity 'tensor' with uniform levels")
+        self.scheme, self.place, self.observing, self.seen = scheme, place, False, None
+        self.scale, self.learned, self.frozen = nn.Parameter(torch.ones(1)), False, None
+        self.register_buffer("zero", torch.zeros(1))
+
+    def observe(self) -> None:
+        """Begin anew to watch the values that pass, unchanged."""
+        self.observing, self.seen = True, Histogram()
+
+    def settle(self, calibrator: str) -> None:
+        """Take the range that `calibrator` reads from what was seen, and quantise from now on."""
+        scale, zero = _affine(*(torch.tensor([value]) for value in self.seen.range(calibrator, self.scheme)), self.scheme)
+        self.scale.data, self.zero.data, self.observing, self.seen = scale, zero, False, None
+
+    def freeze(self) -> None:
+        """As WeightQuantizer.freeze. Raises UnsupportedModelError for fewer than 8 bits."""
+        if self.scheme.bits != 8:
+            raise UnsupportedModelError(f"{self.place}: the runtime stores activations in 8 bits, not {self.scheme.bits}")
+        kind = torch.int8 if self.scheme.symmetric else torch.uint8
+        self.frozen = self.scale.detach().reshape(()), self.zero.reshape(()).to(kind)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.frozen:
+            scale, zero = self.frozen
+            integers = _onnx("QuantizeLinear", (values, scale, zero), values.shape, zero.dtype)
+            return _onnx("DequantizeLinear", (integers, scale, zero), values.shape, torch.float32)
+        if self.observing:
+            self.seen.add(values.detach(), self.place)
+            return values
+        if self.learned and torch.is_grad_enabled():
+            return fake_quantize(values.float(), _learned(self.scale, values[0].numel(), self.scheme), self.zero, self.scheme)
+        return torch.fake_quantize_per_tensor_affine(values.float(), self.scale.detach(), self.zero.int(), *self.scheme.limits)
+
+
+class Histogram:
+    """Counts of values in bins of equal width, as many as come: the width doubles when they no longer fit.
+
+    Bins lie on multiples of the width, so that merging two by two is exact and memory does not grow with the images.
+    """
+
+    def __init__(self):
+        self.counts, self.first, self.width = torch.zeros(0, dtype=torch.int64), 0, 0.0
+        self.low, self.high, self.averages, self.zeros = math.inf, -math.inf, None, 0
+
+    def add(self, values: Tensor, place: str = "") -> None:
+        """Count a batch. Raises ValueError for NaN or infinity."""
+        values = values.flatten().float()
+        low, high = (v.item() for v in values.aminmax())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError(f"calibration: the values of {place or 'a node'} hold NaN or infinity; look at the images and "
+                             "the weights")
+        now = torch.tensor([low, high])
+        self.averages = now if self.averages is None else MOMENTUM * self.averages + (1 - MOMENTUM) * now
+        self.low, self.high, self.zeros = min(self.low, low), max(self.high, high), self.zeros + int((values == 0).sum())
+        if not self.width:
+            self.width = 2.0 ** math.ceil(math.log2(max(high - low, abs(high), abs(low), 1e-30) / (BINS // 2)))
+        while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= BINS:
+            self._merge()
+        first, last = math.floor(self.low / self.width), math.floor(self.high / self.width)
+        grown = torch.zeros(last - first + 1, dtype=torch.int64)
+        start = self.first - first
+        grown[start:start + len(self.counts)] = self.counts
+        places = (values / self.width).floor_().sub_(first).clamp_(0, len(grown) - 1).to(torch.int64)
+        self.counts, self.first = grown + torch.bincount(places, minlength=len(grown)), first
+
+    def range(self, calibrator: str, scheme: Scheme) -> tuple[float, float]:
+        """The least and greatest value that the grid is to hold, with 0 between them.
+
+        Raises ValueError for an unknown calibrator, or where nothing was seen.
+        """
+        if calibrator not in CALIBRATORS:
+            raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
+        if not len(self.counts):
+            raise ValueError("calibration saw no images; give at least one batch")
+        chosen = {"minmax": lambda: (self.low, self.high), "moving_average": lambda: tuple(self.averages.tolist()),
+                  "percentile": self._percentile, "mse": lambda: self._least_error(scheme),
+                  "entropy": lambda: self._entropy(scheme)}[calibrator]()
+        return min(chosen[0], 0.0), max(chosen[1], 0.0)
+
+    def _merge(self) -> None:
+        odd = self.first % 2
+        padded = torch.cat([torch.zeros(odd, dtype=torch.int64), self.counts])
+        padded = torch.cat([padded, torch.zeros(len(padded) % 2, dtype=torch.int64)])
+        self.counts, self.first, self.width = padded.view(-1, 2).sum(1), (self.first - odd) // 2, 2 * self.width
+
+    def _centres(self) -> Tensor:
+        return (self.first + torch.arange(len(self.counts)) + 0.5) * self.width
+
+    def _percentile(self) -> tuple[float, float]:
+        share, cut = self.counts.cumsum(0) / self.counts.sum(), (1 - PERCENTILE) / 2
+        one_sided = self.low >= 0
+        low = self.low if one_sided else float(self._centres()[int((share < cut).sum())])
+        top = int((share < (PERCENTILE if one_sided else 1 - cut)).sum())
+        return low, float(self._centres()[min(top, len(self.counts) - 1)])
+
+    def _least_error(self, scheme: Scheme) -> tuple[float, float]:
+        centres, best, found = self._centres(), math.inf, (self.low, self.high)
+        for share in torch.linspace(1.0, 0.1, 91).tolist():
+            bounds = (min(self.low * share, 0.0), max(self.high * share, 0.0))
+            scale, zero = _affine(*(torch.tensor([v]) for v in bounds), scheme)
+            error = float(((centres - fake_quantize(centres, scale, zero, scheme)).pow(2) * self.counts).sum())
+            if error < best:
+                best, found = error, bounds
+        return found
+
+    def _entropy(self, scheme: Scheme) -> tuple[float, float]:
+        """The threshold t on |x| at which KL(p || q) is least: p the counts with all beyond t in its last bin, q the same
+        without those, spread evenly over what is not empty within each of the grid's levels. Zeros, which any grid holds
+        and a ReLU makes by the half, are left out; else they would be spread with their level."""
+        reach = max(self.first + len(self.counts), -self.first)
+        sizes = torch.zeros(reach, dtype=torch.float64)  # counts by |x|
+        where = self.first + torch.arange(len(self.counts))
+        sizes.scatter_add_(0, torch.where(where >= 0, where, -where - 1), self.counts.double())
+        sizes[0] -= self.zeros
+        levels = 2**scheme.bits if self.low >= 0 and not scheme.symmetric else 2 ** (scheme.bits - 1)
+        mass, filled = (torch.cat([torch.zeros(1, dtype=torch.float64), v.cumsum(0)]) for v in (sizes, (sizes > 0).double()))
+        logs = torch.cat([torch.zeros(1, dtype=torch.float64), torch.special.xlogy(sizes, sizes).cumsum(0)])
+        best, found = math.inf, reach
+        for bins in range(min(levels, reach), reach + 1, max(reach // 1024, 1)):
+            edges = torch.linspace(0, bins, levels + 1, dtype=torch.float64).round().long()
+            m, n = mass[edges[1:]] - mass[edges[:-1]], filled[edges[1:]] - filled[edges[:-1]]
+            beyond, inside = float(mass[-1] - mass[bins]), float(mass[bins])
+            last, spread = float(sizes[bins - 1]), float(m[-1] / n[-1]) if n[-1] else 0.0
+            if not inside or (beyond and not spread):
+                continue
+            own = float(logs[bins]) - _xlogx(last) + _xlogx(last + beyond)
+            cross = float(torch.special.xlogy(m, m / n.clamp_min(1)).sum()) + (beyond * math.log(spread) if beyond else 0.0)
+            total = inside + beyond
+            divergence = (own - cross) / total - math.log(total) + math.log(inside)
+            if divergence < best:
+                best, found = divergence, bins
+        threshold = found * self.width
+        return max(self.low, -threshold), min(self.high, threshold)
+
+
+def quantizers(model: nn.Module) -> Iterable[tuple[str, ActivationQuantizer]]:
+    """The activation quantisers of a model with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ActivationQuantizer))
+
+
+def _affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    least, most = scheme.limits
+    if scheme.symmetric:
+        scale = torch.maximum(-low, high) / most
+        return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
+    scale = (high - low) / (most - least)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, (least - low / scale).round().clamp(least, most)
+
+
+def _onnx(kind: str, inputs: tuple[Tensor, ...], shape, dtype: torch.dtype) -> Tensor:
+    """The ONNX operator itself, where a graph is exported; scales of channels lie along axis 0."""
+    return torch.onnx.ops.symbolic(kind, inputs, {"axis": 0} if inputs[1].dim() else {}, dtype=dtype, shape=shape, version=19)
+
+
+def _learned(scale: Tensor, values: int, scheme: Scheme) -> Tensor:
+    """The scale, its gradient divided by sqrt(values q_max), so that it learns as fast as the weights."""
+    if not (torch.is_grad_enabled() and scale.requires_grad):
+        return scale
+    share = 1 / math.sqrt(values * scheme.limits[1])
+    return scale * share + (scale * (1 - share)).detach()
+
+
+def _nearest(rows: Tensor, levels: Tensor) -> Tensor:  # (R, C), sorted (R, L) -> places (R, C)
+    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
+
+
+def _xlogx(value: float) -> float:
+    return value * math.log(value) if value > 0 else 0.0
