@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,6 +79,47 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, dict]:
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
         model(example[:1])
     return {path: {op: count // 2 for op, count in ops.items()} for path, ops in counter.get_flop_counts().items()}
+
+
+class Stepper:
+    """A model traced by torch.fx, to be run node by node; modules by name, and where each value is last used.
+
+    Raises UnsupportedModelError where it cannot be traced; `remedy` ends the message.
+    """
+
+    def __init__(self, model: nn.Module, *, remedy: str):
+        try:
+            self.traced = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({str(error).splitlines()[0]}); "
+                                        f"{remedy}") from error
+        self.nodes = list(self.traced.graph.nodes)
+        self.modules = dict(self.traced.named_modules())
+        self.last_use = {user: i for i, node in enumerate(self.nodes) for user in node.all_input_nodes}
+
+    def step(self, i: int, values: dict[fx.Node, object], images: Tensor,
+             replaced: Mapping[str, nn.Module] | None = None) -> None:
+        """Compute node i into `values` and drop those that nothing needs any more. replaced: other modules, by name."""
+        node = self.nodes[i]
+        args, kwargs = load(node.args, values), load(node.kwargs, values)
+        if node.op == "call_module":
+            values[node] = (replaced or {}).get(node.target, self.modules[node.target])(*args, **kwargs)
+        elif node.op == "call_function":
+            values[node] = node.target(*args, **kwargs)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        elif node.op == "placeholder":
+            values[node] = images
+        else:
+            values[node] = functools.reduce(getattr, node.target.split("."), self.traced)
+        for used in node.all_input_nodes:
+            if self.last_use[used] == i:
+                values.pop(used, None)
+
+
+def load(arguments, values: Mapping[fx.Node, object]):
+    """The arguments of a node with their values in the place of nodes."""
+    return fx.node.map_arg(arguments, lambda node: values[node])
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from workbench import files
-from workbench.layers import Change, UnsupportedModelError, evaluating, named
+from workbench.layers import Change, Stepper, UnsupportedModelError, evaluating, load, named
 from workbench.measures import cost
 from workbench.measures.accuracy import finite, paired_interval, wilson
 from workbench.subjects.data import Split
@@ -138,15 +138,9 @@ class _Branching:
     """A traced model that runs once per batch and branches wherever a point's change begins."""
 
     def __init__(self, model: nn.Module):
-        try:
-            self.traced = fx.symbolic_trace(model)
-        except Exception as error:  # tracing runs the model's own code, which may raise anything
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({str(error).splitlines()[0]}); "
-                                        "use mode 'plain'") from error
-        self.nodes = list(self.traced.graph.nodes)
+        self.graph = Stepper(model, remedy="use mode 'plain'")
+        self.nodes = self.graph.nodes
         self.place = {node.target: i for i, node in reversed(list(enumerate(self.nodes))) if node.op == "call_module"}
-        self.modules = dict(self.traced.named_modules())
-        self.last_use = {user: i for i, node in enumerate(self.nodes) for user in node.all_input_nodes}
 
     def __call__(self, images: Tensor, points: Sequence[_Point]) -> tuple[Tensor, list[Tensor]]:
         """The unchanged model's classes (n,), and those of each point."""
@@ -160,8 +154,8 @@ class _Branching:
             for index in waiting.get(i, ()):
                 chosen[index] = self._finish(i, dict(values), images, points[index].change.modules).argmax(1)
             if node.op == "output":
-                return self._load(node.args[0], values).argmax(1), chosen
-            self._step(i, node, values, images, {})
+                return load(node.args[0], values).argmax(1), chosen
+            self.graph.step(i, values, images)
         raise UnsupportedModelError("the traced model has no output")
 
     def _place(self, name: str, point: _Point) -> int:
@@ -172,31 +166,10 @@ class _Branching:
 
     def _finish(self, start: int, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
         for i in range(start, len(self.nodes)):
-            node = self.nodes[i]
-            if node.op == "output":
-                return self._load(node.args[0], values)
-            self._step(i, node, values, images, modules)
+            if self.nodes[i].op == "output":
+                return load(self.nodes[i].args[0], values)
+            self.graph.step(i, values, images, modules)
         raise UnsupportedModelError("the traced model has no output")
-
-    def _step(self, i: int, node: fx.Node, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> None:
-        args, kwargs = self._load(node.args, values), self._load(node.kwargs, values)
-        if node.op == "call_module":
-            values[node] = modules.get(node.target, self.modules[node.target])(*args, **kwargs)
-        elif node.op == "call_function":
-            values[node] = node.target(*args, **kwargs)
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-        elif node.op == "placeholder":
-            values[node] = images
-        else:
-            values[node] = _attribute(self.traced, node.target)
-        for used in node.all_input_nodes:
-            if self.last_use[used] == i:
-                values.pop(used, None)
-
-    @staticmethod
-    def _load(arguments, values: Mapping[fx.Node, object]):
-        return fx.node.map_arg(arguments, lambda node: values[node])
 
 
 class _Scan:
@@ -306,11 +279,4 @@ def _plain(model: nn.Module, images: Tensor, points: Sequence[_Point]) -> tuple[
             setattr(changed.get_submodule(parent), child, module)
         chosen.append(changed.eval()(images).argmax(1))
     return model(images).argmax(1), chosen
-
-
-def _attribute(module: nn.Module, target: str):
-    for part in target.split("."):
-        module = getattr(module, part)
-    return module
-
 

@@ -11,7 +11,7 @@ Sources: equalisation and bias correction Nagel et al. 2019 (arXiv 1906.04721); 
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import UnsupportedModelError, evaluating, named
+from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named
 from workbench.quantizers import WeightQuantizer, fake_quantize
 
-PLACES = 64  # patches of each image that a convolution's moments take
+PLACES = 16  # patches of each image that a convolution's moments take
 DAMPING = 1e-2  # of the mean variance, added to Cov(x') before it is inverted
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
 STEPS = 1000
@@ -39,9 +39,11 @@ class _Moments:
     covariance: Tensor
 
     def loss(self, weight: Tensor) -> Tensor:
-        """The quadratic form, per output channel (g, out / g)."""
+        """The quadratic form, per output channel (g, out / g), with the gradient 2 (W' - W*) G at no further product."""
         apart = weight - self.target
-        return (apart @ self.covariance * apart).sum(2)
+        pull = (apart @ self.covariance).detach()
+        half = (apart * pull).sum(2)
+        return 2 * half - half.detach()
 
 
 def equalize(model: nn.Module, *, passes: int = 3) -> nn.Module:
@@ -110,14 +112,15 @@ def _repair(model: nn.Module, reference: nn.Module, batches: Iterable, change, t
                                     f"{', '.join(list(known)[:4])}, ...; give the float model that was quantised")
     if not batches:
         raise ValueError(f"{title} saw no images; give at least one batch")
-    for name in files.progress(_order(new, batches[0][:1]), title=title, unit="layer"):
+    walks = zip(_walk(reference, batches), _walk(new, batches), strict=True)  # both stop before each layer
+    for (name, inputs), (_, inputs_quantised) in files.progress(walks, total=len(layers), title=title, unit="layer"):
         layer = layers[name]
         if not parametrize.is_parametrized(layer, "weight"):
             continue
         quantizer, source = layer.parametrizations.weight[0], layer.parametrizations.weight.original
         if quantizer.scheme.levels == "kmeans":
             raise UnsupportedModelError(f"layer {name}: {title} needs uniform levels, not k-means")
-        moments = _moments(new, reference, name, known[name], batches, seed)
+        moments = _moments(known[name], inputs, inputs_quantised, seed)
         found = change(quantizer, known[name].weight.detach(), moments)
         with torch.no_grad():
             if found is not None:
@@ -191,13 +194,12 @@ def _spread(value: Tensor, quantizer: WeightQuantizer, weight: Tensor, moments: 
     return (rows * value).reshape(moments.target.shape)
 
 
-def _moments(model: nn.Module, reference: nn.Module, name: str, layer: nn.Module, batches: list[Tensor], seed: int) -> _Moments:
+def _moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor], seed: int) -> _Moments:
     draw, sums, count = torch.Generator().manual_seed(seed), None, 0
-    for images in batches:
-        inputs = [_input(network, name, images) for network in (reference, model)]
+    for pair in zip(inputs, inputs_quantised, strict=True):
         places = torch.randint(0, 2**31, (2, PLACES), generator=draw)
-        x, y = (_patches(layer, values, places).double() for values in inputs)  # (g, N, K)
-        found = [x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y]
+        x, y = (_patches(layer, values, places) for values in pair)  # (g, N, K)
+        found = [v.double() for v in (x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y)]
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
         count += x.shape[1]
     mean, mean_quantised, cross, own = (value / count for value in sums)
@@ -223,28 +225,16 @@ def _patches(layer: nn.Module, values: Tensor, places: Tensor) -> Tensor:  # -> 
     return patches.transpose(0, 1)
 
 
-def _input(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        handle.remove()
-    return seen[0].clone()
-
-
-def _order(model: nn.Module, image: Tensor) -> list[str]:
-    """The layers in the order in which they run."""
-    ran: list[str] = []
-    handles = [layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name, layer in named(model).items()]
-    try:
-        with evaluating(model):
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(dict.fromkeys(ran))
+def _walk(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Runs all batches side by side; before each layer, its name and its inputs. The layer may change while it waits."""
+    graph = Stepper(model, remedy="write its forward without branches on values")
+    values: list[dict] = [{} for _ in batches]
+    for i, node in enumerate(graph.nodes[:-1]):
+        if node.op == "call_module" and isinstance(graph.modules[node.target], WEIGHTED):
+            yield node.target, [here[node.args[0]] for here in values]
+        with torch.no_grad():
+            for images, here in zip(batches, values, strict=True):
+                graph.step(i, here, images)
 
 
 def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
