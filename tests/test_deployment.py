@@ -92,3 +92,33 @@ def test_capture_takes_its_hooks_away(network):
     with pytest.raises(ZeroDivisionError), layers.capture(network):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.fixture(scope="module")
+def trained(model, task, tmp_path_factory):
+    return onnx.export(model, task.example, tmp_path_factory.mktemp("onnx") / "resnet20.onnx")
+
+
+@pytest.mark.parametrize("calibrator", list(onnx.CALIBRATORS))
+def test_the_runtimes_own_static_quantisation_answers_as_float_does(trained, tiny, tmp_path, calibrator):
+    path = onnx.quantize_static(trained, tiny.validation.batches(50), tmp_path / "static.onnx", calibrator=calibrator)
+    images, _ = next(tiny.test.batches(200))
+    same = sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(1)
+    assert same.float().mean() > 0.85
+    assert path.stat().st_size < 0.6 * trained.stat().st_size
+
+
+def test_the_runtimes_own_dynamic_quantisation_answers_as_float_does(trained, tiny, tmp_path):
+    path = onnx.quantize_dynamic(trained, tmp_path / "dynamic.onnx")
+    images, _ = next(tiny.test.batches(200))
+    assert (sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(1)).float().mean() > 0.95
+
+
+def test_static_quantisation_refuses_what_it_cannot_use(trained, tmp_path):
+    with pytest.raises(ValueError, match="unknown calibrator 'mse'; ONNX Runtime has minmax, entropy, percentile"):
+        onnx.quantize_static(trained, [], tmp_path / "s.onnx", calibrator="mse")
+    with pytest.raises(ValueError, match="calibration saw no images"):
+        onnx.quantize_static(trained, [], tmp_path / "s.onnx")
+    with pytest.raises(FileNotFoundError):
+        onnx.quantize_dynamic(tmp_path / "none.onnx", tmp_path / "s.onnx")
+    assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ class OnnxSession(Session):
         else:
             source = _open_onnx(source, name, threads)
         self.session = source
-        self._input = source.get_inputs()[0].name
+        self.input_name = source.get_inputs()[0].name
         self._watched: tuple[onnxruntime.InferenceSession, dict[str, str]] | None = None
         super().__init__(self._run, name=name, threads=threads)
 
@@ -100,14 +100,14 @@ class OnnxSession(Session):
         return self.prepare(images)()
 
     def prepare(self, images: Tensor) -> Callable[[], np.ndarray]:
-        feed = {self._input: np.ascontiguousarray(images.numpy())}
+        feed = {self.input_name: np.ascontiguousarray(images.numpy())}
         return lambda: self.session.run(None, feed)[0]
 
     def activations(self, images: Tensor) -> dict[str, Tensor]:
         if self._watched is None:
             self._watched = self._watch()
         session, values = self._watched
-        found = session.run(list(values.values()), {self._input: np.ascontiguousarray(images.numpy())})
+        found = session.run(list(values.values()), {self.input_name: np.ascontiguousarray(images.numpy())})
         return {layer: torch.from_numpy(value) for layer, value in zip(values, found, strict=True)}
 
     def _watch(self):

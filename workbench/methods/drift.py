@@ -1,0 +1,102 @@
+"""Online calibration: notice when the inputs of a deployed model have drifted, say where, and compensate.
+
+Each layer's output has, per channel, a mean and a variance on the images it was calibrated on. A running average of the
+same over the images that come is set against them; a layer that has moved away is brought back by a scale and a shift,
+y' = (y - m) s0 / s + m0. No labels and no gradients are needed.
+
+Sources: the articles' online calibration (A4); the statistics of batch norm taken anew on drifted inputs, Li et al. 2017
+(arXiv 1603.04779), here as a correction behind a layer, so that it also serves a network whose norms are folded.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from torch import Tensor, nn
+
+from workbench.layers import evaluating, named
+
+MOMENTUM = 0.5  # weight of the newest batch in the running average
+LIMIT = 0.15  # in standard deviations of the baseline, mean over channels; images like its own stay below 0.11 here
+
+
+class Monitor:
+    """A model that watches its layers while it is used: `monitor(images)` gives logits, compensated where it is asked.
+
+    batches: (images, labels) pairs that the baseline is taken from, labels not looked at. layers: globs of those watched.
+    A layer has drifted when the mean over its channels of |m - m0| / s0, or of |ln(s / s0)|, exceeds `limit`. With
+    `compensate`, drifted layers are brought back. The model itself is left as it is; `close` takes the watch off.
+
+    Raises ValueError where there are no images, for a limit that is not positive, or a momentum outside (0, 1].
+
+    Example: `monitor = drift.Monitor(model, task.validation.batches(100)); monitor(images); monitor.table()`
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable, *, layers: str | Sequence[str] = "*", momentum: float = MOMENTUM,
+                 limit: float = LIMIT, compensate: bool = False):
+        if not limit > 0 or not 0 < momentum <= 1:
+            raise ValueError(f"monitor: limit is {limit} and momentum {momentum}; expected limit > 0 and 0 < momentum <= 1")
+        self.model, self.momentum, self.limit, self.compensate = model, momentum, limit, compensate
+        self.baseline: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance by channel
+        self.running: dict[str, tuple[Tensor, Tensor]] = {}
+        self.first: dict[str, int] = {}  # the batch at which a layer was first found drifted
+        self.batches, self._sums = 0, {}
+        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in named(model, layers).items()]
+        with evaluating(model):
+            count = sum(1 for images, _ in batches if model(images) is not None)
+        if not count:
+            self.close()
+            raise ValueError("monitor: the baseline saw no images; give at least one batch")
+        for name, (total, squares, n) in self._sums.items():
+            self.baseline[name] = total / n, (squares / n - (total / n) ** 2).clamp_min(1e-12)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of a batch, whose statistics enter the running averages first."""
+        self.batches += 1
+        with evaluating(self.model):
+            return self.model(images).clone()
+
+    def reset(self) -> None:
+        """Forget what has come since the baseline."""
+        self.running, self.first, self.batches = {}, {}, 0
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer: layer, mean_shift (of |m - m0| / s0), std_stretch (of |ln(s / s0)|), drifted, since (batch)."""
+        rows = []
+        for name in self.running:
+            shift, stretch = self._apart(name)
+            rows.append({"layer": name, "mean_shift": shift, "std_stretch": stretch, "drifted": max(shift, stretch) > self.limit,
+                         "since": self.first.get(name)})
+        return pd.DataFrame(rows, columns=["layer", "mean_shift", "std_stretch", "drifted", "since"])
+
+    def _apart(self, name: str) -> tuple[float, float]:
+        (mean, variance), (mean_now, variance_now) = self.baseline[name], self.running[name]
+        shift = ((mean_now - mean).abs() / variance.sqrt()).mean()
+        return shift.item(), (variance_now / variance).log().abs().mean().item() / 2
+
+    def _hook(self, name: str):
+        def hook(_module, _inputs, output: Tensor) -> Tensor | None:
+            values = output.transpose(0, 1).flatten(1) if output.dim() > 2 else output.T  # (channels, n)
+            if name not in self.baseline:
+                total, squares, n = self._sums.get(name, (0.0, 0.0, 0))
+                self._sums[name] = total + values.sum(1), squares + values.pow(2).sum(1), n + values.shape[1]
+                return None
+            now = values.mean(1), values.var(1, correction=0).clamp_min(1e-12)
+            old = self.running.get(name, self.baseline[name])
+            self.running[name] = tuple(a + self.momentum * (b - a) for a, b in zip(old, now, strict=True))
+            if max(self._apart(name)) <= self.limit:
+                return None
+            self.first.setdefault(name, self.batches)
+            return self._brought_back(name, output) if self.compensate else None
+
+        return hook
+
+    def _brought_back(self, name: str, output: Tensor) -> Tensor:
+        (mean, variance), (mean_now, variance_now) = self.baseline[name], self.running[name]
+        shape = (1, -1, *[1] * (output.dim() - 2))
+        scale = (variance / variance_now).sqrt()
+        return output * scale.view(shape) + (mean - mean_now * scale).view(shape)
