@@ -1,5 +1,7 @@
 """The monitor is silent on images like its own, names the layers that drifted and when, and wins accuracy back."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,14 +66,32 @@ def test_a_running_average_equals_the_loop():
     model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
     torch.nn.init.ones_(model[0].weight)
     monitor = drift.Monitor(model, [(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), None)], momentum=0.5)
-    assert monitor.baseline["0"][0].item() == 1
-    assert monitor.baseline["0"][1].item() == 1
+    mean, squares = 1.0, 2.0  # of 0 and 2
     for value in (3.0, 5.0):
-        monitor(torch.tensor([[value, 0.0], [value, 2.0]]))
-    mean, variance = monitor.running["0"]
-    assert mean.item() == 0.5 * (0.5 * 1 + 0.5 * 4) + 0.5 * 6
-    assert variance.item() == 1
-    assert monitor.table().mean_shift.item() == pytest.approx(3.25)
+        monitor(torch.tensor([[value, 0.0], [value, 2.0]]))  # y = value, value + 2
+        mean = 0.5 * mean + 0.5 * (value + 1)
+        squares = 0.5 * squares + 0.5 * (value**2 + (value + 2) ** 2) / 2
+    found = monitor.running["0"]
+    assert [v.item() for v in found] == [mean, squares]
+    assert monitor.table().mean_shift.item() == pytest.approx(abs(mean - 1) / 1)
+    assert monitor.table().std_stretch.item() == pytest.approx(abs(math.log((squares - mean**2) ** 0.5)))
+
+
+def test_single_images_like_its_own_raise_no_alarm(model, task, seen):
+    monitor = drift.Monitor(model, seen)
+    for images, _ in task.test.subset(150).batches(1):
+        monitor(images)
+    monitor.close()
+    assert not monitor.table().drifted.any()
+
+
+def test_only_calls_through_the_monitor_are_watched(model, task, seen):
+    monitor = drift.Monitor(model, seen, compensate=True)
+    images, _ = next(task.test.batches(50))
+    with torch.no_grad():
+        model(darker(images))
+    monitor.close()
+    assert monitor.table().empty
 
 
 @pytest.mark.parametrize(("options", "words"), [({"limit": 0}, "limit is 0"), ({"momentum": 0}, "momentum 0"),

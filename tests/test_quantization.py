@@ -1,5 +1,7 @@
 """Fake quantisation of whole networks, its repairs, and the integer graph that ONNX Runtime runs."""
 
+from collections import OrderedDict
+
 import onnx as onnx_library
 import pytest
 import torch
@@ -65,6 +67,14 @@ def test_weights_alone_or_some_layers_alone_can_be_quantised(folded, tiny):
     only = quantization.quantize(folded, [], weights=FOUR, activations=None, layers="layer3.*")
     assert set(quantization.integers(only)) == {name for name in named(folded) if name.startswith("layer3")}
     assert 0 < logit_error(only, folded, images) < 0.5
+
+
+def test_a_prepared_model_passes_values_on_until_it_is_calibrated(folded, tiny, tmp_path):
+    images, _ = next(tiny.test.batches(20))
+    ready = quantization.prepare(folded, weights=None)
+    assert torch.equal(ready(images), folded(images))
+    with pytest.raises(UnsupportedModelError, match="its range is not known yet; call quantization.calibrate"):
+        onnx.export(ready, tiny.example, tmp_path / "x.onnx")
 
 
 def test_the_table_counts_bits_and_noise(folded, eight, four):
@@ -225,5 +235,8 @@ def test_what_cannot_be_traced_or_repaired_is_refused(network, folded, four, see
         quantization.prepare(Branching())
     with pytest.raises(UnsupportedModelError, match="has no two layers with only a ReLU between them"):
         rounding.equalize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 3)))
+    named_relu = nn.Sequential(OrderedDict(a=nn.Conv2d(1, 4, 3), relu=nn.Hardswish(), b=nn.Conv2d(4, 2, 3)))
+    with pytest.raises(UnsupportedModelError, match="has no two layers with only a ReLU between them"):
+        rounding.equalize(named_relu)
     with pytest.raises(UnsupportedModelError, match="give the float model that was quantised"):
         rounding.correct_bias(four, network, seen)

@@ -134,13 +134,45 @@ def test_training_keeps_the_sparsity_and_moves_the_zeros(network, tiny, pattern,
 
 
 def test_gradual_sparsity_rises_to_what_was_asked(network, tiny):
-    regrow = sparsity.Regrow(network, 0.8, every=1, until=0.75, gradual=True, exchange=0.1)
-    assert all(mask.all() for mask in regrow.masks.values())
     seen = []
-    rising = training.fit(network, tiny, recipe=RECIPE, after_step=lambda model, step, steps: (
-        regrow(model, step, steps), seen.append(float(sparsity.table(model).sparsity.mean()))))
+
+    class Watched(sparsity.Regrow):
+        def __call__(self, model, step, steps):
+            super().__call__(model, step, steps)
+            seen.append(float(sparsity.table(model).sparsity.mean()))
+
+    regrow = Watched(network, 0.8, every=1, until=0.75, gradual=True, exchange=0.1)
+    assert all(mask.all() for mask in regrow.masks.values())
+    rising = training.fit(network, tiny, recipe=RECIPE, after_step=regrow)
     assert seen == sorted(seen)
     assert sparsity.table(rising.model).sparsity.tolist() == pytest.approx([0.8] * 3, abs=0.02)
+
+
+def test_what_comes_back_starts_at_zero_and_a_last_move_reaches_the_sparsity(network):
+    regrow = sparsity.Regrow(network, 0.5, every=1000, until=1.0, gradual=True, exchange=0.0)
+    regrown = sparsity.Regrow(network, 0.5, every=1, exchange=0.5)
+    for hook, steps in ((regrow, 3), (regrown, 3)):
+        model = sparsity.apply(network, hook.masks).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for step in range(1, steps + 1):
+            model(torch.randn(4, 1, 28, 28)).square().mean().backward()
+            before = dict(hook.masks)
+            hook.before_step(model)
+            optimizer.step()
+            hook(model, step, steps)
+            optimizer.zero_grad()
+            for name, mask in hook.masks.items():
+                assert (model.get_submodule(name).weight[mask & ~before[name]] == 0).all()
+    assert sparsity.table(sparsity.apply(network, regrow.masks)).sparsity.tolist() == pytest.approx([0.5] * 3, abs=0.03)
+
+
+def test_global_masks_leave_each_layer_something_and_are_exact_among_equals():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    nn.init.ones_(model[0].weight)
+    nn.init.ones_(model[1].weight)
+    found = sparsity.masks(model, 0.9, scope="global")
+    assert all(mask.any() for mask in found.values())
+    assert sum(int(mask.sum()) for mask in found.values()) == 21
 
 
 def test_a_sparse_training_that_is_killed_goes_on_to_the_same_zeros(network, tiny, tmp_path, monkeypatch):

@@ -162,7 +162,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         if scheme.granularity != "tensor" or scheme.levels != "uniform":
             raise ValueError("scheme of activations: only granularity 'tensor' with uniform levels")
-        self.scheme, self.place, self.observing, self.seen = scheme, place, False, None
+        self.scheme, self.place, self.observing, self.settled, self.seen = scheme, place, False, False, None
         self.scale, self.learned, self.frozen = nn.Parameter(torch.ones(1)), False, None
         self.register_buffer("zero", torch.zeros(1))
 
@@ -173,10 +173,12 @@ class ActivationQuantizer(nn.Module):
     def settle(self, calibrator: str) -> None:
         """Take the range that `calibrator` reads from what was seen, and quantise from now on."""
         scale, zero = _affine(*(torch.tensor([value]) for value in self.seen.range(calibrator, self.scheme)), self.scheme)
-        self.scale.data, self.zero.data, self.observing, self.seen = scale, zero, False, None
+        self.scale.data, self.zero.data, self.observing, self.settled, self.seen = scale, zero, False, True, None
 
     def freeze(self) -> None:
-        """As WeightQuantizer.freeze. Raises UnsupportedModelError for fewer than 8 bits."""
+        """As WeightQuantizer.freeze. Raises UnsupportedModelError for fewer than 8 bits, or before calibration."""
+        if not self.settled:
+            raise UnsupportedModelError(f"{self.place}: its range is not known yet; call quantization.calibrate first")
         if self.scheme.bits != 8:
             raise UnsupportedModelError(f"{self.place}: the runtime stores activations in 8 bits, not {self.scheme.bits}")
         kind = torch.int8 if self.scheme.symmetric else torch.uint8
@@ -189,6 +191,7 @@ class ActivationQuantizer(nn.Module):
             return _onnx("DequantizeLinear", (integers, scale, zero), values.shape, torch.float32)
         if self.observing:
             self.seen.add(values.detach(), self.place)
+        if not self.settled or self.observing:
             return values
         if self.learned and torch.is_grad_enabled():
             return fake_quantize(values.float(), _learned(self.scale, values[0].numel(), self.scheme), self.zero, self.scheme)

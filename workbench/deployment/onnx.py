@@ -97,7 +97,7 @@ def quantize_static(source: Path | str, batches: Iterable, path: Path | str, *, 
 
 
 def quantize_dynamic(source: Path | str, path: Path | str) -> Path:
-    """Write a copy of the float32 ONNX file `source` with int8 weights, its activations quantised as they come, by ONNX
+    """Write a copy of the float32 ONNX file `source` with uint8 weights, its activations quantised as they come, by ONNX
     Runtime's own tool; return its path. Raises as sessions.open does.
     """
     from onnxruntime import quantization
@@ -137,7 +137,7 @@ def _integer_biases(proto: onnx.ModelProto) -> None:
             continue
         scale = (values[sources[0].input[1]] * values[sources[1].input[1]]).astype(np.float32)
         names = [f"{node.input[2]}_{part}" for part in ("integers", "scale", "zero", "dequantized")]
-        parts = (np.rint(bias / scale).astype(np.int32), scale, np.zeros_like(scale, np.int32))
+        parts = (np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32), scale, np.zeros_like(scale, np.int32))
         graph.initializer.extend(onnx.numpy_helper.from_array(part, name) for part, name in zip(parts, names, strict=False))
         graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", names[:3], names[3:], axis=0))
         node.input[2] = names[3]

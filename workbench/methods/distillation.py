@@ -123,8 +123,8 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
 
 
 def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Tensor, *, seed: int = 0) -> nn.ModuleDict:
-    """A 1 x 1 convolution for each of `layers`, from the student's width to the teacher's: what FitNets hints need where
-    the widths differ. Drawn by `seed`; training.fit trains them with the student.
+    """A 1 x 1 convolution, from the student's width to the teacher's, for those of `layers` whose widths differ: what FitNets
+    hints need there. Drawn by `seed`; training.fit trains them with the student.
 
     Raises ValueError for an unknown layer, or one that does not put out feature maps (n, C, H, W).
     """
@@ -136,7 +136,8 @@ def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], ex
         for layer in layers:
             if mine[layer].dim() != 4 or theirs[layer].dim() != 4:
                 raise ValueError(f"regressors: {layer} puts out {tuple(mine[layer].shape)}, expected feature maps (n, C, H, W)")
-            found[_key(layer)] = nn.Conv2d(mine[layer].shape[1], theirs[layer].shape[1], 1, bias=False)
+            if mine[layer].shape[1] != theirs[layer].shape[1]:
+                found[_key(layer)] = nn.Conv2d(mine[layer].shape[1], theirs[layer].shape[1], 1, bias=False)
     return found
 
 
@@ -172,7 +173,7 @@ class _Teaching(nn.Module):
     def _of_features(self, layer: str, student: Tensor, teacher: Tensor) -> Tensor:
         if self.kind == "relational" and student.dim() > 2:  # of embeddings: each map's mean, (n, C)
             student, teacher = student.flatten(2).mean(2), teacher.flatten(2).mean(2)
-        if self.kind == "hint" and self.regressors:
+        if self.kind == "hint" and self.regressors and _key(layer) in self.regressors:
             return hint(student, teacher, regressor=self.regressors[_key(layer)])
         return self.on_features(student, teacher)
 

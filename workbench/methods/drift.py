@@ -23,37 +23,44 @@ class Monitor:
     """A model that watches its layers while it is used: `monitor(images)` gives logits, compensated where it is asked.
 
     batches: (images, labels) pairs that the baseline is taken from, labels not looked at. layers: globs of those watched.
-    A layer has drifted when the mean over its channels of |m - m0| / s0, or of |ln(s / s0)|, exceeds `limit`. With
-    `compensate`, drifted layers are brought back. The model itself is left as it is; `close` takes the watch off.
+    E[y] and E[y^2] of each channel run on with weight `momentum` for a batch as large as the baseline's, and less for a
+    smaller one. A layer has drifted when the mean over its channels of |m - m0| / s0, or of |ln(s / s0)|, exceeds `limit`.
+    With `compensate`, drifted layers are brought back. The model itself is left as it is, and watched only through this
+    object; `close` takes the hooks off.
 
-    Raises ValueError where there are no images, for a limit that is not positive, or a momentum outside (0, 1].
+    Raises ValueError where there are no images, for a limit that is not positive, or a momentum outside (0, 1).
 
     Example: `monitor = drift.Monitor(model, task.validation.batches(100)); monitor(images); monitor.table()`
     """
 
     def __init__(self, model: nn.Module, batches: Iterable, *, layers: str | Sequence[str] = "*", momentum: float = MOMENTUM,
                  limit: float = LIMIT, compensate: bool = False):
-        if not limit > 0 or not 0 < momentum <= 1:
-            raise ValueError(f"monitor: limit is {limit} and momentum {momentum}; expected limit > 0 and 0 < momentum <= 1")
+        if not limit > 0 or not 0 < momentum < 1:
+            raise ValueError(f"monitor: limit is {limit} and momentum {momentum}; expected limit > 0 and 0 < momentum < 1")
         self.model, self.momentum, self.limit, self.compensate = model, momentum, limit, compensate
-        self.baseline: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance by channel
+        self.baseline: dict[str, tuple[Tensor, Tensor]] = {}  # E[y] and E[y^2] by channel
         self.running: dict[str, tuple[Tensor, Tensor]] = {}
         self.first: dict[str, int] = {}  # the batch at which a layer was first found drifted
-        self.batches, self._sums = 0, {}
+        self.batches, self._sums, self._weight, self._watching = 0, {}, 0.0, False
         self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in named(model, layers).items()]
-        with evaluating(model):
-            count = sum(1 for images, _ in batches if model(images) is not None)
-        if not count:
+        sizes = []
+        try:
+            for images, _ in batches:
+                self._run(images)
+                sizes.append(len(images))
+            if not sizes:
+                raise ValueError("monitor: the baseline saw no images; give at least one batch")
+        except BaseException:
             self.close()
-            raise ValueError("monitor: the baseline saw no images; give at least one batch")
-        for name, (total, squares, n) in self._sums.items():
-            self.baseline[name] = total / n, (squares / n - (total / n) ** 2).clamp_min(1e-12)
+            raise
+        self.batch_size = sum(sizes) / len(sizes)
+        self.baseline = {name: (total / n, squares / n) for name, (total, squares, n) in self._sums.items()}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of a batch, whose statistics enter the running averages first."""
         self.batches += 1
-        with evaluating(self.model):
-            return self.model(images).clone()
+        self._weight = 1 - (1 - self.momentum) ** (len(images) / self.batch_size)
+        return self._run(images).clone()
 
     def reset(self) -> None:
         """Forget what has come since the baseline."""
@@ -73,30 +80,43 @@ class Monitor:
                          "since": self.first.get(name)})
         return pd.DataFrame(rows, columns=["layer", "mean_shift", "std_stretch", "drifted", "since"])
 
+    def _run(self, images: Tensor) -> Tensor:
+        self._watching = True
+        try:
+            with evaluating(self.model):
+                return self.model(images)
+        finally:
+            self._watching = False
+
     def _apart(self, name: str) -> tuple[float, float]:
-        (mean, variance), (mean_now, variance_now) = self.baseline[name], self.running[name]
-        shift = ((mean_now - mean).abs() / variance.sqrt()).mean()
-        return shift.item(), (variance_now / variance).log().abs().mean().item() / 2
+        (mean, std), (mean_now, std_now) = (_mean_and_std(*here[name]) for here in (self.baseline, self.running))
+        return ((mean_now - mean).abs() / std).mean().item(), (std_now / std).log().abs().mean().item()
 
     def _hook(self, name: str):
-        def hook(_module, _inputs, output: Tensor) -> Tensor | None:
-            values = output.transpose(0, 1).flatten(1) if output.dim() > 2 else output.T  # (channels, n)
+        def hook(module: nn.Module, _inputs, output: Tensor) -> Tensor | None:
+            if not self._watching:
+                return None
+            axis = output.dim() - 1 if isinstance(module, nn.Linear) else 1
+            values = output.movedim(axis, 0).flatten(1)  # (channels, n)
             if name not in self.baseline:
                 total, squares, n = self._sums.get(name, (0.0, 0.0, 0))
                 self._sums[name] = total + values.sum(1), squares + values.pow(2).sum(1), n + values.shape[1]
                 return None
-            now = values.mean(1), values.var(1, correction=0).clamp_min(1e-12)
-            old = self.running.get(name, self.baseline[name])
-            self.running[name] = tuple(a + self.momentum * (b - a) for a, b in zip(old, now, strict=True))
+            now, old = (values.mean(1), values.pow(2).mean(1)), self.running.get(name, self.baseline[name])
+            self.running[name] = tuple(a + self._weight * (b - a) for a, b in zip(old, now, strict=True))
             if max(self._apart(name)) <= self.limit:
                 return None
             self.first.setdefault(name, self.batches)
-            return self._brought_back(name, output) if self.compensate else None
+            return self._brought_back(name, output, axis) if self.compensate else None
 
         return hook
 
-    def _brought_back(self, name: str, output: Tensor) -> Tensor:
-        (mean, variance), (mean_now, variance_now) = self.baseline[name], self.running[name]
-        shape = (1, -1, *[1] * (output.dim() - 2))
-        scale = (variance / variance_now).sqrt()
+    def _brought_back(self, name: str, output: Tensor, axis: int) -> Tensor:
+        (mean, std), (mean_now, std_now) = (_mean_and_std(*here[name]) for here in (self.baseline, self.running))
+        shape = [-1 if place == axis else 1 for place in range(output.dim())]
+        scale = std / std_now
         return output * scale.view(shape) + (mean - mean_now * scale).view(shape)
+
+
+def _mean_and_std(mean: Tensor, mean_of_squares: Tensor) -> tuple[Tensor, Tensor]:
+    return mean, (mean_of_squares - mean**2).clamp_min(1e-12).sqrt()

@@ -67,7 +67,7 @@ def prepare(model: nn.Module, *, weights: Scheme | None = INT8_WEIGHTS, activati
                                     f"({str(error).splitlines()[0]}); write its forward without branches on values") from error
     if activations:
         _insert(traced, activations)
-    for name in chosen if weights else ():
+    for name in [name for name in chosen if name in named(traced)] if weights else ():  # without what eval mode leaves out
         layer = traced.get_submodule(name)
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, weights, by=by, layer=name))
     if hasattr(model, "origin"):
@@ -184,6 +184,8 @@ def _last_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
         if not (isinstance(module, _FOLLOWING) or relu) or follower.args[0] is not node:
             return node
         node = follower
+        if relu or isinstance(module, nn.ReLU | nn.ReLU6 | nn.Hardtanh):
+            return node
     return node
 
 

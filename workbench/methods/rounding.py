@@ -11,6 +11,7 @@ Sources: equalisation and bias correction Nagel et al. 2019 (arXiv 1906.04721); 
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named
 from workbench.quantizers import WeightQuantizer, fake_quantize
 
 PLACES = 16  # patches of each image that a convolution's moments take
+LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
 DAMPING = 1e-2  # of the mean variance, added to Cov(x') before it is inverted
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
 STEPS = 1000
@@ -49,7 +51,8 @@ class _Moments:
 def equalize(model: nn.Module, *, passes: int = 3) -> nn.Module:
     """A copy that computes the same, with the ranges of neighbouring layers made equal channel by channel.
 
-    Channel i of a layer is divided, and what reads it multiplied, by s_i = sqrt(max|W_1,i| / max|W_2,i|). It needs two
+    Channel i of a layer is divided, and what reads it multiplied, by s_i = sqrt(max|W_1,i| / max|W_2,i|); channels below a
+    thousandth of the largest are left, or their biases would grow without bound. It needs two
     convolution or linear layers with nothing but a ReLU (not ReLU6) between them, batch norms folded.
 
     Raises UnsupportedModelError where the model cannot be traced or has no such pair.
@@ -67,7 +70,8 @@ def equalize(model: nn.Module, *, passes: int = 3) -> nn.Module:
                 depthwise = getattr(second, "groups", 1) > 1
                 mine = first.weight.abs().flatten(1).amax(1)
                 theirs = (second.weight if depthwise else second.weight.transpose(0, 1)).abs().flatten(1).amax(1)
-                share = torch.where((mine > 0) & (theirs > 0), (mine / theirs.clamp_min(1e-12)).sqrt(), 1.0)
+                live = (mine > LIVE * mine.max()) & (theirs > LIVE * theirs.max())
+                share = torch.where(live, (mine / theirs.clamp_min(1e-12)).sqrt(), 1.0)
                 first.weight /= share.view(-1, *[1] * (first.weight.dim() - 1))
                 if first.bias is not None:
                     first.bias /= share
@@ -105,7 +109,8 @@ def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable, *, steps
 
 
 def _repair(model: nn.Module, reference: nn.Module, batches: Iterable, change, title: str, seed: int) -> nn.Module:
-    new, batches = copy.deepcopy(model).eval(), [images for images, _ in batches]
+    new, reference = copy.deepcopy(model).eval(), copy.deepcopy(reference).eval()
+    batches = [images for images, _ in batches]
     known, layers = named(reference), named(new)
     if list(known) != list(layers):
         raise UnsupportedModelError(f"the quantised model has layers {', '.join(list(layers)[:4])}, ..., the reference "
@@ -228,6 +233,10 @@ def _patches(layer: nn.Module, values: Tensor, places: Tensor) -> Tensor:  # -> 
 def _walk(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
     """Runs all batches side by side; before each layer, its name and its inputs. The layer may change while it waits."""
     graph = Stepper(model, remedy="write its forward without branches on values")
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    twice = [name for name, count in calls.items() if count > 1 and isinstance(graph.modules[name], WEIGHTED)]
+    if twice:
+        raise UnsupportedModelError(f"layer {twice[0]} runs {calls[twice[0]]} times, so that no one rounding is best for it")
     values: list[dict] = [{} for _ in batches]
     for i, node in enumerate(graph.nodes[:-1]):
         if node.op == "call_module" and isinstance(graph.modules[node.target], WEIGHTED):
@@ -244,6 +253,7 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find neighbouring layers "
                                     f"({str(error).splitlines()[0]})") from error
     modules, pairs = dict(model.named_modules()), []
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules[node.target], nn.Conv2d | nn.Linear):
             continue
@@ -251,11 +261,14 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         while len(place.users) == 1:
             place = next(iter(place.users))
             module = modules.get(place.target) if place.op == "call_module" else None
-            if not (isinstance(module, nn.ReLU | nn.Identity | nn.Dropout) or place.target in (F.relu, torch.relu, "relu")):
+            relu = (place.op == "call_function" and place.target in (F.relu, torch.relu)) or \
+                   (place.op == "call_method" and place.target == "relu")
+            if not (isinstance(module, nn.ReLU | nn.Identity | nn.Dropout) or relu):
                 break
         second = modules.get(place.target) if place.op == "call_module" else None
         first = modules[node.target]
-        if place is not node and type(second) is type(first) and len(first.weight) in (
+        once = calls[node.target] == calls[place.target] == 1
+        if place is not node and once and type(second) is type(first) and len(first.weight) in (
                 second.weight.shape[1], len(second.weight) if getattr(second, "groups", 1) == len(second.weight) else -1):
             pairs.append((first, second))
     return pairs

@@ -33,8 +33,8 @@ def masks(model: nn.Module, sparsity: float | None = None, *, pattern: str = "un
 
     sparsity: the fraction (0-1) of the weights that go; a pattern n:m fixes it to 1 - n/m. A block's size is its mean
     |w|; blocks at an edge may be smaller. scope "layer" takes the same fraction of each layer, "global" ranks all
-    blocks together, each divided by the mean |w| of its layer. layers: globs. A layer whose row m does not divide, such
-    as the first convolution, stays dense under n:m and is absent from the masks.
+    blocks together, each divided by the mean |w| of its layer; one block of each layer stays. layers: globs. A layer
+    whose row m does not divide, such as the first convolution, stays dense under n:m and is absent from the masks.
 
     Raises ValueError for a sparsity outside [0, 1), an unknown pattern or scope, NaN weights, or a glob that matches
     nothing; UnsupportedModelError where m divides no layer.
@@ -51,14 +51,16 @@ def masks(model: nn.Module, sparsity: float | None = None, *, pattern: str = "un
     for name, values in scores.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"layer {name}: its weights hold NaN or infinity; look at them")
-    limit = None
+    kept = {name: shape.keep(values, 1 - sparsity) for name, values in scores.items()}
     if scope == "global" and not shape.each:
-        scores = {name: values / values.mean().clamp_min(1e-12) for name, values in scores.items()}
+        ranks = torch.cat([(values / values.mean().clamp_min(1e-12)).flatten() for values in scores.values()])
         sizes = torch.cat([shape.sizes(chosen[name].weight).flatten() for name in scores])
-        ranked, order = torch.cat([values.flatten() for values in scores.values()]).sort(stable=True)
-        gone = int((sizes[order].cumsum(0) <= round(sparsity * int(sizes.sum()))).sum())
-        limit = ranked[gone - 1] if gone else ranked[0] - 1
-    kept = {name: values > limit if limit is not None else shape.keep(values, 1 - sparsity) for name, values in scores.items()}
+        order = ranks.sort(stable=True).indices
+        stays = torch.ones(len(order), dtype=torch.bool)
+        stays[order[sizes[order].cumsum(0) <= round(sparsity * int(sizes.sum()))]] = False
+        parts = stays.split([values.numel() for values in scores.values()])
+        kept = {name: part.view(scores[name].shape) if part.any() else _largest(scores[name], 1)
+                for name, part in zip(scores, parts, strict=True)}
     return {name: shape.spread(blocks, chosen[name].weight) for name, blocks in kept.items()}
 
 
@@ -119,11 +121,12 @@ def penalty(model: nn.Module, kind: str, *, layers: str | Sequence[str] = "*") -
 class Regrow:
     """Keeps a model sparse through training.fit(after_step=...), and moves its zeros: prune and regrow.
 
-    Every `every` steps, until the fraction `until` of training, p being the fraction of that which is over, a layer keeps
-    K(p) = (1 - s(p)) of its blocks, s(p) = sparsity (1 - (1 - p)^3) where `gradual`, else sparsity. Of these the
-    f(p) = exchange (1 + cos(pi p)) / 2 smallest by mean |w| are pruned as well, and as many of the blocks that are zero
-    come back at zero, those of the largest mean |dL/dw|. In each group of an n:m pattern at most one weight is
-    exchanged, in the fraction f(p) of groups whose smallest kept weight is smallest. exchange=0 keeps the first masks,
+    Every `every` steps, and a last time at the fraction `until` of training, p being the share of that which is over, a
+    layer keeps K(p) = (1 - s(p)) of its blocks, s(p) = sparsity (1 - (1 - p)^3) where `gradual`, else sparsity. Of these
+    the f(p) = exchange (1 + cos(pi p)) / 2 smallest by mean |w| go as well, and as many of all that are out come in, at
+    zero where they were zero: those of the largest mean |dL/dw|, which the update and its momentum do not see. In each
+    group of an n:m pattern at most one weight is exchanged, in the fraction f(p) of groups whose smallest kept weight is
+    smallest. exchange=0 keeps the first masks,
     `masks`, which the model should start with: sparsity.apply(model, regrow.masks).
 
     Raises ValueError for values outside their ranges, n:m with gradual, and as `masks` does.
@@ -141,15 +144,24 @@ class Regrow:
             raise ValueError(f"regrow: pattern {pattern!r} fixes its sparsity, so it cannot rise; leave gradual out")
         self.sparsity = self.shape.sparsity(sparsity)
         self.exchange, self.every, self.until, self.gradual = exchange, every, until, gradual
+        self._slopes: dict[str, Tensor] = {}
         self.masks = masks(model, 0.0 if gradual else sparsity, pattern=pattern, layers=layers)
         self.identity = [pattern, self.sparsity, exchange, every, until, gradual, sorted(self.masks)]
 
+    def before_step(self, model: nn.Module) -> None:
+        """Keep the dense gradients aside and leave the update, and its momentum, those of the weights that stay."""
+        self._slopes = {}
+        for name, weight in _weights(model, self.masks).items():
+            self._slopes[name] = weight.grad.detach().clone()
+            weight.grad.mul_(self.masks[name].to(weight.device))
+
     def __call__(self, model: nn.Module, step: int, steps: int) -> None:
-        """After step `step` (from 1) of `steps`, gradients still in place: move the masks where it is time, apply them."""
-        weights, progress = _weights(model, self.masks), step / (steps * self.until)
-        if step % self.every == 0 and progress <= 1:
-            self.masks = {name: self._moved(name, weight, progress) for name, weight in weights.items()}
+        """After step `step` (from 1) of `steps`: the zeros are zero again, and move where it is time."""
+        weights, last = _weights(model, self.masks), max(int(steps * self.until), 1)
         _zero(weights, self.masks)
+        if step == last or (step < last and step % self.every == 0):
+            self.masks = {name: self._moved(name, weight, step / last) for name, weight in weights.items()}
+            _zero(weights, self.masks)
 
     def state_dict(self) -> Masks:
         """The masks, as they stand: what a training that goes on needs."""
@@ -161,7 +173,7 @@ class Regrow:
 
     def _moved(self, name: str, weight: Tensor, progress: float) -> Tensor:
         size = self.shape.scores(weight.detach().abs())
-        slope = self.shape.scores(weight.grad.detach().abs())
+        slope = self.shape.scores(self._slopes[name].abs())
         old = self.shape.scores(self.masks[name].to(weight.device, torch.float32)) > 0
         share = self.exchange * (1 + math.cos(math.pi * progress)) / 2
         if self.shape.each:  # size (groups, m)

@@ -78,8 +78,8 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
 
     loss(model, images, labels, progress) defaults to cross entropy; progress is the fraction of the steps done. A loss
     that is a module trains with the model, such as one with regressors; a copy of it, so that every call starts alike.
-    after_step(model, step, steps) runs after each update, the gradients still in place, such as sparsity.Regrow; where
-    it has a state_dict, a copy of it runs, and its state is saved with the rest.
+    after_step(model, step, steps) runs after each update, such as sparsity.Regrow, and its before_step(model), where it
+    has one, between gradients and update. A copy of it runs; where it has a state_dict, that is saved with the rest.
 
     Every random choice follows from (seed, step), so the same seed gives the same weights, and a run that is killed and
     called again with the same `state` path goes on from the last save (each epoch's end, and once a minute) to the
@@ -153,6 +153,8 @@ class _Run:
                 raise ValueError(f"training: the loss became {loss.item()} at step {self.step} of epoch "
                                  f"{self.step // self.epoch_steps + 1}; lower learning_rate or use precision fp32")
             self.scaler.scale(loss).backward()
+        if hasattr(self.after_step, "before_step"):
+            self.after_step.before_step(self.model)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -175,7 +177,8 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file, whole or not at all."""
-        tensors = {f"{name}.{k}": v.contiguous() for name, part in self.parts.items() for k, v in part.state_dict().items()}
+        tensors = {f"{name}.{k}": v.contiguous().clone()  # a copy: two names may share one tensor
+                   for name, part in self.parts.items() for k, v in part.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items() if v is not None}
         progress = {"step": self.step, "rows": self.rows, "sums": self.sums, "scaler": self.scaler.state_dict()}
