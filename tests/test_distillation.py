@@ -167,9 +167,10 @@ def test_bad_requests_are_refused(call, message):
 def test_hints_between_widths_train_their_regressors_and_leave_the_teacher(tiny, model):
     narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example)
     layers = ("layer1.0.conv1", "layer3.1.conv1")
-    between = distillation.regressors(narrow, model, layers, tiny.example)
-    assert all(r.weight.shape[0] >= r.weight.shape[1] for r in between.values())
-    loss = distillation.loss(model, "hint", layers=layers, regressors=between)
+    loss = distillation.loss(model, "hint", layers=layers, student=narrow, example=tiny.example)
+    between = loss.regressors
+    assert all(r.weight.shape[0] > r.weight.shape[1] for r in between.values())
+    assert len(distillation.regressors(model, model, layers, tiny.example)) == 0
     taught = {id(p) for p in loss.parameters()}
     assert taught == {id(p) for p in between.parameters()}, "the teacher is not trained"
     seen = []
@@ -191,8 +192,7 @@ def test_hints_between_widths_train_their_regressors_and_leave_the_teacher(tiny,
 def test_regressors_learn(tiny, model):
     narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example)
     layers = ("layer2.1.conv1",)
-    loss = distillation.loss(model, "hint", layers=layers, weight=1.0,
-                             regressors=distillation.regressors(narrow, model, layers, tiny.example))
+    loss = distillation.loss(model, "hint", layers=layers, weight=1.0, student=narrow, example=tiny.example)
     images, labels = next(tiny.test.batches(32))
     optimizer, values = torch.optim.SGD(loss.parameters(), 0.05), []
     for _ in range(5):

@@ -102,13 +102,14 @@ def relational(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angl
 
 
 def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedule = 3.0, alpha: Schedule = 0.7,
-         weight: float = 1.0, layers: Sequence[str] = (), regressors: nn.ModuleDict | None = None) -> nn.Module:
+         weight: float = 1.0, layers: Sequence[str] = (), student: nn.Module | None = None,
+         example: Tensor | None = None) -> nn.Module:
     """A loss for training.fit: (student, images, labels, progress 0-1) -> scalar; the teacher is frozen in eval mode.
 
     "soft_targets": with_labels. "decoupled": cross entropy + weight * decoupled. "hint", "attention", "relational":
     with_labels + weight * the loss of the features of each of `layers` (module names in both, such as "layer2").
-    temperature and alpha may fall or step through training: see `falling` and `stages`. regressors: for hints between
-    layers of different widths; see the function of that name.
+    temperature and alpha may fall or step through training: see `falling` and `stages`. student, example: for hints
+    between layers of different widths, which then get the `regressors` of the two networks.
 
     Raises ValueError for an unknown kind or missing layers.
 
@@ -119,7 +120,8 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
     on_features = {"hint": hint, "attention": attention, "relational": relational}.get(kind)
     if on_features and not layers:
         raise ValueError(f"distillation {kind!r} needs layers=(NAME, ...), modules of both networks")
-    return _Teaching(teacher, kind, temperature, alpha, weight, tuple(layers), on_features, regressors)
+    between = regressors(student, teacher, layers, example) if kind == "hint" and student is not None else None
+    return _Teaching(teacher, kind, temperature, alpha, weight, tuple(layers), on_features, between)
 
 
 def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Tensor, *, seed: int = 0) -> nn.ModuleDict:
