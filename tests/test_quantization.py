@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from workbench import layers
 from workbench.deployment import onnx, sessions
 from workbench.layers import UnsupportedModelError, named
 from workbench.measures import accuracy, sensitivity
@@ -157,9 +158,9 @@ def test_convolution_patches_give_the_convolution_back():
     torch.manual_seed(0)
     for layer in (nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 8, 3, groups=2, dilation=2),
                   nn.Conv2d(4, 4, 3, groups=4)):
-        images, places = torch.randn(2, 4, 9, 9), torch.randint(0, 99, (2, 10))
-        out = layer(images)
-        patches = rounding._patches(layer, images, places)  # (g, N, K)
+        images = torch.randn(2, 4, 9, 9)
+        out, places = layer(images), torch.randint(0, 2**31, (2, 10), generator=torch.Generator().manual_seed(3))
+        patches = layers.patches(layer, images, seed=3, places=10)  # (g, N, K)
         weight = layer.weight.view(layer.groups, -1, patches.shape[2])
         found = torch.einsum("gnk,gok->ngo", patches, weight).flatten(1) + layer.bias
         expected = out[:, :, places[0] % out.shape[2], places[1] % out.shape[3]].transpose(1, 2).flatten(0, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,6 +121,26 @@ class Stepper:
 def load(arguments, values: Mapping[fx.Node, object]):
     """The arguments of a node with their values in the place of nodes."""
     return fx.node.map_arg(arguments, lambda node: values[node])
+
+
+def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) -> Tensor:
+    """The inputs `values` of a layer as rows of its matrix product, (groups, N, K), K inputs a channel.
+
+    A linear layer gives all; a convolution `places` patches of each image, at places drawn by `seed`, the same for all.
+    Raises UnsupportedModelError for another layer, or padding that is not zeros.
+    """
+    if isinstance(layer, nn.Linear):
+        return values.reshape(1, -1, values.shape[-1])
+    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv2d with zero padding, and Linear")
+    (high, wide), (down, right) = layer.padding, layer.dilation
+    values = F.pad(values, (wide, wide, high, high))
+    windows = values.unfold(2, down * (layer.kernel_size[0] - 1) + 1, layer.stride[0])
+    windows = windows.unfold(3, right * (layer.kernel_size[1] - 1) + 1, layer.stride[1])[..., ::down, ::right]
+    rows, columns = torch.randint(0, 2**31, (2, places), generator=torch.Generator().manual_seed(seed))
+    chosen = windows[:, :, rows % windows.shape[2], columns % windows.shape[3]]  # (n, C, P, kh, kw)
+    inputs = chosen[0, 0, 0].numel() * chosen.shape[1] // layer.groups
+    return chosen.transpose(1, 2).reshape(-1, layer.groups, inputs).transpose(0, 1)
 
 
 @contextlib.contextmanager

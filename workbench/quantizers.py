@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ GRANULARITIES = ("tensor", "channel", "group")
 LEVELS = ("uniform", "kmeans")
 CALIBRATORS = ("minmax", "moving_average", "percentile", "mse", "entropy")
 BINS = 4096  # of a histogram at most; when a batch needs more, neighbours merge two by two
+COUNTED = 2**18  # values of a batch that a histogram counts at most, evenly spread; the least and greatest are of all
 PERCENTILE = 0.9999  # of the values that the percentile calibrator keeps, a half of the rest cut on either side
 MOMENTUM = 0.9  # of the moving average, per batch
 
@@ -166,9 +168,9 @@ class ActivationQuantizer(nn.Module):
         self.scale, self.learned, self.frozen = nn.Parameter(torch.ones(1)), False, None
         self.register_buffer("zero", torch.zeros(1))
 
-    def observe(self) -> None:
-        """Begin anew to watch the values that pass, unchanged."""
-        self.observing, self.seen = True, Histogram()
+    def observe(self, *, counting: bool = True) -> None:
+        """Begin anew to watch the values that pass, unchanged; not `counting`, only their least and greatest."""
+        self.observing, self.seen = True, Histogram(counting=counting)
 
     def settle(self, calibrator: str) -> None:
         """Take the range that `calibrator` reads from what was seen, and quantise from now on."""
@@ -201,23 +203,33 @@ class ActivationQuantizer(nn.Module):
 class Histogram:
     """Counts of values in bins of equal width, as many as come: the width doubles when they no longer fit.
 
-    Bins lie on multiples of the width, so that merging two by two is exact and memory does not grow with the images.
+    Bins lie on multiples of the width, a power of two, so that merging two by two is exact and memory does not grow with the
+    images. Not `counting`, it keeps the least and greatest value only, which is what "minmax" and "moving_average" need.
     """
 
-    def __init__(self):
+    def __init__(self, *, counting: bool = True):
+        self.counting = counting
         self.counts, self.first, self.width = torch.zeros(0, dtype=torch.int64), 0, 0.0
         self.low, self.high, self.averages, self.zeros = math.inf, -math.inf, None, 0
 
     def add(self, values: Tensor, place: str = "") -> None:
         """Count a batch. Raises ValueError for NaN or infinity."""
-        values = values.flatten().float()
+        inward = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+        values = (values.permute(0, 2, 3, 1) if inward else values).flatten().float()  # in the order of memory: no copy
         low, high = (v.item() for v in values.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError(f"calibration: the values of {place or 'a node'} hold NaN or infinity; look at the images and "
                              "the weights")
         now = torch.tensor([low, high])
         self.averages = now if self.averages is None else MOMENTUM * self.averages + (1 - MOMENTUM) * now
-        self.low, self.high, self.zeros = min(self.low, low), max(self.high, high), self.zeros + int((values == 0).sum())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if not self.counting:
+            return
+        step = -(-len(values) // COUNTED) | 1
+        while math.gcd(step, len(values)) > 1:  # else it would meet the same channels or columns again and again
+            step += 2
+        values = values[::step]
+        self.zeros += int(np.count_nonzero((values == 0).numpy()))
         if not self.width:
             self.width = 2.0 ** math.ceil(math.log2(max(high - low, abs(high), abs(low), 1e-30) / (BINS // 2)))
         while math.floor(self.high / self.width) - math.floor(self.low / self.width) >= BINS:
@@ -226,8 +238,9 @@ class Histogram:
         grown = torch.zeros(last - first + 1, dtype=torch.int64)
         start = self.first - first
         grown[start:start + len(self.counts)] = self.counts
-        places = (values / self.width).floor_().sub_(first).clamp_(0, len(grown) - 1).to(torch.int64)
-        self.counts, self.first = grown + torch.bincount(places, minlength=len(grown)), first
+        for part in values.split(2**23):  # histc counts in float32, exact to 2^24
+            grown += torch.histc(part, len(grown), first * self.width, (last + 1) * self.width).to(torch.int64)
+        self.counts, self.first = grown, first
 
     def range(self, calibrator: str, scheme: Scheme) -> tuple[float, float]:
         """The least and greatest value that the grid is to hold, with 0 between them.
@@ -236,7 +249,7 @@ class Histogram:
         """
         if calibrator not in CALIBRATORS:
             raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
-        if not len(self.counts):
+        if self.averages is None:
             raise ValueError("calibration saw no images; give at least one batch")
         chosen = {"minmax": lambda: (self.low, self.high), "moving_average": lambda: tuple(self.averages.tolist()),
                   "percentile": self._percentile, "mse": lambda: self._least_error(scheme),
@@ -260,14 +273,12 @@ class Histogram:
         return low, float(self._centres()[min(top, len(self.counts) - 1)])
 
     def _least_error(self, scheme: Scheme) -> tuple[float, float]:
-        centres, best, found = self._centres(), math.inf, (self.low, self.high)
-        for share in torch.linspace(1.0, 0.1, 91).tolist():
-            bounds = (min(self.low * share, 0.0), max(self.high * share, 0.0))
-            scale, zero = _affine(*(torch.tensor([v]) for v in bounds), scheme)
-            error = float(((centres - fake_quantize(centres, scale, zero, scheme)).pow(2) * self.counts).sum())
-            if error < best:
-                best, found = error, bounds
-        return found
+        shares = torch.linspace(1.0, 0.1, 91)[:, None]
+        low, high = (shares * self.low).clamp(max=0), (shares * self.high).clamp(min=0)
+        centres = self._centres()[None]
+        off = centres - fake_quantize(centres, *_affine(low, high, scheme), scheme)
+        best = (off.pow(2) * self.counts).sum(1).argmin()
+        return low[best].item(), high[best].item()
 
     def _entropy(self, scheme: Scheme) -> tuple[float, float]:
         """The threshold t on |x| at which KL(p || q) is least: p the counts with all beyond t in its last bin, q the same
@@ -279,22 +290,18 @@ class Histogram:
         sizes.scatter_add_(0, torch.where(where >= 0, where, -where - 1), self.counts.double())
         sizes[0] -= self.zeros
         levels = 2**scheme.bits if self.low >= 0 and not scheme.symmetric else 2 ** (scheme.bits - 1)
-        mass, filled = (torch.cat([torch.zeros(1, dtype=torch.float64), v.cumsum(0)]) for v in (sizes, (sizes > 0).double()))
-        logs = torch.cat([torch.zeros(1, dtype=torch.float64), torch.special.xlogy(sizes, sizes).cumsum(0)])
-        best, found = math.inf, reach
-        for bins in range(min(levels, reach), reach + 1, max(reach // 1024, 1)):
-            edges = torch.linspace(0, bins, levels + 1, dtype=torch.float64).round().long()
-            m, n = mass[edges[1:]] - mass[edges[:-1]], filled[edges[1:]] - filled[edges[:-1]]
-            beyond, inside = float(mass[-1] - mass[bins]), float(mass[bins])
-            last, spread = float(sizes[bins - 1]), float(m[-1] / n[-1]) if n[-1] else 0.0
-            if not inside or (beyond and not spread):
-                continue
-            own = float(logs[bins]) - _xlogx(last) + _xlogx(last + beyond)
-            cross = float(torch.special.xlogy(m, m / n.clamp_min(1)).sum()) + (beyond * math.log(spread) if beyond else 0.0)
-            total = inside + beyond
-            divergence = (own - cross) / total - math.log(total) + math.log(inside)
-            if divergence < best:
-                best, found = divergence, bins
+        mass, filled, logs = (torch.cat([torch.zeros(1, dtype=torch.float64), v.cumsum(0)])
+                              for v in (sizes, (sizes > 0).double(), torch.special.xlogy(sizes, sizes)))
+        bins = torch.arange(min(levels, reach), reach + 1, max(reach // 1024, 1))  # the thresholds, in bins
+        edges = (bins[:, None] * torch.linspace(0, 1, levels + 1, dtype=torch.float64)).round().long()
+        m, n = mass[edges].diff(dim=1), filled[edges].diff(dim=1)
+        inside, beyond, last = mass[bins], mass[-1] - mass[bins], sizes[bins - 1]
+        spread = m[:, -1] / n[:, -1].clamp_min(1)  # what q has in the last bin
+        own = logs[bins] - torch.special.xlogy(last, last) + torch.special.xlogy(last + beyond, last + beyond)
+        cross = torch.special.xlogy(m, m / n.clamp_min(1)).sum(1) + torch.special.xlogy(beyond, spread)
+        divergence = (own - cross) / (inside + beyond) - (inside + beyond).log() + inside.log()
+        possible = (inside > 0) & ((beyond == 0) | (spread > 0))
+        found = int(bins[torch.where(possible, divergence, math.inf).argmin()]) if possible.any() else reach
         threshold = found * self.width
         return max(self.low, -threshold), min(self.high, threshold)
 
@@ -329,7 +336,3 @@ def _learned(scale: Tensor, values: int, scheme: Scheme) -> Tensor:
 
 def _nearest(rows: Tensor, levels: Tensor) -> Tensor:  # (R, C), sorted (R, L) -> places (R, C)
     return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
-
-
-def _xlogx(value: float) -> float:
-    return value * math.log(value) if value > 0 else 0.0

@@ -6,15 +6,20 @@ over rounds. Source for the pairing: Kalibera & Jones 2013, "Rigorous benchmarki
 """
 
 import gc
+import multiprocessing
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from workbench import files, machine
-from workbench.deployment import sessions
+from workbench.deployment import batching, sessions
 
 SETTLE_MS = 10.0  # discarded at the start of a turn: caches fill, the previous candidate's threads go to sleep
 SETTLE_RUNS = 3
@@ -68,6 +73,88 @@ def paired(candidates: Mapping[str, object], images: Tensor, *, threads: int | N
     return frame
 
 
+def grid(candidates: Mapping[str, object], image: Tensor, *, threads: Sequence[int], batches: Sequence[int], blocks: int = 10,
+         seed: int = 0) -> pd.DataFrame:
+    """`paired` for every number of threads and size of batch (C11), with images_per_s added.
+
+    candidates: paths or modules, opened anew for each number of threads. image: float32 (1, C, H, W), repeated. Raises as
+    `paired` does.
+
+    Example: `latency.grid({"float32": "a.onnx", "int8": "b.onnx"}, task.example, threads=[1, 2], batches=[1, 8, 64])`
+    """
+    tables = [paired(candidates, image.expand(size, *image.shape[1:]).contiguous(), threads=count, blocks=blocks, seed=seed)
+              for count in threads for size in batches]
+    frame = pd.concat(tables, ignore_index=True)
+    frame["images_per_s"] = 1e3 * frame.batch / frame.latency_ms
+    frame.attrs["machine"] = machine.describe()
+    return frame
+
+
+def under_load(model, images: Tensor, *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,
+               seconds: float = 2.0, threads: int | None = None) -> pd.DataFrame:
+    """One row per number of clients in a closed loop: each sends one image, waits for its answer and sends the next.
+
+    Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms, mean_batch, requests.
+    images: float32 (n, C, H, W), taken in turn. size, deadline_ms: of the dynamic batches (batching.Batcher); 1 is none.
+    The first quarter of the `seconds` is not counted. Clients and model share this machine's cores.
+
+    Raises ValueError where a number of clients is below 1, and as Batcher and sessions.open do.
+    """
+    if not clients or min(clients) < 1:
+        raise ValueError(f"clients are {list(clients)}, expected numbers of at least 1")
+    rows = []
+    for count in files.progress(clients, title="load", unit="level"):
+        with batching.Batcher(model, size=size, deadline_ms=deadline_ms, threads=threads) as served:
+            served.submit(images[0]).result()
+            started = time.perf_counter()
+            opened, ended = started + seconds / 4, started + seconds
+            with ThreadPoolExecutor(count) as pool:
+                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, images, k, end), range(count)))
+            name = served.session.name
+            sizes = served.batches[1:]
+        done = np.array([turn for turns_of_one in turns for turn in turns_of_one if turn[0] >= opened and turn[1] <= ended])
+        if not len(done):
+            raise ValueError(f"no request of {count} clients ended within {seconds} seconds; give more")
+        waits = 1e3 * (done[:, 1] - done[:, 0])
+        p50, p95, p99 = np.percentile(waits, [50, 95, 99])
+        rows.append({"candidate": name, "clients": count, "size": size, "deadline_ms": deadline_ms,
+                     "requests_per_s": len(done) / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50, "p95_ms": p95,
+                     "p99_ms": p99, "mean_batch": float(np.mean(sizes)), "requests": len(done)})
+    return pd.DataFrame(rows)
+
+
+def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
+    """Words where int8 does not pay on this machine: no VNNI or AMX, or a candidate of `quantised` slower than the
+    reference at some threads and batch. table: of `paired` or `grid`."""
+    words = []
+    formats = machine.hardware()["formats"]
+    if not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(formats):
+        words.append("this processor has neither VNNI nor AMX: its int8 products take several instructions each, so that int8 "
+                     "may be slower than float32")
+    for row in table[table.candidate.isin(quantised) & (table.ratio_low > 1)].itertuples():
+        words.append(f"{row.candidate} is slower than the reference at {row.threads} threads and batch {row.batch}: "
+                     f"{row.ratio:.2f}x the time [{row.ratio_low:.2f}, {row.ratio_high:.2f}]")
+    return words
+
+
+def peak_memory(candidates: Mapping[str, object], images: Tensor, *, threads: int = 1, runs: int = 5) -> pd.DataFrame:
+    """One row per candidate: candidate, base_mb, peak_mb, own_mb, each measured in a fresh process of its own (B10).
+
+    base_mb: resident memory once the libraries are imported and the images are there; peak_mb: the most while the model
+    is opened and run `runs` times; own_mb their difference. Candidates: ONNX files, or modules that can be pickled.
+
+    Raises RuntimeError where the process fails, with its reason.
+    """
+    rows = []
+    for name, source in candidates.items():
+        sessions.open(source, threads=threads)  # what is wrong with it is said here, not in another process
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            base, peak = pool.submit(_memory, source, images, threads, runs).result()
+        rows.append({"candidate": name, "threads": threads, "batch": len(images), "base_mb": base, "peak_mb": peak,
+                     "own_mb": peak - base})
+    return pd.DataFrame(rows)
+
+
 def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
     """The candidate of `paired` with the least ratio to the reference, or None where none gains.
 
@@ -76,6 +163,32 @@ def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
     """
     gaining = table[table.ratio_high < 1 - least]
     return None if gaining.empty else str(gaining.loc[gaining.ratio.idxmin(), "candidate"])
+
+
+def _client(served, images: Tensor, place: int, until: float) -> list[tuple[float, float]]:
+    turns = []
+    while (before := time.perf_counter()) < until:
+        served.submit(images[(place + len(turns)) % len(images)]).result()
+        turns.append((before, time.perf_counter()))
+    return turns
+
+
+def _memory(source, images: Tensor, threads: int, runs: int) -> tuple[float, float]:
+    import onnxruntime  # noqa: F401  (part of the base, whoever needs it)
+
+    torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # so are torch's own pools
+    base = _resident("VmRSS")
+    session = sessions.open(source, threads=threads)
+    for _ in range(runs):
+        session(images)
+    return base, _resident("VmHWM")
+
+
+def _resident(field: str) -> float:  # MB
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise RuntimeError("peak memory is read from /proc, which this system does not have")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text()).group(1)) / 1e3
 
 
 def _turn(run: Callable[[], object], least_ms: float) -> np.ndarray:

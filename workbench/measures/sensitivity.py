@@ -75,7 +75,7 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
         raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {', '.join(known[:6])}, ... ({len(known)} in all)")
     chosen = list(layers or known)[shard[0]::shard[1]]
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
-    runner = functools.partial(_plain, model) if mode == "plain" else _Branching(model)
+    runner = functools.partial(_plain, model) if mode == "plain" else Branching(model)
     scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
@@ -134,34 +134,34 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
     return out
 
 
-class _Branching:
-    """A traced model that runs once per batch and branches wherever a point's change begins."""
+class Branching:
+    """A traced model that runs once per batch and branches wherever a change begins, `changes` being modules by name."""
 
     def __init__(self, model: nn.Module):
         self.graph = Stepper(model, remedy="use mode 'plain'")
         self.nodes = self.graph.nodes
         self.place = {node.target: i for i, node in reversed(list(enumerate(self.nodes))) if node.op == "call_module"}
 
-    def __call__(self, images: Tensor, points: Sequence[_Point]) -> tuple[Tensor, list[Tensor]]:
-        """The unchanged model's classes (n,), and those of each point."""
-        starts = [min((self._place(name, p) for name in p.change.modules), default=len(self.nodes) - 1) for p in points]
+    def __call__(self, images: Tensor, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
+        """The unchanged model's output (n, ...), and that with each change."""
+        starts = [min(map(self._place, modules), default=len(self.nodes) - 1) for modules in changes]
         waiting: dict[int, list[int]] = {}
         for index, start in enumerate(starts):
             waiting.setdefault(start, []).append(index)
         values: dict[fx.Node, object] = {}
-        chosen: list[Tensor | None] = [None] * len(points)
+        outputs: list[Tensor | None] = [None] * len(changes)
         for i, node in enumerate(self.nodes):
             for index in waiting.get(i, ()):
-                chosen[index] = self._finish(i, dict(values), images, points[index].change.modules).argmax(1)
+                outputs[index] = self._finish(i, dict(values), images, changes[index])
             if node.op == "output":
-                return load(node.args[0], values).argmax(1), chosen
+                return load(node.args[0], values), outputs
             self.graph.step(i, values, images)
         raise UnsupportedModelError("the traced model has no output")
 
-    def _place(self, name: str, point: _Point) -> int:
+    def _place(self, name: str) -> int:
         if name not in self.place:
-            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so {point.layer} cannot branch "
-                                        "there; use mode 'plain'")
+            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so nothing can branch there; "
+                                        "use mode 'plain'")
         return self.place[name]
 
     def _finish(self, start: int, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
@@ -202,8 +202,8 @@ class _Scan:
                     break
                 images = finite(self.split.normalise(self.split.images[chosen]), f"images of {self.split.name}")
                 with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=self.fast):
-                    base, classes = runner(images, open_points)
-                self._count(base, classes, open_points, self.split.labels[chosen])
+                    base, outputs = runner(images, [point.change.modules for point in open_points])
+                self._count(base.argmax(1), [output.argmax(1) for output in outputs], open_points, self.split.labels[chosen])
                 open_points = [p for p in open_points if not p.done]
                 self._save()
                 bar.update()
@@ -269,14 +269,13 @@ class _Scan:
         self.evaluations = stored["evaluations"]
 
 
-def _plain(model: nn.Module, images: Tensor, points: Sequence[_Point]) -> tuple[Tensor, list[Tensor]]:
-    """Each point by itself, the whole network every time: the oracle of the branching scan."""
-    chosen = []
-    for point in points:
+def _plain(model: nn.Module, images: Tensor, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
+    """Each change by itself, the whole network every time: the oracle of the branching scan."""
+    outputs = []
+    for modules in changes:
         changed = copy.deepcopy(model)
-        for name, module in point.change.modules.items():
+        for name, module in modules.items():
             parent, _, child = name.rpartition(".")
             setattr(changed.get_submodule(parent), child, module)
-        chosen.append(changed.eval()(images).argmax(1))
-    return model(images).argmax(1), chosen
-
+        outputs.append(changed.eval()(images))
+    return model(images), outputs

@@ -10,8 +10,10 @@ Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krish
 
 import copy
 import operator
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -28,17 +30,18 @@ _FOLLOWING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, 
 _JOINING = {operator.add, operator.iadd, torch.add, torch.cat, torch.mean, F.adaptive_avg_pool2d, F.avg_pool2d}
 _RELUS = {F.relu, F.relu6, F.hardtanh, torch.relu}
 _RELU_METHODS, _JOINING_METHODS = {"relu", "relu_", "clamp"}, {"add", "add_", "mean"}
-_PASSING = (nn.Flatten, nn.MaxPool2d, nn.Identity, nn.Dropout)  # values on a grid stay on it
+_PASSING = (nn.Flatten, nn.MaxPool2d, nn.Identity, nn.Dropout, nn.ZeroPad2d)  # values on a grid stay on it
 _PASSING_FUNCTIONS = {torch.flatten, F.max_pool2d, F.pad, operator.getitem, F.dropout}
 _PASSING_METHODS = {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "size"}
 
 
-def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | None = INT8_WEIGHTS,
+def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
              activations: Scheme | None = UINT8_ACTIVATIONS, calibrator: str = "minmax", by: str = "minmax",
              layers: str | Sequence[str] = "*") -> nn.Module:
     """A copy of `model` with fake-quantised weights and activations, in eval mode, calibrated on `batches`.
 
-    batches: (images, labels) pairs; labels are not looked at. weights, activations: their schemes, None for float.
+    batches: (images, labels) pairs; labels are not looked at. weights, activations: their schemes, None for float; weights
+    also by layer (mixed precision), those not named staying float.
     calibrator: how the range of activations is read from what passes: "minmax", "moving_average", "percentile", "mse" or
     "entropy" (KL divergence); that of the images is always min-max. by: how the scales of weights are fitted, "minmax" or
     "mse". layers: globs of the layers whose weights are quantised. Trained on (training.fit), weights and scales learn
@@ -53,12 +56,17 @@ def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | None = IN
     return calibrate(new, batches, calibrator) if activations else new
 
 
-def prepare(model: nn.Module, *, weights: Scheme | None = INT8_WEIGHTS, activations: Scheme | None = UINT8_ACTIVATIONS,
-            by: str = "minmax", layers: str | Sequence[str] = "*") -> fx.GraphModule:
+def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
+            activations: Scheme | None = UINT8_ACTIVATIONS, by: str = "minmax",
+            layers: str | Sequence[str] = "*") -> fx.GraphModule:
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are."""
     if by not in ("minmax", "mse"):
         raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
     chosen = named(model, layers)
+    schemes = weights if isinstance(weights, Mapping) else dict.fromkeys(chosen, weights)
+    odd = [name for name in schemes if name not in chosen]
+    if odd:
+        raise ValueError(f"weights: no layer is called {odd[0]!r}; the layers are {', '.join(list(chosen)[:6])}, ...")
     source = copy.deepcopy(model).eval()
     try:
         traced = fx.GraphModule(source, _Tracer().trace(source))
@@ -67,9 +75,10 @@ def prepare(model: nn.Module, *, weights: Scheme | None = INT8_WEIGHTS, activati
                                     f"({str(error).splitlines()[0]}); write its forward without branches on values") from error
     if activations:
         _insert(traced, activations)
-    for name in [name for name in chosen if name in named(traced)] if weights else ():  # without what eval mode leaves out
-        layer = traced.get_submodule(name)
-        parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, weights, by=by, layer=name))
+    for name, scheme in schemes.items():
+        if scheme and name in named(traced):  # without what eval mode leaves out
+            layer = traced.get_submodule(name)
+            parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, scheme, by=by, layer=name))
     if hasattr(model, "origin"):
         traced.origin = model.origin
     return traced.eval()
@@ -81,7 +90,7 @@ def calibrate(model: nn.Module, batches: Iterable, calibrator: str = "minmax") -
         raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
     found = dict(quantizers(model))
     for quantizer in found.values():
-        quantizer.observe()
+        quantizer.observe(counting=calibrator not in ("minmax", "moving_average"))
     with evaluating(model):
         for images, _ in files.progress(batches, title="calibration", unit="batch"):
             model(images)
@@ -140,6 +149,66 @@ def quantizing(model: nn.Module, *, granularity: str = "channel", by: str = "min
 
     method.layers = list(known)
     return method
+
+
+def choices(curves: pd.DataFrame, model: nn.Module) -> pd.DataFrame:
+    """What `allocate` chooses from: layer, bits, loss, size_bytes (of the packed weights), one row per layer and width.
+
+    curves: sensitivity.scan with `quantizing` as its method. loss: the top-1 that the layer alone loses, never below 0.
+    """
+    sizes = {name: layer.weight.numel() for name, layer in named(model).items()}
+    bits = (8 * curves.level).round().astype(int)
+    return pd.DataFrame({"layer": curves.layer, "bits": bits, "loss": (-curves.top1_change).clip(lower=0),
+                         "size_bytes": curves.layer.map(sizes) * bits / 8})
+
+
+def allocate(choices: pd.DataFrame, budget: float, *, cost: str = "size_bytes") -> dict[str, int]:
+    """Bits per layer: the least sum of `loss` whose sum of `cost` is at most `budget`, by an integer programme (HiGHS).
+
+    choices: layer, bits, loss and the column `cost` (bytes, or milliseconds measured), one row per layer and width. Of equal
+    losses the larger cost wins, for a measured loss of nothing is not nothing.
+
+    Raises ValueError where the budget is below the cheapest choice, or a loss or cost is NaN.
+
+    Example: `bits = quantization.allocate(quantization.choices(curves, model), budget=100_000)`
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    empty = choices[choices[["loss", cost]].isna().any(axis=1)]
+    if len(empty):
+        raise ValueError(f"allocate: the loss or {cost} of layer {empty.layer.iloc[0]} is NaN")
+    least = choices.groupby("layer")[cost].min().sum()
+    if budget < least:
+        raise ValueError(f"allocate: budget is {budget:g} {cost}, the cheapest widths need {least:g}; give at least that")
+    layers = list(dict.fromkeys(choices.layer))
+    one_each = np.array([(choices.layer == name).to_numpy(float) for name in layers])
+    objective = choices.loss.to_numpy() - 1e-9 * choices[cost].to_numpy() / choices[cost].max()
+    found = milp(objective, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
+                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(choices[cost].to_numpy()[None], 0, budget)])
+    if found.x is None:
+        raise ValueError(f"allocate: the programme has no solution ({found.message})")
+    chosen = choices[np.round(found.x) == 1]
+    return dict(zip(chosen.layer, chosen.bits.astype(int), strict=True))
+
+
+def coded(model: nn.Module) -> pd.DataFrame:
+    """One row per quantised layer: layer, bits, size_bytes (packed), coded_bytes (Huffman-coded), entropy_bits a weight.
+
+    The integers, or the places of k-means levels, go through Deflate's Huffman coder (zlib, Z_HUFFMAN_ONLY), each once, and
+    are decoded to see that they come back; scales or levels are added as they are. C10: shared weights, the size as coded.
+    """
+    rows = []
+    for row, (name, values) in zip(table(model, model).itertuples(), integers(model).items(), strict=True):
+        symbols = (values - values.min()).to(torch.uint8).numpy().tobytes()
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        stream = coder.compress(symbols) + coder.flush()
+        if zlib.decompress(stream, -15) != symbols:
+            raise ValueError(f"layer {name}: its coded weights do not decode to themselves")
+        share = np.bincount(np.frombuffer(symbols, np.uint8)) / len(symbols)
+        rest = row.size_bytes - (row.params * row.bits + 7) // 8
+        rows.append({"layer": name, "bits": row.bits, "size_bytes": row.size_bytes, "coded_bytes": len(stream) + rest,
+                     "entropy_bits": float(-(share[share > 0] * np.log2(share[share > 0])).sum()), "params": row.params})
+    return pd.DataFrame(rows)
 
 
 class _Tracer(fx.Tracer):

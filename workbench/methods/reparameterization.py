@@ -1,7 +1,7 @@
 """Structural rewrites that leave the computed function as it is.
 
-Source: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2). And one that does change it: the
-batch norms' statistics taken anew.
+Sources: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2); branches fused as in RepVGG, Ding et
+al. 2021 (arXiv 2101.03697). And one that does change it: the batch norms' statistics taken anew.
 """
 
 import copy
@@ -48,6 +48,27 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             folded += 1
     if not folded:
         raise UnsupportedModelError(f"{type(model).__name__} has no batch norm directly behind a convolution or linear layer")
+    return new
+
+
+def fuse_branches(model: nn.Module) -> nn.Module:
+    """A copy in eval mode in which each block that was trained with branches is the one convolution that it amounts to.
+
+    A block is a module with a method `fused()`, which returns what stands in its place (models.RepVGGBlock), or, as in
+    timm, `reparameterize()`, which changes itself. Raises UnsupportedModelError where there is none.
+
+    Example: `fused = reparameterization.fuse_branches(models.load("repvgg_small", task))`
+    """
+    new = copy.deepcopy(model).eval()
+    blocks = [name for name, module in new.named_modules() if hasattr(module, "fused")]
+    others = [module for module in new.modules() if hasattr(module, "reparameterize")]
+    if not blocks and not others:
+        raise UnsupportedModelError(f"{type(model).__name__} has no block with branches to fuse (fused or reparameterize); "
+                                    "for batch norms alone use fold_batchnorm")
+    for name in blocks:
+        _put(new, name, new.get_submodule(name).fused())
+    for module in others:
+        module.reparameterize()
     return new
 
 

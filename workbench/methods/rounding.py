@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named
+from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named, patches
 from workbench.quantizers import WeightQuantizer, fake_quantize
 
 PLACES = 16  # patches of each image that a convolution's moments take
@@ -200,10 +200,9 @@ def _spread(value: Tensor, quantizer: WeightQuantizer, weight: Tensor, moments: 
 
 
 def _moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor], seed: int) -> _Moments:
-    draw, sums, count = torch.Generator().manual_seed(seed), None, 0
-    for pair in zip(inputs, inputs_quantised, strict=True):
-        places = torch.randint(0, 2**31, (2, PLACES), generator=draw)
-        x, y = (_patches(layer, values, places) for values in pair)  # (g, N, K)
+    sums, count = None, 0
+    for k, pair in enumerate(zip(inputs, inputs_quantised, strict=True)):
+        x, y = (patches(layer, values, seed=1000 * seed + k, places=PLACES) for values in pair)  # (g, N, K)
         found = [v.double() for v in (x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y)]
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
         count += x.shape[1]
@@ -214,20 +213,6 @@ def _moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tens
     weight = layer.weight.detach().double().reshape(len(mean), -1, own.shape[1])
     target = torch.linalg.solve(own + damping, (weight @ (cross + damping)).transpose(1, 2)).transpose(1, 2)
     return _Moments(mean.float(), mean_quantised.float(), target.float(), (own + damping).float())
-
-
-def _patches(layer: nn.Module, values: Tensor, places: Tensor) -> Tensor:  # -> (groups, N, K)
-    if isinstance(layer, nn.Linear):
-        return values.reshape(1, -1, values.shape[-1])
-    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv2d with zero padding, and Linear")
-    (high, wide), (down, right) = layer.padding, layer.dilation
-    values = F.pad(values, (wide, wide, high, high))
-    windows = values.unfold(2, down * (layer.kernel_size[0] - 1) + 1, layer.stride[0])
-    windows = windows.unfold(3, right * (layer.kernel_size[1] - 1) + 1, layer.stride[1])[..., ::down, ::right]
-    chosen = windows[:, :, places[0] % windows.shape[2], places[1] % windows.shape[3]]  # (n, C, P, kh, kw)
-    patches = chosen.transpose(1, 2).reshape(-1, layer.groups, chosen[0, 0, 0].numel() * chosen.shape[1] // layer.groups)
-    return patches.transpose(0, 1)
 
 
 def _walk(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:

@@ -1,7 +1,8 @@
 """Models by name, with their weights; checkpoints as plain safetensors.
 
 Sources: CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2) with option A shortcuts, parameter names as
-in akamaster/pytorch_resnet_cifar10; torchvision; timm; EfficientNet-Lite0 of the package efficientnet-lite-pytorch.
+in akamaster/pytorch_resnet_cifar10; RepVGG of Ding et al. 2021 (arXiv 2101.03697), a small one of our own widths;
+torchvision; timm; EfficientNet-Lite0 of the package efficientnet-lite-pytorch.
 """
 
 import json
@@ -17,7 +18,9 @@ from workbench import files
 from workbench.subjects import data
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9}  # blocks in each of the three stages
-NAMES = (*RESNET_BLOCKS, "efficientnet_lite0", "torchvision:NAME", "timm:NAME", "NAME@CHECKPOINT", "CHECKPOINT")
+REPVGG_WIDTHS = {"repvgg_small": (32, 64, 128)}  # channels of each stage, behind a stem of 16
+REPVGG_BLOCKS = (2, 3, 2)  # in each stage, the first of stride 2
+NAMES = (*RESNET_BLOCKS, *REPVGG_WIDTHS, "efficientnet_lite0", "torchvision:NAME", "timm:NAME", "NAME@CHECKPOINT", "CHECKPOINT")
 
 
 class PadShortcut(nn.Module):
@@ -76,10 +79,59 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class RepVGGBlock(nn.Module):
+    """Trained as the sum of a 3 x 3 branch, a 1 x 1 branch and, where the shape stays, the input, each behind its batch
+    norm; then a ReLU. `fused` gives one convolution that computes the same in eval mode.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1):
+        super().__init__()
+        self.conv3 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.bn0 = nn.BatchNorm2d(channels_in) if channels_in == channels_out and stride == 1 else None
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, channels_in, H, W) -> (n, channels_out, H / stride, W / stride)
+        y = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x))
+        return self.relu(y if self.bn0 is None else y + self.bn0(x))
+
+    def fused(self) -> nn.Sequential:
+        """Convolution and ReLU: W = sum of g / s W_branch, b = sum of beta - m g / s, the 1 x 1 branch and the input as
+        3 x 3 kernels with zeros around."""
+        conv = nn.Conv2d(self.conv3.in_channels, self.conv3.out_channels, 3, self.conv3.stride, 1)
+        eye = torch.eye(len(self.conv3.weight))[:, :, None, None]
+        kernels = [(self.conv3.weight, self.bn3), (F.pad(self.conv1.weight, (1, 1, 1, 1)), self.bn1)]
+        kernels += [(F.pad(eye, (1, 1, 1, 1)), self.bn0)] if self.bn0 is not None else []
+        gains = [norm.weight / (norm.running_var + norm.eps).sqrt() for _, norm in kernels]
+        with torch.no_grad():
+            conv.weight.copy_(sum(k * g.view(-1, 1, 1, 1) for (k, _), g in zip(kernels, gains, strict=True)))
+            conv.bias.copy_(sum(norm.bias - norm.running_mean * g for (_, norm), g in zip(kernels, gains, strict=True)))
+        return nn.Sequential(conv, nn.ReLU()).to(memory_format=torch.channels_last).eval()
+
+
+class RepVGG(nn.Module):
+    """A stem of 16 channels and three stages of RepVGG blocks, average pooling, one linear layer."""
+
+    def __init__(self, widths: tuple[int, ...], *, in_channels: int = 3, classes: int = 10):
+        super().__init__()
+        blocks, before = [RepVGGBlock(in_channels, 16)], 16
+        for width, count in zip(widths, REPVGG_BLOCKS, strict=True):
+            for k in range(count):
+                blocks.append(RepVGGBlock(before, width, 2 if k == 0 else 1))
+                before = width
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(before, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, in_channels, H, W) -> logits (n, classes)
+        return self.linear(self.blocks(x).mean((2, 3)))
+
+
 def load(name: str, task: data.Task | None = None, *, pretrained: bool = True, seed: int = 0) -> nn.Module:
     """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and 3 without one).
 
-    name: "resnet20" or "resnet56" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
+    name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
     "torchvision:NAME", "timm:NAME" (a hub id, or "timm:local-dir:PATH"), a checkpoint written by `save`, or
     "NAME@CHECKPOINT" for a safetensors file of bare weights. `pretrained=False` starts at random, by `seed`.
 
@@ -97,7 +149,7 @@ def load(name: str, task: data.Task | None = None, *, pretrained: bool = True, s
         pretrained = True
         if task and classes != len(task.classes):
             raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
-    if pretrained and not path and base in RESNET_BLOCKS:
+    if pretrained and not path and base in (*RESNET_BLOCKS, *REPVGG_WIDTHS):
         path = str(_embedded(base, task))
     if pretrained and not path and base.partition(":")[0] in ("efficientnet_lite0", "torchvision"):
         named = task and task.classes != tuple(map(str, range(classes)))  # plain numbers are ImageNet's own
@@ -159,6 +211,8 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
     kind, _, rest = base.partition(":")
     if base in RESNET_BLOCKS:
         return ResNet(RESNET_BLOCKS[base], in_channels=channels, classes=classes)
+    if base in REPVGG_WIDTHS:
+        return RepVGG(REPVGG_WIDTHS[base], in_channels=channels, classes=classes)
     if kind == "efficientnet_lite0":
         return _efficientnet_lite0(classes, channels, pretrained)
     if kind == "torchvision" and rest:
@@ -194,7 +248,21 @@ def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Mod
     if pretrained:
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         model.load_state_dict(weights)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and hasattr(module, "static_padding"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _plain_convolution(module))
     return model
+
+
+def _plain_convolution(same: nn.Conv2d) -> nn.Module:
+    """TensorFlow's "same" padding as torch's own: in the convolution, or, where its two sides differ, before it."""
+    left, right, top, bottom = getattr(same.static_padding, "padding", (0, 0, 0, 0))
+    even = left == right and top == bottom
+    conv = nn.Conv2d(same.in_channels, same.out_channels, same.kernel_size, tuple(same.stride), (top, left) if even else 0,
+                     same.dilation, same.groups, bias=same.bias is not None)
+    conv.weight, conv.bias = same.weight, same.bias
+    return conv if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
 
 
 def _embedded(name: str, task: data.Task | None) -> Path:

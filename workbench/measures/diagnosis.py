@@ -1,0 +1,368 @@
+"""The accuracy doctor: which layer of a candidate is to blame for what was lost, why, and what repairs it.
+
+A unit is a layer with the batch norm and the activation quantiser behind it. A unit has a fault where a repair at the same
+bits brings its own output, on the reference's inputs, nearer to the reference's: by image, paired. With z the reference's
+logits and z_l those of the reference in which unit l alone is as the candidate has it, the effect of a unit is the mean
+over images of |z_l - z|^2 / |z|^2, and its blame is what of that goes with the repair. What a unit without a fault costs
+is the price of its bits.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from workbench import files
+from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, evaluating, named
+from workbench.measures import equivalence
+from workbench.measures.accuracy import finite
+from workbench.measures.sensitivity import Branching
+from workbench.quantizers import ActivationQuantizer, Histogram, WeightQuantizer
+
+REPAIRS = {  # cause: what to try
+    "weight scale off": "fit the scale of its weights anew",
+    "one scale for all channels": "give it a scale per channel (Scheme(granularity='channel'))",
+    "activation range off": "calibrate its range anew (quantization.calibrate)",
+    "stale batch norm": "take its statistics anew (reparameterization.reestimate_batchnorm)",
+    "weights changed": "put the reference's weights back, or train it",
+    "few bits for its weights": "more bits for it, or rounding.adaround",
+    "few bits for its activations": "more bits for it, or another calibrator",
+    "none": "leave it",
+}
+FAULTS = ("scale", "range", "per_tensor", "stale_norm")  # that `plant` knows
+OFF = 1.5  # a scale that differs by less comes from other images
+DRIFT = 0.02  # of a norm, in standard deviations: below it no repair is tried
+SURE = 3.0  # standard errors, over images, by which a repair must help
+_BATCHNORM = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class Diagnosis:
+    """What `diagnose` found. table: one row per layer, the first the first suspect; unexplained: see there."""
+
+    table: pd.DataFrame
+    unexplained: float
+    candidate: nn.Module
+    repairs: Mapping[str, "_Unit"] = field(repr=False)
+
+    def repaired(self, *layers: str) -> nn.Module:
+        """A copy of the candidate in which `layers` (by default the first suspect) are repaired.
+
+        Raises ValueError for a layer without a fault.
+        """
+        new = copy.deepcopy(self.candidate)
+        for name in layers or [str(self.table.layer[0])]:
+            if name not in self.repairs:
+                raise ValueError(f"layer {name} has no fault to repair; those that have: {', '.join(self.repairs) or 'none'}")
+            for place, module in self.repairs[name].copy().modules().items():
+                _put(new, place, module)
+        return new
+
+
+def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> Diagnosis:
+    """The layers of `candidate` in order of blame, with the likely cause of each and the repair to try.
+
+    batches: (images, labels) pairs, labels not looked at; a hundred images or more. Columns of the table: layer, blame and
+    effect (fractions of the logits' energy), flips (share of images whose answer changes by this layer alone),
+    own_sqnr_db (of the unit's output on the reference's inputs) and passed_sqnr_db (of the layer's output where the
+    candidate runs by itself, so with what came before), weight_max, outlier (weight_max over the weights' rms),
+    channel_spread (largest over median range of a channel), clipped (share of activations outside the grid), norm_shift
+    and norm_stretch (batch norm against its inputs, in standard deviations), fault, cause, repair. Faults come first, in
+    order of blame, then the rest in order of effect. `unexplained`: the candidate's error in the logits less the sum of
+    the effects, as a share of it; large where the fault lies outside the layers, in a joint's range say.
+
+    Raises ValueError where there are no images or NaN appears, UnsupportedModelError where the two have not the same
+    layers and shapes or cannot be traced.
+
+    Example: `diagnosis.diagnose(folded, quantised, task.validation.subset(200).batches(50)).table`
+    """
+    batches = [finite(images, "images") for images, _ in batches]
+    if not batches:
+        raise ValueError("the diagnosis saw no images; give at least one batch")
+    before = Stepper(reference, remedy="write its forward without branches on values")
+    after = Stepper(candidate, remedy="write its forward without branches on values")
+    units, originals = _units(after), _units(before)
+    if list(units) != list(originals):
+        odd = next(iter([name for name in originals if name not in units] or [name for name in units if name not in originals]),
+                   "order")
+        raise UnsupportedModelError(f"reference and candidate differ in their layers ({odd}); give the model that was compressed")
+    findings = {name: _Finding(name, originals[name], unit) for name, unit in units.items()}
+    with evaluating(reference), evaluating(candidate):
+        for images in files.progress(batches, title="diagnosis: units", unit="batch"):
+            values: dict = {}
+            for i, node in enumerate(before.nodes[:-1]):
+                if node.op == "call_module" and node.target in findings:
+                    findings[node.target].see(values[node.args[0]])
+                before.step(i, values, images)
+    tries = {name: finding.repairs() for name, finding in findings.items()}
+    trials = [(name, cause, _in_reference(unit, originals[name])) for name, finding in findings.items()
+              for cause, unit in ({"": finding.unit} | tries[name]).items()]
+    with evaluating(reference), evaluating(candidate):
+        helped = _helped(before, findings, tries, batches)
+        errors, flips, whole = _effects(reference, candidate, trials, batches)
+    passed = equivalence.by_layer(reference, candidate, batches).set_index("layer").sqnr_db
+    rows, repairs = [], {}
+    for name, finding in findings.items():
+        helping = {cause: gain for cause, gain in helped[name].items() if gain > 0}
+        best = max(helping, key=helping.get, default="")
+        fault = bool(best)
+        gain = (errors[name, ""] - errors[name, best]).mean().clamp_min(0).item() if fault else 0.0
+        if fault:
+            repairs[name] = tries[name][best]
+        cause = best if fault else finding.price()
+        rows.append({"layer": name, "blame": gain, "effect": errors[name, ""].mean().item(),
+                     "flips": flips[name], **finding.row(), "passed_sqnr_db": passed.get(name, float("nan")),
+                     "fault": fault, "cause": cause, "repair": REPAIRS[cause]})
+    table = pd.DataFrame(rows).sort_values(["fault", "blame", "effect"], ascending=False, kind="stable").reset_index(drop=True)
+    return Diagnosis(table, 1 - table.effect.sum() / max(whole, 1e-30), candidate,
+                     {name: repairs[name] for name in table.layer if name in repairs})
+
+
+def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches: Iterable = ()) -> nn.Module:
+    """A copy of a quantised `model` with a fault in `layer`, to see whether the doctor finds it.
+
+    fault "scale": the scale of its weights times `by`; "range": that of its activations; "per_tensor": one scale for all
+    its channels; "stale_norm": its batch norm has the statistics of `batches`, other images than the model's own.
+
+    Raises ValueError for an unknown fault or layer, or a layer without the part that is to be damaged.
+    """
+    if fault not in FAULTS:
+        raise ValueError(f"unknown fault {fault!r}; expected one of {', '.join(FAULTS)}")
+    new = copy.deepcopy(model).eval()
+    named(new, layer)
+    unit = _units(Stepper(new, remedy="quantise a model that can be traced"))[layer]
+    part = {"scale": unit.weights, "per_tensor": unit.weights, "range": unit.quantizer, "stale_norm": unit.norm}[fault]
+    if part is None:
+        raise ValueError(f"layer {layer} has nothing that fault {fault!r} could damage")
+    if fault in ("scale", "range"):
+        part.scale.data *= by
+    elif fault == "per_tensor":
+        unit.requantize(replace(part.scheme, granularity="tensor"))
+    else:
+        inputs: list[Tensor] = []
+        handle = part.register_forward_hook(lambda _module, arguments, _output: inputs.append(arguments[0]))
+        with evaluating(new):
+            for images, _ in batches:
+                new(images)
+        handle.remove()
+        if not inputs:
+            raise ValueError("stale_norm needs batches to take the statistics of; give at least one")
+        values = torch.cat(inputs).transpose(0, 1).flatten(1)
+        part.running_mean, part.running_var = values.mean(1).clone(), values.var(1).clone()
+    return new
+
+
+class _Unit:
+    """A layer of a model with the norm and the quantiser behind it, and where they stand."""
+
+    def __init__(self, graph: Stepper, place: int):
+        node = graph.nodes[place]
+        self.names: list[str | None] = [node.target, None, None]
+        self.graph, self.chain, self.place = graph, [], node
+        plain = True
+        while len(node.users) == 1:
+            node = next(iter(node.users))
+            module = graph.modules.get(node.target) if node.op == "call_module" else None
+            if isinstance(module, _BATCHNORM) and plain and not self.names[1]:
+                self.names[1] = node.target
+            elif isinstance(module, ActivationQuantizer):
+                self.names[2] = node.target
+            elif _is_activation(node, module):
+                plain = plain and isinstance(module, nn.Identity | nn.Dropout)
+            else:
+                break
+            self.chain.append(graph.nodes.index(node))
+            if self.names[2]:
+                break
+        self.layer, self.norm, self.quantizer = (graph.modules[name] if name else None for name in self.names)
+
+    @property
+    def weights(self) -> WeightQuantizer | None:
+        """The quantiser of the layer's weights, or None."""
+        return self.layer.parametrizations.weight[0] if parametrize.is_parametrized(self.layer, "weight") else None
+
+    def requantize(self, scheme) -> None:
+        """Fit the weights' scales anew, from the weights before rounding."""
+        source = self.layer.parametrizations.weight
+        source[0] = WeightQuantizer(source.original, scheme, layer=self.names[0])
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts by their names in the model."""
+        parts = (self.layer, self.norm, self.quantizer)
+        return {name: part for name, part in zip(self.names, parts, strict=True) if name}
+
+    def copy(self) -> "_Unit":
+        """Parts of its own, to be repaired."""
+        new = copy.copy(self)
+        new.layer, new.norm, new.quantizer = (copy.deepcopy(part) for part in (self.layer, self.norm, self.quantizer))
+        return new
+
+    def run(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's output, what comes out behind the activation, and the same on its grid."""
+        raw = self.layer(inputs)
+        values, last, before = {self.place: raw}, self.place, raw
+        for i in self.chain:
+            before = values[last]
+            self.graph.step(i, values, inputs, self.modules())
+            last = self.graph.nodes[i]
+        return raw, before if self.quantizer else values[last], values[last]
+
+
+class _Finding:
+    """What is seen of one unit on the reference's own inputs: sums over batches."""
+
+    def __init__(self, name: str, original: _Unit, unit: _Unit):
+        self.name, self.original, self.unit = name, original, unit
+        self.seen, self.energy, self.by_weights, self.by_grid, self.clipped, self.count = Histogram(), 0.0, 0.0, 0.0, 0, 0
+        self.sums: Tensor | float = 0.0
+
+    def see(self, inputs: Tensor) -> None:
+        """Take a batch of the layer's inputs."""
+        _, wanted, _ = self.original.run(inputs)
+        raw, values, rounded = self.unit.run(inputs)
+        if wanted.shape != values.shape:
+            raise UnsupportedModelError(f"layer {self.name} puts out {tuple(values.shape[1:])}, the reference "
+                                        f"{tuple(wanted.shape[1:])}; diagnose before channels are removed (channels.mask)")
+        finite(values, f"outputs of layer {self.name}")
+        self.energy += wanted.pow(2).sum().item()
+        self.by_weights += (values - wanted).pow(2).sum().item()
+        self.by_grid += (rounded - values).pow(2).sum().item()
+        self.seen.add(values, f"layer {self.name}")
+        quantizer = self.unit.quantizer
+        if quantizer:
+            low, high = ((limit - quantizer.zero) * quantizer.scale for limit in quantizer.scheme.limits)
+            half = quantizer.scale / 2
+            self.clipped += int(((values < low - half) | (values > high + half)).sum())
+            self.count += values.numel()
+        if self.unit.norm:
+            flat = raw.transpose(0, 1).flatten(1).double()
+            self.sums = self.sums + torch.stack([flat.sum(1), flat.pow(2).sum(1), torch.full((len(flat),), float(flat.shape[1]))])
+
+    def repairs(self) -> dict[str, _Unit]:
+        """What could be wrong with the unit, and the unit with that repaired."""
+        found = {}
+        weights, quantizer = self.unit.weights, self.unit.quantizer
+        if weights and weights.scheme.levels == "uniform":
+            new = self.unit.copy()
+            new.requantize(weights.scheme)
+            if _ratio(new.weights.scale, weights.scale) > OFF:
+                found["weight scale off"] = new
+            if weights.scheme.granularity == "tensor":
+                found["one scale for all channels"] = new = self.unit.copy()
+                new.requantize(replace(weights.scheme, granularity="channel"))
+        if quantizer:
+            new = self.unit.copy()
+            new.quantizer.seen = self.seen
+            new.quantizer.settle("minmax")
+            if _ratio(new.quantizer.scale, quantizer.scale) > OFF:
+                found["activation range off"] = new
+        if self.unit.norm and max(self._drift()) > DRIFT:
+            found["stale batch norm"] = new = self.unit.copy()
+            mean, var = self._moments()
+            new.norm.running_mean, new.norm.running_var = mean.float(), var.float()
+        if not weights and bool(self.unit.norm) == bool(self.original.norm):
+            new = self.unit.copy()
+            new.layer = copy.deepcopy(self.original.layer)
+            if not torch.allclose(new.layer.weight, self.unit.layer.weight, rtol=1e-3, atol=1e-5):
+                found["weights changed"] = new
+        return found
+
+    def price(self) -> str:
+        """Where the error of a unit without a fault comes from."""
+        if self.by_weights + self.by_grid < 1e-8 * self.energy:
+            return "none"
+        return "few bits for its weights" if self.by_weights > self.by_grid else "few bits for its activations"
+
+    def row(self) -> dict[str, float]:
+        """The measures of the unit by itself."""
+        weight = self.unit.layer.weight.detach()
+        ranges, largest = weight.flatten(1).abs().amax(1), weight.abs().max().item()
+        shift, stretch = self._drift() if self.unit.norm else (float("nan"),) * 2
+        error = self.by_weights + self.by_grid
+        return {"own_sqnr_db": 10 * torch.tensor(self.energy / max(error, 1e-30)).log10().item(), "weight_max": largest,
+                "outlier": largest / max(weight.pow(2).mean().sqrt().item(), 1e-30),
+                "channel_spread": (ranges.max() / ranges.median().clamp_min(1e-30)).item(),
+                "clipped": self.clipped / self.count if self.count else float("nan"),
+                "norm_shift": shift, "norm_stretch": stretch}
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        total, squares, n = self.sums
+        mean = total / n
+        return mean, (squares / n - mean**2).clamp_min(1e-12)
+
+    def _drift(self) -> tuple[float, float]:
+        (mean, var), norm = self._moments(), self.unit.norm
+        std = (norm.running_var + norm.eps).sqrt()
+        return ((mean - norm.running_mean).abs() / std).mean().item(), ((var + norm.eps).sqrt() / std).log().abs().mean().item()
+
+
+def _units(graph: Stepper) -> dict[str, _Unit]:
+    return {node.target: _Unit(graph, i) for i, node in enumerate(graph.nodes)
+            if node.op == "call_module" and isinstance(graph.modules[node.target], WEIGHTED)}
+
+
+def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Tensor]) -> dict[str, dict[str, float]]:
+    """Per unit and repair: the share of its own error that goes, or 0 where that is not sure over the images."""
+    gains: dict[tuple[str, str], list[Tensor]] = {(name, cause): [] for name, found in tries.items() for cause in found}
+    energy = dict.fromkeys(gains, 0.0)
+    for images in batches if gains else ():
+        values: dict = {}
+        for i, node in enumerate(before.nodes[:-1]):
+            for cause, unit in tries.get(node.target, {}).items() if node.op == "call_module" else ():
+                inputs, whole = values[node.args[0]], cause == "activation range off"
+                wanted = findings[node.target].original.run(inputs)[1]
+                old, new = ((part.run(inputs)[2 if whole else 1] - wanted).flatten(1).pow(2).sum(1)
+                            for part in (findings[node.target].unit, unit))
+                gains[node.target, cause].append(old - new)
+                energy[node.target, cause] += old.sum().item()
+            before.step(i, values, images)
+    helped: dict[str, dict[str, float]] = {name: {} for name in tries}
+    for (name, cause), parts in gains.items():
+        gain = torch.cat(parts)
+        sure = gain.mean() > SURE * gain.std() / len(gain) ** 0.5
+        helped[name][cause] = gain.sum().item() / max(energy[name, cause], 1e-30) if sure else 0.0
+    return helped
+
+
+def _in_reference(unit: _Unit, original: _Unit) -> dict[str, nn.Module]:
+    """The unit as modules to stand in the reference; what clips to the range of a ReLU may as well stand before it."""
+    parts = [part for part in (unit.layer, unit.norm, unit.quantizer) if part is not None]
+    modules: dict[str, nn.Module] = {original.names[0]: nn.Sequential(*parts)}
+    return modules | ({original.names[1]: nn.Identity()} if original.names[1] else {})
+
+
+def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: list[Tensor]):
+    """Per trial the error of the logits by image (N,), per layer the share of answers it changes, the candidate's error."""
+    run = Branching(reference)
+    errors: dict[tuple[str, str], list[Tensor]] = {(name, cause): [] for name, cause, _ in trials}
+    flips, whole, count = dict.fromkeys((name for name, _, _ in trials), 0), 0.0, 0
+    for images in files.progress(batches, title="diagnosis: effects", unit="batch"):
+        logits, changed = run(images, [modules for *_, modules in trials])
+        energy = logits.flatten(1).pow(2).sum(1).clamp_min(1e-30)
+        for (name, cause, _), found in zip(trials, changed, strict=True):
+            errors[name, cause].append((found - logits).flatten(1).pow(2).sum(1) / energy)
+            flips[name] += 0 if cause else int((found.flatten(1).argmax(1) != logits.flatten(1).argmax(1)).sum())
+        whole += ((candidate(images) - logits).flatten(1).pow(2).sum(1) / energy).sum().item()
+        count += len(images)
+    return ({key: torch.cat(parts) for key, parts in errors.items()},
+            {name: value / count for name, value in flips.items()}, whole / count)
+
+
+def _is_activation(node, module: nn.Module | None) -> bool:
+    if module is not None:
+        return isinstance(module, nn.Identity | nn.Dropout | nn.ReLU | nn.ReLU6 | nn.Hardtanh)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in ("relu", "relu_", "relu6", "hardtanh", "clamp", "dropout")
+
+
+def _ratio(new: Tensor, old: Tensor) -> float:
+    return (new / old).log().abs().max().exp().item()
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
