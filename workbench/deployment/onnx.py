@@ -111,6 +111,28 @@ def quantize_dynamic(source: Path | str, path: Path | str) -> Path:
     return Path(path)
 
 
+def quantize_nncf(source: Path | str, batches: Iterable, path: Path | str) -> Path:
+    """Write a copy of the float32 ONNX file `source`, quantised to 8 bits by NNCF with its own defaults; return its path.
+
+    A peer, and optional. batches: (images, labels) pairs. Raises ValueError where NNCF is not installed or there are no
+    images, and as sessions.open does.
+    """
+    try:
+        import nncf
+    except ImportError as error:
+        raise ValueError("NNCF is not installed; pip install 'workbench[runtimes]'") from error
+
+    name = sessions.open(source).input_name
+    feeds = [{name: image[None]} for images, _ in batches for image in images.numpy()]
+    if not feeds:
+        raise ValueError("calibration saw no images; give at least one batch")
+    with files.atomic(Path(path)) as new, _quietly():
+        made = nncf.quantize(onnx.load(source), nncf.Dataset(feeds), subset_size=len(feeds))
+        onnx.save(made, new)
+        sessions.open(new)
+    return Path(path)
+
+
 def _check(expected: Tensor, found: Tensor, where: str, tolerance: float) -> None:
     distance = (expected - found).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-12)
     if not np.isfinite(distance.max().item()) or distance.max() > tolerance:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from workbench import layers, machine
 
+FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 _PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity")  # nodes through which a weight keeps its name
 
 
@@ -84,13 +85,13 @@ class OnnxSession(Session):
 
     runtime = "onnxruntime"
 
-    def __init__(self, source, *, name: str, threads: int):
+    def __init__(self, source, *, name: str, threads: int, fusion: str = "all"):
         import onnxruntime
 
         if isinstance(source, onnxruntime.InferenceSession):  # opened elsewhere: it keeps its own threads
             threads = source.get_session_options().intra_op_num_threads or machine.cores()
         else:
-            source = _open_onnx(source, name, threads)
+            source = _open_onnx(source, name, threads, fusion)
         self.session = source
         self.input_name = source.get_inputs()[0].name
         self._watched: tuple[onnxruntime.InferenceSession, dict[str, str]] | None = None
@@ -118,10 +119,12 @@ class OnnxSession(Session):
         return _open_onnx(model.SerializeToString(), self.name, self.threads), values
 
 
-def open(source, *, threads: int | None = None, name: str | None = None) -> Session:  # noqa: A001  (reads sessions.open)
+def open(source, *, threads: int | None = None, name: str | None = None, fusion: str = "all") -> Session:  # noqa: A001  (reads sessions.open)
     """A `Session` of a module, a path to an ONNX file, an onnxruntime.InferenceSession, a function, or a `Session`.
 
-    threads: processors that one run may use; by default as many as torch would (all, or OMP_NUM_THREADS).
+    threads: processors that one run may use; by default as many as torch would (all, or OMP_NUM_THREADS). fusion: how far
+    ONNX Runtime may rewrite a file's graph: "none", "basic" (constants, batch norms), "extended" (activations fused,
+    integer kernels) or "all" (layouts too).
 
     Raises TypeError for anything else, FileNotFoundError or ValueError for a missing or damaged file.
 
@@ -129,13 +132,15 @@ def open(source, *, threads: int | None = None, name: str | None = None) -> Sess
     """
     if threads is not None and not 1 <= threads <= machine.cores():
         raise ValueError(f"threads is {threads}, expected 1 to {machine.cores()}, the cores of this machine")
+    if fusion not in FUSIONS:
+        raise ValueError(f"unknown fusion {fusion!r}; expected one of {', '.join(FUSIONS)}")
     threads = threads or min(machine.cores(), torch.get_num_threads())
     if isinstance(source, Session):
         return source
     if isinstance(source, nn.Module):
         return TorchSession(source, name=name or type(source).__name__, threads=threads)
     if isinstance(source, str | Path):
-        return OnnxSession(Path(source), name=name or Path(source).name, threads=threads)
+        return OnnxSession(Path(source), name=name or Path(source).name, threads=threads, fusion=fusion)
     if type(source).__name__ == "InferenceSession":
         return OnnxSession(source, name=name or "session", threads=threads)
     if callable(source):
@@ -181,7 +186,7 @@ def _layer_name(node, made_by: dict, stored: set[str]) -> str | None:
     return layer if value in stored and kind.startswith("weight") else None
 
 
-def _open_onnx(source: Path | bytes, name: str, threads: int):
+def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all"):
     import onnxruntime
 
     if isinstance(source, Path) and not source.exists():
@@ -189,6 +194,7 @@ def _open_onnx(source: Path | bytes, name: str, threads: int):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, FUSIONS[fusion])
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

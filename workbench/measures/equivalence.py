@@ -115,6 +115,40 @@ def by_layer(reference, candidate, inputs, *, limit: float = 0.995, batch_size: 
     return frame
 
 
+def disagreements(reference, candidate, inputs, *, batch_size: int = 256) -> pd.DataFrame:
+    """One row per image to which the two give different answers: image (its place), reference and candidate (classes),
+    margin, moved, limit, explained, layer.
+
+    margin: between the reference's two best logits; moved: the largest change of a logit. limit: twice the 99th percentile
+    of `moved` over all images, so what rounding does to two logits of an ordinary image; a margin below it is `explained`.
+    For others, `layer` is that at which the two models part most (least signal to noise), "" where layers have no names.
+
+    Raises as `compare` does.
+    """
+    first, second = sessions.open(reference), sessions.open(candidate)
+    parts, seen, moves = [], 0, []
+    for images in _batches(inputs, batch_size, f"{first.name} against {second.name}"):
+        a, b = (finite(session(images), f"outputs of {session.name}").flatten(1) for session in (first, second))
+        moves.append((a - b).abs().amax(1))
+        best = a.topk(2).values
+        for i in (a.argmax(1) != b.argmax(1)).nonzero()[:, 0].tolist():
+            row = {"image": seen + i, "reference": int(a[i].argmax()), "candidate": int(b[i].argmax()),
+                   "margin": float(best[i, 0] - best[i, 1]), "moved": float(moves[-1][i])}
+            parts.append((row, images[i:i + 1]))
+        seen += len(images)
+    limit, rows = 2 * float(torch.cat(moves).quantile(0.99)), []
+    for row, image in parts:
+        explained, layer = row["margin"] <= limit, ""
+        if not explained:
+            try:
+                frame = by_layer(first, second, image)
+                layer = str(frame.layer[frame.sqnr_db.idxmin()])
+            except UnsupportedModelError:
+                layer = ""
+        rows.append(row | {"limit": limit, "explained": explained, "layer": layer})
+    return pd.DataFrame(rows, columns=["image", "reference", "candidate", "margin", "moved", "limit", "explained", "layer"])
+
+
 def _cosine(a: Tensor, b: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,); two zero vectors are the same
     scale = a.norm(dim=1) * b.norm(dim=1)
     return torch.where(scale > 0, (a * b).sum(1) / scale.clamp_min(1e-300), (a == b).all(1).double()).clamp(-1, 1)

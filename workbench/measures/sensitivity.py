@@ -42,6 +42,7 @@ class _Point:
     hits: int = 0
     gained: int = 0
     lost: int = 0
+    distance: float = 0.0
     done: bool = field(default=False)
 
 
@@ -57,7 +58,8 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
     m-th layer from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
 
     Columns: layer, layers (coupled ones, " + "), level, removed, of, top1 with interval, top1_change (paired, against
-    the unchanged model on the same images) with interval, params, macs (of the changed model), n, note.
+    the unchanged model on the same images) with interval, distance (mean of |z' - z|^2 / |z|^2 of the logits: it tells
+    apart what top-1 cannot), params, macs (of the changed model), n, note.
     attrs["evaluations"]: images run through a branch; attrs["saved"]: the share that the plain loop would need more.
 
     Raises UnsupportedModelError where the model cannot be traced (use mode "plain"), ValueError for an unknown layer or
@@ -183,7 +185,7 @@ class _Scan:
         if self.fast:
             self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         changed = (tensor for p in points for module in p.change.modules.values() for tensor in module.state_dict().values())
-        self.identity = [mode, tolerance, seed, batch_size, len(split), split.name, files.fingerprint([split.labels]),
+        self.identity = [2, mode, tolerance, seed, batch_size, len(split), split.name, files.fingerprint([split.labels]),
                          files.fingerprint(model.state_dict().values()), files.fingerprint(changed),
                          [(p.layer, p.level, p.change.removed) for p in points]]
         for point in points:
@@ -203,7 +205,7 @@ class _Scan:
                 images = finite(self.split.normalise(self.split.images[chosen]), f"images of {self.split.name}")
                 with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=self.fast):
                     base, outputs = runner(images, [point.change.modules for point in open_points])
-                self._count(base.argmax(1), [output.argmax(1) for output in outputs], open_points, self.split.labels[chosen])
+                self._count(base, outputs, open_points, self.split.labels[chosen])
                 open_points = [p for p in open_points if not p.done]
                 self._save()
                 bar.update()
@@ -221,19 +223,21 @@ class _Scan:
             rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level,
                          "removed": p.change.removed, "of": p.change.of, "top1": hits / n, "top1_low": low, "top1_high": high,
                          "top1_change": (p.gained - p.lost) / n, "top1_change_low": change_low,
-                         "top1_change_high": change_high, "params": round((costs.params * left).sum()),
-                         "macs": round((costs.macs * left).sum()), "n": n, "note": p.change.note})
+                         "top1_change_high": change_high, "distance": p.distance / n,
+                         "params": round((costs.params * left).sum()), "macs": round((costs.macs * left).sum()), "n": n,
+                         "note": p.change.note})
         frame = pd.DataFrame(rows)
         whole = max(len(self.points) * len(self.split), 1)
         frame.attrs |= {"top1": top1, "evaluations": self.evaluations, "saved": 1 - self.evaluations / whole, "mode": self.mode}
         return frame
 
-    def _count(self, base: Tensor, classes: Sequence[Tensor], points: Sequence[_Point], labels: Tensor) -> None:
-        right = base == labels
+    def _count(self, base: Tensor, outputs: Sequence[Tensor], points: Sequence[_Point], labels: Tensor) -> None:
+        right, energy = base.argmax(1) == labels, base.float().pow(2).sum(1).clamp_min(1e-30)
         self.base_hits, self.seen = self.base_hits + int(right.sum()), self.seen + len(labels)
         self.batch += 1
-        for point, found in zip(points, classes, strict=True):
-            now = found == labels
+        for point, output in zip(points, outputs, strict=True):
+            now = output.argmax(1) == labels
+            point.distance += float(((output - base).float().pow(2).sum(1) / energy).sum())
             point.n, point.hits = point.n + len(labels), point.hits + int(now.sum())
             point.gained, point.lost = point.gained + int((now & ~right).sum()), point.lost + int((right & ~now).sum())
             self.evaluations += len(labels)
@@ -248,7 +252,7 @@ class _Scan:
 
     def _save(self) -> None:
         if self.state:
-            counts = [[p.n, p.hits, p.gained, p.lost, p.done] for p in self.points]
+            counts = [[p.n, p.hits, p.gained, p.lost, p.distance, p.done] for p in self.points]
             stored = {"identity": self.identity, "counts": counts, "batch": self.batch, "seen": self.seen,
                       "base_hits": self.base_hits, "evaluations": self.evaluations}
             with files.atomic(self.state) as new:
@@ -263,8 +267,8 @@ class _Scan:
             raise ValueError(f"scan state {self.state} is damaged ({error}); delete it to start anew") from error
         if stored["identity"] != json.loads(json.dumps(self.identity)):
             raise ValueError(f"scan state {self.state} is of another scan; delete it or give another path")
-        for point, (n, hits, gained, lost, done) in zip(self.points, stored["counts"], strict=True):
-            point.n, point.hits, point.gained, point.lost, point.done = n, hits, gained, lost, done
+        for point, (n, hits, gained, lost, distance, done) in zip(self.points, stored["counts"], strict=True):
+            point.n, point.hits, point.gained, point.lost, point.distance, point.done = n, hits, gained, lost, distance, done
         self.batch, self.seen, self.base_hits = stored["batch"], stored["seen"], stored["base_hits"]
         self.evaluations = stored["evaluations"]
 

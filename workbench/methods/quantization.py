@@ -154,11 +154,12 @@ def quantizing(model: nn.Module, *, granularity: str = "channel", by: str = "min
 def choices(curves: pd.DataFrame, model: nn.Module) -> pd.DataFrame:
     """What `allocate` chooses from: layer, bits, loss, size_bytes (of the packed weights), one row per layer and width.
 
-    curves: sensitivity.scan with `quantizing` as its method. loss: the top-1 that the layer alone loses, never below 0.
+    curves: sensitivity.scan with `quantizing` as its method. loss: the distance of the logits that the layer alone causes;
+    errors of many layers add up nearly, which lost answers do not.
     """
     sizes = {name: layer.weight.numel() for name, layer in named(model).items()}
     bits = (8 * curves.level).round().astype(int)
-    return pd.DataFrame({"layer": curves.layer, "bits": bits, "loss": (-curves.top1_change).clip(lower=0),
+    return pd.DataFrame({"layer": curves.layer, "bits": bits, "loss": curves.distance,
                          "size_bytes": curves.layer.map(sizes) * bits / 8})
 
 

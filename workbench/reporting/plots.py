@@ -210,6 +210,64 @@ def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def blame(table: pd.DataFrame, *, most: int = 12, ax: Axes | None = None) -> Axes:
+    """Effect of each layer on the logits and what of it a repair takes away, the first suspects of diagnosis.diagnose."""
+    first = table.head(most)
+    ax = ax or _axes(8, 0.35 * len(first) + 1.4)
+    at = np.arange(len(first))
+    ax.barh(at, first.effect, color=GREY, label="effect: what stays is the price of the bits")
+    ax.barh(at, first.blame, color=RED, label="blame: what a repair takes away")
+    ax.set_yticks(at, [f"{r.layer}: {r.cause}" for r in first.itertuples()], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="error of the logits by this layer alone, share of their energy", title="Layers in order of blame")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
+
+
+def budgets(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
+    """Top-1 by share of the MACs that stays, by kind of factors; hollow as cut, filled with interval after recovery."""
+    ax = ax or _axes(7, 4)
+    ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
+    for k, (kind, part) in enumerate(table.groupby("factors", sort=False)):
+        colour, errors = (BLUE, RED)[k % 2], [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
+        ax.errorbar(part.macs_left * 100, part.top1 * 100, yerr=errors, fmt="o-", capsize=3, color=colour,
+                    label=f"factors of the {kind}")
+        ax.plot(part.macs_left * 100, part.top1_cut * 100, "o", markerfacecolor="none", color=colour)
+    ax.set(xlabel="MACs left, %", ylabel="top-1, %", title="Hollow: as factored; filled: after recovery")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def load(table: pd.DataFrame, *, by: str = "candidate") -> Figure:
+    """Requests per second and 99th percentile of the wait against the number of clients, of latency.under_load."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, part in table.groupby(by, sort=False):
+        left.plot(part.clients, part.requests_per_s, "o-", label=name)
+        right.plot(part.clients, part.p99_ms, "o-", label=name)
+    for axes, title in ((left, "requests per second"), (right, "99th percentile of the wait, ms")):
+        axes.set(xscale="log", xlabel="clients in a closed loop", ylabel=title)
+        axes.set_xticks(sorted(set(table.clients)), [str(count) for count in sorted(set(table.clients))])
+        axes.minorticks_off()
+    right.set_yscale("log")
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def throughput(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Images per second by size of batch, a line per candidate and number of threads, of latency.grid."""
+    ax = ax or _axes(7, 4)
+    for k, (name, part) in enumerate(table.groupby("candidate", sort=False)):
+        for threads, line in part.groupby("threads"):
+            ax.plot(line.batch, line.images_per_s, "o" + ("-", "--", ":", "-.")[(threads - 1) % 4], color=f"C{k}",
+                    label=f"{name}, threads {threads}")
+    ax.set(xscale="log", xlabel="batch", ylabel="images per second", title=table.attrs.get("machine", ""))
+    ax.set_xticks(sorted(set(table.batch)), [str(size) for size in sorted(set(table.batch))])
+    ax.minorticks_off()
+    ax.title.set_fontsize(8)
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Paired difference of each way of teaching with labels only, in points, with its 95 % interval."""
     taught = table[table.taught_by != "labels only"]

@@ -18,9 +18,9 @@ from workbench import files
 from workbench.subjects import data
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9}  # blocks in each of the three stages
-REPVGG_WIDTHS = {"repvgg_small": (32, 64, 128)}  # channels of each stage, behind a stem of 16
-REPVGG_BLOCKS = (2, 3, 2)  # in each stage, the first of stride 2
-NAMES = (*RESNET_BLOCKS, *REPVGG_WIDTHS, "efficientnet_lite0", "torchvision:NAME", "timm:NAME", "NAME@CHECKPOINT", "CHECKPOINT")
+REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
+REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))  # channels and blocks, the first of stride 2, behind a stem of 16 channels
+NAMES = (*RESNET_BLOCKS, *REPVGG, "efficientnet_lite0", "torchvision:NAME", "timm:NAME", "NAME@CHECKPOINT", "CHECKPOINT")
 
 
 class PadShortcut(nn.Module):
@@ -81,20 +81,23 @@ class ResNet(nn.Module):
 
 class RepVGGBlock(nn.Module):
     """Trained as the sum of a 3 x 3 branch, a 1 x 1 branch and, where the shape stays, the input, each behind its batch
-    norm; then a ReLU. `fused` gives one convolution that computes the same in eval mode.
+    norm; then a ReLU. `fused` gives one convolution that computes the same in eval mode. Without `branches` the 3 x 3 one
+    stands alone.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int = 1):
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1, *, branches: bool = True):
         super().__init__()
         self.conv3 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels_out)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels_out)
-        self.bn0 = nn.BatchNorm2d(channels_in) if channels_in == channels_out and stride == 1 else None
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False) if branches else None
+        self.bn1 = nn.BatchNorm2d(channels_out) if branches else None
+        self.bn0 = nn.BatchNorm2d(channels_in) if branches and channels_in == channels_out and stride == 1 else None
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:  # (n, channels_in, H, W) -> (n, channels_out, H / stride, W / stride)
-        y = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x))
+        y = self.bn3(self.conv3(x))
+        if self.conv1 is not None:
+            y = y + self.bn1(self.conv1(x))
         return self.relu(y if self.bn0 is None else y + self.bn0(x))
 
     def fused(self) -> nn.Sequential:
@@ -102,7 +105,8 @@ class RepVGGBlock(nn.Module):
         3 x 3 kernels with zeros around."""
         conv = nn.Conv2d(self.conv3.in_channels, self.conv3.out_channels, 3, self.conv3.stride, 1)
         eye = torch.eye(len(self.conv3.weight))[:, :, None, None]
-        kernels = [(self.conv3.weight, self.bn3), (F.pad(self.conv1.weight, (1, 1, 1, 1)), self.bn1)]
+        kernels = [(self.conv3.weight, self.bn3)]
+        kernels += [(F.pad(self.conv1.weight, (1, 1, 1, 1)), self.bn1)] if self.conv1 is not None else []
         kernels += [(F.pad(eye, (1, 1, 1, 1)), self.bn0)] if self.bn0 is not None else []
         gains = [norm.weight / (norm.running_var + norm.eps).sqrt() for _, norm in kernels]
         with torch.no_grad():
@@ -114,12 +118,12 @@ class RepVGGBlock(nn.Module):
 class RepVGG(nn.Module):
     """A stem of 16 channels and three stages of RepVGG blocks, average pooling, one linear layer."""
 
-    def __init__(self, widths: tuple[int, ...], *, in_channels: int = 3, classes: int = 10):
+    def __init__(self, *, branches: bool = True, in_channels: int = 3, classes: int = 10):
         super().__init__()
-        blocks, before = [RepVGGBlock(in_channels, 16)], 16
-        for width, count in zip(widths, REPVGG_BLOCKS, strict=True):
+        blocks, before = [RepVGGBlock(in_channels, 16, branches=branches)], 16
+        for width, count in REPVGG_STAGES:
             for k in range(count):
-                blocks.append(RepVGGBlock(before, width, 2 if k == 0 else 1))
+                blocks.append(RepVGGBlock(before, width, 2 if k == 0 else 1, branches=branches))
                 before = width
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(before, classes)
@@ -149,7 +153,7 @@ def load(name: str, task: data.Task | None = None, *, pretrained: bool = True, s
         pretrained = True
         if task and classes != len(task.classes):
             raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
-    if pretrained and not path and base in (*RESNET_BLOCKS, *REPVGG_WIDTHS):
+    if pretrained and not path and base in (*RESNET_BLOCKS, *REPVGG):
         path = str(_embedded(base, task))
     if pretrained and not path and base.partition(":")[0] in ("efficientnet_lite0", "torchvision"):
         named = task and task.classes != tuple(map(str, range(classes)))  # plain numbers are ImageNet's own
@@ -211,8 +215,8 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
     kind, _, rest = base.partition(":")
     if base in RESNET_BLOCKS:
         return ResNet(RESNET_BLOCKS[base], in_channels=channels, classes=classes)
-    if base in REPVGG_WIDTHS:
-        return RepVGG(REPVGG_WIDTHS[base], in_channels=channels, classes=classes)
+    if base in REPVGG:
+        return RepVGG(branches=REPVGG[base], in_channels=channels, classes=classes)
     if kind == "efficientnet_lite0":
         return _efficientnet_lite0(classes, channels, pretrained)
     if kind == "torchvision" and rest:
