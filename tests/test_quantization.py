@@ -1,8 +1,11 @@
 """Fake quantisation of whole networks, its repairs, and the integer graph that ONNX Runtime runs."""
 
+import itertools
+import sys
 from collections import OrderedDict
 
 import onnx as onnx_library
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from torch import nn
 from workbench import layers
 from workbench.deployment import onnx, sessions
 from workbench.layers import UnsupportedModelError, named
-from workbench.measures import accuracy, sensitivity
+from workbench.measures import accuracy, equivalence, sensitivity
 from workbench.methods import quantization, reparameterization, rounding
 from workbench.quantizers import CALIBRATORS, Scheme, quantizers
 from workbench.subjects import training
@@ -241,3 +244,94 @@ def test_what_cannot_be_traced_or_repaired_is_refused(network, folded, four, see
         rounding.equalize(named_relu)
     with pytest.raises(UnsupportedModelError, match="give the float model that was quantised"):
         rounding.correct_bias(four, network, seen)
+
+
+def options(rows):
+    return pd.DataFrame(rows, columns=["layer", "bits", "loss", "size_bytes"])
+
+
+def test_the_programme_finds_what_trying_everything_finds():
+    draw = torch.Generator().manual_seed(0)
+    table = options([(f"l{k}", b, float(torch.rand(1, generator=draw)) * 2.0 ** -b, (k + 1) * b)
+                     for k in range(5) for b in (2, 4, 8)])
+    for budget in (35, 60, 90, 200):
+        found = quantization.allocate(table, budget)
+        best = min(sum(combination.loss for combination in chosen) for chosen in
+                    itertools.product(*[list(part.itertuples()) for _, part in table.groupby("layer")])
+                    if sum(row.size_bytes for row in chosen) <= budget)
+        rows = [table[(table.layer == name) & (table.bits == b)].iloc[0] for name, b in found.items()]
+        assert sum(row.loss for row in rows) == pytest.approx(best, abs=1e-8)
+        assert sum(row.size_bytes for row in rows) <= budget
+
+
+def test_an_allocation_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="budget is 3 size_bytes, the cheapest widths need 4"):
+        quantization.allocate(options([("a", 2, 0.1, 2), ("b", 2, 0.1, 2)]), 3)
+    with pytest.raises(ValueError, match="layer a is NaN"):
+        quantization.allocate(options([("a", 2, float("nan"), 2)]), 3)
+
+
+def test_mixed_precision_quantises_each_layer_to_its_own_width(folded, seen, tiny):
+    method = quantization.quantizing(folded)
+    curves = sensitivity.scan(folded, tiny.test.subset(40), method, levels=[0.25, 0.5, 1.0], layers=["conv1", "layer1.0.conv1"])
+    table = quantization.choices(curves, folded)
+    assert list(table.bits) == [2, 4, 8, 2, 4, 8]
+    assert list(table.size_bytes[:3]) == [144 * b / 8 for b in (2, 4, 8)]
+    assert table.loss[0] > table.loss[1] > table.loss[2] > 0
+    bits = quantization.allocate(table, table[table.bits == 4].size_bytes.sum())
+    mixed = quantization.quantize(folded, seen, weights={name: Scheme(b, granularity="channel") for name, b in bits.items()})
+    found = quantization.table(mixed, folded).set_index("layer").bits
+    assert found.to_dict() == bits
+    with pytest.raises(ValueError, match="no layer is called 'nowhere'"):
+        quantization.quantize(folded, seen, weights={"nowhere": Scheme(4)})
+
+
+def test_coded_weights_are_no_larger_than_their_entropy_allows(folded):
+    shared = quantization.quantize(folded, [], weights=Scheme(4, levels="kmeans"), activations=None)
+    sizes = quantization.coded(shared)
+    floor = sizes.entropy_bits * sizes.params / 8
+    assert (sizes.coded_bytes >= floor).all()
+    assert (sizes.entropy_bits <= 4).all()
+    assert (sizes.coded_bytes.sum() < sizes.size_bytes.sum())
+    layer = named(shared)["layer3.0.conv1"]
+    assert len(layer.weight.unique()) <= 16
+
+
+def test_adaround_fits_its_scales_to_the_outputs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 4, bias=False)).eval()
+    net[0].weight.data[:, 0] = 1.0  # one large weight, on an input that is always nothing
+    x = torch.randn(400, 8)
+    x[:, 0] = 0
+    rough = quantization.quantize(net, [(x, None)], weights=Scheme(3, granularity="channel"))
+    fixed = rounding.adaround(rough, net, [(x, None)], steps=100)
+    with torch.no_grad():
+        errors = [(m(x) - net(x)).pow(2).mean() for m in (fixed, rough)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_peer_that_is_not_installed_is_named(folded, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(ValueError, match="NNCF is not installed; pip install"):
+        onnx.quantize_nncf(tmp_path / "x.onnx", [], tmp_path / "y.onnx")
+
+
+def test_images_that_two_models_answer_differently_are_explained_or_named(folded, tiny):
+    damaged = reparameterization.copy.deepcopy(folded)
+    with torch.no_grad():
+        damaged.linear.bias[0] += 1e-3
+    images = tiny.test.subset(100)
+    assert equivalence.disagreements(folded, folded, images).empty
+    rows = equivalence.disagreements(folded, damaged, images)
+    assert rows.explained.all()
+    worst = tiny.test.normalise(tiny.test.images[:60])
+
+    def swapped(x):
+        out = folded(x)
+        if len(x) == 60:
+            out = torch.cat([out[:1].flip(1), out[1:]])
+        return out.detach()
+
+    rows = equivalence.disagreements(folded, swapped, [worst])
+    assert rows.image.tolist() == [0]
+    assert rows.moved[0] > 0

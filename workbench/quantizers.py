@@ -92,7 +92,7 @@ def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -
     low, high = scheme.limits
     scaled = values / scale + zero
     rounded = scaled.clamp(low, high)
-    rounded = rounded + (rounded.round() - rounded).detach()
+    rounded = rounded.round().detach() + (rounded - rounded.detach())
     return (rounded - zero) * scale
 
 
@@ -132,7 +132,7 @@ class WeightQuantizer(nn.Module):
         rows = self.scheme.rows(weight, self.layer)
         if self.scheme.levels == "kmeans":
             chosen = self.levels.gather(1, _nearest(rows.detach(), self.levels))
-            return (rows + (chosen - rows).detach()).reshape(weight.shape)
+            return (chosen + (rows - rows.detach())).reshape(weight.shape)  # the levels themselves, to the last bit
         if self.frozen:
             return _onnx("DequantizeLinear", self.frozen, weight.shape, torch.float32)
         return fake_quantize(rows, _learned(self.scale, rows.shape[1], self.scheme), self.zero, self.scheme).reshape(weight.shape)

@@ -69,10 +69,11 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
 
 
 def quantize_static(source: Path | str, batches: Iterable, path: Path | str, *, calibrator: str = "minmax",
-                    per_channel: bool = True) -> Path:
+                    per_channel: bool = True, prepared: bool = False) -> Path:
     """Write a copy of the float32 ONNX file `source`, quantised to 8 bits by ONNX Runtime's own tool; return its path.
 
     A peer of quantization.quantize. batches: (images, labels) pairs for its calibration, "minmax", "entropy" or "percentile".
+    prepared: `source` has been through its quant_pre_process, which is otherwise run first.
 
     Raises ValueError for an unknown calibrator or no images, and as sessions.open does.
 
@@ -87,9 +88,10 @@ def quantize_static(source: Path | str, batches: Iterable, path: Path | str, *, 
         raise ValueError("calibration saw no images; give at least one batch")
     reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": lambda self: feeds.pop(0) if feeds else None})()
     with files.atomic(Path(path)) as new, tempfile.TemporaryDirectory() as folder, _quietly():
-        prepared = Path(folder) / "prepared.onnx"
-        quantization.quant_pre_process(source, prepared)
-        quantization.quantize_static(prepared, new, reader, per_channel=per_channel,
+        ready = Path(source) if prepared else Path(folder) / "prepared.onnx"
+        if not prepared:
+            quantization.quant_pre_process(source, ready)
+        quantization.quantize_static(ready, new, reader, per_channel=per_channel,
                                      activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
                                      calibrate_method=quantization.CalibrationMethod[CALIBRATORS[calibrator]])
         sessions.open(new)

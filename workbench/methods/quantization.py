@@ -45,28 +45,24 @@ def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[s
     calibrator: how the range of activations is read from what passes: "minmax", "moving_average", "percentile", "mse" or
     "entropy" (KL divergence); that of the images is always min-max. by: how the scales of weights are fitted, "minmax" or
     "mse". layers: globs of the layers whose weights are quantised. Trained on (training.fit), weights and scales learn
-    through straight-through gradients.
+    through straight-through gradients. The ranges of the activations are those of the float model: what coarse weights do
+    to them is for repairs to undo.
 
     Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no images, NaN, or
     images that are constant.
 
     Example: `quantization.quantize(folded, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
     """
-    new = prepare(model, weights=weights, activations=activations, by=by, layers=layers)
-    return calibrate(new, batches, calibrator) if activations else new
+    new = prepare(model, weights=None, activations=activations, layers=layers)
+    if activations:
+        calibrate(new, batches, calibrator)
+    return _round_weights(new, model, weights, by, layers)
 
 
 def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
             activations: Scheme | None = UINT8_ACTIVATIONS, by: str = "minmax",
             layers: str | Sequence[str] = "*") -> fx.GraphModule:
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are."""
-    if by not in ("minmax", "mse"):
-        raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
-    chosen = named(model, layers)
-    schemes = weights if isinstance(weights, Mapping) else dict.fromkeys(chosen, weights)
-    odd = [name for name in schemes if name not in chosen]
-    if odd:
-        raise ValueError(f"weights: no layer is called {odd[0]!r}; the layers are {', '.join(list(chosen)[:6])}, ...")
     source = copy.deepcopy(model).eval()
     try:
         traced = fx.GraphModule(source, _Tracer().trace(source))
@@ -75,13 +71,26 @@ def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None =
                                     f"({str(error).splitlines()[0]}); write its forward without branches on values") from error
     if activations:
         _insert(traced, activations)
+    if hasattr(model, "origin"):
+        traced.origin = model.origin
+    return _round_weights(traced.eval(), model, weights, by, layers)
+
+
+def _round_weights(traced: fx.GraphModule, model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by: str,
+                   layers: str | Sequence[str]) -> fx.GraphModule:
+    """Put quantisers before the weights of `traced`, itself."""
+    if by not in ("minmax", "mse"):
+        raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
+    chosen = named(model, layers)
+    schemes = weights if isinstance(weights, Mapping) else dict.fromkeys(chosen, weights)
+    odd = [name for name in schemes if name not in chosen]
+    if odd:
+        raise ValueError(f"weights: no layer is called {odd[0]!r}; the layers are {', '.join(list(chosen)[:6])}, ...")
     for name, scheme in schemes.items():
         if scheme and name in named(traced):  # without what eval mode leaves out
             layer = traced.get_submodule(name)
             parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, scheme, by=by, layer=name))
-    if hasattr(model, "origin"):
-        traced.origin = model.origin
-    return traced.eval()
+    return traced
 
 
 def calibrate(model: nn.Module, batches: Iterable, calibrator: str = "minmax") -> nn.Module:

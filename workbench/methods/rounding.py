@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from workbench import files
 from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named, patches
-from workbench.quantizers import WeightQuantizer, fake_quantize
+from workbench.quantizers import WeightQuantizer, fake_quantize, fit
 
 PLACES = 16  # patches of each image that a convolution's moments take
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
@@ -93,8 +93,9 @@ def correct_bias(model: nn.Module, reference: nn.Module, batches: Iterable, *, s
 def adaround(model: nn.Module, reference: nn.Module, batches: Iterable, *, steps: int = STEPS, seed: int = 0) -> nn.Module:
     """A copy of the quantised `model` whose weights are rounded up or down so that each layer's output errs least.
 
-    W' = s clamp(floor(W* / s) + h(V)), h the rectified sigmoid, V by Adam on the quadratic form plus a term that drives h to
-    0 or 1; where plain rounding errs less in a channel, that is kept. The biases are corrected. Raises as `correct_bias`.
+    The scales are first chosen for the same. Then W' = s clamp(floor(W* / s) + h(V)), h the rectified sigmoid, V by Adam on
+    the quadratic form plus a term that drives h to 0 or 1; where plain rounding errs less in a channel, that is kept. The
+    biases are corrected. Raises as `correct_bias`.
 
     Example: `rounding.adaround(quantised, folded, list(task.validation.subset(500).batches()))`
     """
@@ -139,6 +140,7 @@ def _repair(model: nn.Module, reference: nn.Module, batches: Iterable, change, t
 
 
 def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, steps: int) -> Tensor:
+    _fit_scale(quantizer, weight, moments)
     scale, zero = (_spread(value, quantizer, weight, moments) for value in (quantizer.scale.detach(), quantizer.zero))
     low, high = quantizer.scheme.limits
     down = (moments.target / scale).floor()
@@ -161,6 +163,24 @@ def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, ste
         rounded = ((down + zero + (logit > 0).float()).clamp(low, high) - zero) * scale
         plain = fake_quantize(weight.reshape(moments.target.shape), scale, zero, quantizer.scheme)
         return _best([rounded, nearest, plain], moments).reshape(weight.shape)
+
+
+def _fit_scale(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments) -> None:
+    """Of 36 scales from 0.3 to 1 of the one that holds all weights, and the present one, take what errs least in the
+    layer's output: by channel, or for the layer where it has a single scale. Groups keep theirs."""
+    scheme = quantizer.scheme
+    if scheme.granularity == "group" or not scheme.symmetric:
+        return
+    widest, best, found = fit(scheme.rows(weight), scheme)[0], None, quantizer.scale.detach().clone()
+    zero = _spread(quantizer.zero, quantizer, weight, moments)
+    for scale in (found, *(widest * share for share in torch.linspace(1.0, 0.3, 36).tolist())):
+        rounded = fake_quantize(moments.target, _spread(scale, quantizer, weight, moments), zero, scheme)
+        error = moments.loss(rounded).reshape(-1, 1)
+        error = error.sum(0, keepdim=True) if scheme.granularity == "tensor" else error
+        better = error < best if best is not None else torch.ones_like(error, dtype=torch.bool)
+        best = torch.where(better, error, best) if best is not None else error
+        found = torch.where(better, scale, found)
+    quantizer.scale.data = found
 
 
 def _adaquant(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, steps: int) -> Tensor:
