@@ -24,7 +24,8 @@ from workbench import files
 from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named, patches
 from workbench.quantizers import WeightQuantizer, fake_quantize, fit
 
-PLACES = 16  # patches of each image that a convolution's moments take
+PLACES = (16, 256)  # patches of each image that a convolution's moments take, least and most
+ROWS = 10  # patches in all for each input of a channel: with fewer, second moments fit the images and not the data
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
 DAMPING = 1e-2  # of the mean variance, added to Cov(x') before it is inverted
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
@@ -220,9 +221,10 @@ def _spread(value: Tensor, quantizer: WeightQuantizer, weight: Tensor, moments: 
 
 
 def _moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor], seed: int) -> _Moments:
-    sums, count = None, 0
+    sums, count, inputs_each = None, 0, layer.weight[0].numel()
+    places = min(max(-(-ROWS * inputs_each // sum(map(len, inputs))), PLACES[0]), PLACES[1])
     for k, pair in enumerate(zip(inputs, inputs_quantised, strict=True)):
-        x, y = (patches(layer, values, seed=1000 * seed + k, places=PLACES) for values in pair)  # (g, N, K)
+        x, y = (patches(layer, values, seed=1000 * seed + k, places=places) for values in pair)  # (g, N, K)
         found = [v.double() for v in (x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y)]
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
         count += x.shape[1]
