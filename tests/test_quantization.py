@@ -335,3 +335,23 @@ def test_images_that_two_models_answer_differently_are_explained_or_named(folded
     rows = equivalence.disagreements(folded, swapped, [worst])
     assert rows.image.tolist() == [0]
     assert rows.moved[0] > 0
+
+
+def test_four_bits_by_groups_are_stored_as_four_bits_and_answer_the_same(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10, bias=False)).eval()
+    four = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None)
+    x = torch.randn(50, 64)
+    path = onnx.export(four, x, tmp_path / "four.onnx")
+    nodes = [node.op_type for node in onnx_library.load(path).graph.node]
+    assert nodes.count("MatMulNBits") == 2
+    with torch.no_grad():
+        assert (sessions.open(path)(x) - four(x)).norm() < 0.02 * four(x).norm()
+    assert path.stat().st_size < onnx.export(net, x, tmp_path / "whole.onnx").stat().st_size / 3
+
+
+def test_groups_without_a_kernel_are_refused(tmp_path):
+    net = nn.Sequential(nn.Conv2d(32, 4, 1)).eval()
+    grouped = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None)
+    with pytest.raises(UnsupportedModelError, match="no kernel for groups of 32"):
+        onnx.export(grouped, torch.randn(2, 32, 4, 4), tmp_path / "x.onnx")

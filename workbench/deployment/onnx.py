@@ -25,6 +25,7 @@ from workbench.quantizers import ActivationQuantizer, WeightQuantizer
 
 TOLERANCE = 1e-3  # largest relative L2 distance between torch and the export, per image, before `export` refuses
 CALIBRATORS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}  # ours: onnxruntime's
+BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a scale in ONNX Runtime's 4-bit kernel
 QUANTISED_TOLERANCE = 0.2  # the same where both round: a value that lies between two integers may go either way
 
 
@@ -33,7 +34,8 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
     ONNX Runtime to torch's outputs; otherwise nothing is. example: float32 (n, C, H, W). The weights of a model of
-    quantization.quantize are stored as int8, fewer bits in the same, its biases as int32, its scales as they are.
+    quantization.quantize are stored as int8, fewer bits in the same, its biases as int32, its scales as they are; those of
+    a linear layer with 4 bits by groups of 16, 32, 64, ... inputs really as 4 bits (ONNX Runtime's MatMulNBits).
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something else.
 
@@ -42,9 +44,10 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
     path = Path(path)
     session = sessions.open(model)
     whole, quantised = session.model, [m for m in session.model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
+    packed: dict[str, tuple[Tensor, Tensor]] = {}
     if quantised:
         whole = copy.deepcopy(whole)
-        _freeze(whole)
+        packed = _freeze(whole)
     batch = torch.export.Dim.DYNAMIC
     noise = torch.randn(7, *example.shape[1:], generator=torch.Generator().manual_seed(0))
     probe = example[:1] + 0.1 * noise
@@ -54,6 +57,7 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
                                         input_names=["images"], output_names=["logits"], verbose=False)
         proto = program.model_proto
         _strip(proto)
+        _four_bits(proto, packed)
         if quantised:
             _integer_biases(proto)
         onnx.checker.check_model(proto, full_check=True)
@@ -143,12 +147,50 @@ def _check(expected: Tensor, found: Tensor, where: str, tolerance: float) -> Non
                                            f"{distance.max():.3g}, at most {tolerance} allowed")
 
 
-def _freeze(model: nn.Module) -> None:
-    for module in model.modules():
+def _freeze(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Let quantisers stand for ONNX's operators; the integers and scales of linear layers with a 4-bit kernel, by name."""
+    packed = {}
+    for name, module in list(model.named_modules()):
         if isinstance(module, ActivationQuantizer):
             module.freeze()
         elif parametrize.is_parametrized(module, "weight"):
-            module.parametrizations.weight[0].freeze(module.parametrizations.weight.original)
+            quantizer, source = module.parametrizations.weight[0], module.parametrizations.weight.original
+            scheme = quantizer.scheme
+            if isinstance(module, nn.Linear) and scheme.granularity == "group" and scheme.group in BLOCKS and \
+                    (scheme.bits, scheme.symmetric, scheme.levels) == (4, True, "uniform"):
+                packed[name] = quantizer.integers(source), quantizer.scale.detach()
+                plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                plain.load_state_dict({key: value for key, value in (("weight", module.weight), ("bias", module.bias))
+                                       if value is not None})
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, plain)  # a parametrisation cannot be taken off a copy alone
+            else:
+                quantizer.freeze(source)
+    return packed
+
+
+def _four_bits(proto: onnx.ModelProto, packed: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Put MatMulNBits in the place of these layers' Gemm: two weights a byte, the first in the lower half, zero at 8."""
+    graph = proto.graph
+    for layer, (integers, scale) in packed.items():
+        node = next((node for node in graph.node if node.op_type == "Gemm" and node.input[1] == f"{layer}.weight"), None)
+        if node is None:
+            raise layers.UnsupportedModelError(f"layer {layer} did not become a Gemm node, which 4-bit groups need; "
+                                               "use granularity 'channel'")
+        rows, inputs = integers.shape
+        block = integers.numel() // len(scale)
+        halves = (integers + 8).to(torch.uint8).reshape(rows, -1, block // 2, 2)
+        parts = {"integers": (halves[..., 0] | halves[..., 1] << 4).numpy(), "scale": scale.reshape(rows, -1).numpy()}
+        graph.initializer.extend(onnx.numpy_helper.from_array(part, f"{layer}.weight_{name}") for name, part in parts.items())
+        bias = ["", "", *node.input[2:]] if len(node.input) == 3 else []
+        new = onnx.helper.make_node("MatMulNBits", [node.input[0], *(f"{layer}.weight_{name}" for name in parts), *bias],
+                                    list(node.output), node.name, domain="com.microsoft", K=inputs, N=rows, bits=4,
+                                    block_size=block, accuracy_level=4)
+        place = list(graph.node).index(node)
+        graph.node.remove(node)
+        graph.node.insert(place, new)
+    if packed:
+        proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
 
 def _integer_biases(proto: onnx.ModelProto) -> None:

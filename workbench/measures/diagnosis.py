@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, evaluating, named
+from workbench.layers import Stepper, UnsupportedModelError, evaluating, named
 from workbench.measures import equivalence
 from workbench.measures.accuracy import finite
 from workbench.measures.sensitivity import Branching
-from workbench.quantizers import ActivationQuantizer, Histogram, WeightQuantizer
+from workbench.measures.units import Unit, units
+from workbench.quantizers import Histogram
 
 REPAIRS = {  # cause: what to try
     "weight scale off": "fit the scale of its weights anew",
@@ -37,7 +37,6 @@ FAULTS = ("scale", "range", "per_tensor", "stale_norm")  # that `plant` knows
 OFF = 1.5  # a scale that differs by less comes from other images
 DRIFT = 0.02  # of a norm, in standard deviations: below it no repair is tried
 SURE = 3.0  # standard errors, over images, by which a repair must help
-_BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Diagnosis:
     table: pd.DataFrame
     unexplained: float
     candidate: nn.Module
-    repairs: Mapping[str, "_Unit"] = field(repr=False)
+    repairs: Mapping[str, Unit] = field(repr=False)
 
     def repaired(self, *layers: str) -> nn.Module:
         """A copy of the candidate in which `layers` (by default the first suspect) are repaired.
@@ -85,12 +84,12 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> D
         raise ValueError("the diagnosis saw no images; give at least one batch")
     before = Stepper(reference, remedy="write its forward without branches on values")
     after = Stepper(candidate, remedy="write its forward without branches on values")
-    units, originals = _units(after), _units(before)
-    if list(units) != list(originals):
-        odd = next(iter([name for name in originals if name not in units] or [name for name in units if name not in originals]),
+    found, originals = units(after), units(before)
+    if list(found) != list(originals):
+        odd = next(iter([name for name in originals if name not in found] or [name for name in found if name not in originals]),
                    "order")
         raise UnsupportedModelError(f"reference and candidate differ in their layers ({odd}); give the model that was compressed")
-    findings = {name: _Finding(name, originals[name], unit) for name, unit in units.items()}
+    findings = {name: _Finding(name, originals[name], unit) for name, unit in found.items()}
     with evaluating(reference), evaluating(candidate):
         for images in files.progress(batches, title="diagnosis: units", unit="batch"):
             values: dict = {}
@@ -134,7 +133,7 @@ def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches:
         raise ValueError(f"unknown fault {fault!r}; expected one of {', '.join(FAULTS)}")
     new = copy.deepcopy(model).eval()
     named(new, layer)
-    unit = _units(Stepper(new, remedy="quantise a model that can be traced"))[layer]
+    unit = units(Stepper(new, remedy="quantise a model that can be traced"))[layer]
     part = {"scale": unit.weights, "per_tensor": unit.weights, "range": unit.quantizer, "stale_norm": unit.norm}[fault]
     if part is None:
         raise ValueError(f"layer {layer} has nothing that fault {fault!r} could damage")
@@ -156,66 +155,10 @@ def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches:
     return new
 
 
-class _Unit:
-    """A layer of a model with the norm and the quantiser behind it, and where they stand."""
-
-    def __init__(self, graph: Stepper, place: int):
-        node = graph.nodes[place]
-        self.names: list[str | None] = [node.target, None, None]
-        self.graph, self.chain, self.place = graph, [], node
-        plain = True
-        while len(node.users) == 1:
-            node = next(iter(node.users))
-            module = graph.modules.get(node.target) if node.op == "call_module" else None
-            if isinstance(module, _BATCHNORM) and plain and not self.names[1]:
-                self.names[1] = node.target
-            elif isinstance(module, ActivationQuantizer):
-                self.names[2] = node.target
-            elif _is_activation(node, module):
-                plain = plain and isinstance(module, nn.Identity | nn.Dropout)
-            else:
-                break
-            self.chain.append(graph.nodes.index(node))
-            if self.names[2]:
-                break
-        self.layer, self.norm, self.quantizer = (graph.modules[name] if name else None for name in self.names)
-
-    @property
-    def weights(self) -> WeightQuantizer | None:
-        """The quantiser of the layer's weights, or None."""
-        return self.layer.parametrizations.weight[0] if parametrize.is_parametrized(self.layer, "weight") else None
-
-    def requantize(self, scheme) -> None:
-        """Fit the weights' scales anew, from the weights before rounding."""
-        source = self.layer.parametrizations.weight
-        source[0] = WeightQuantizer(source.original, scheme, layer=self.names[0])
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The parts by their names in the model."""
-        parts = (self.layer, self.norm, self.quantizer)
-        return {name: part for name, part in zip(self.names, parts, strict=True) if name}
-
-    def copy(self) -> "_Unit":
-        """Parts of its own, to be repaired."""
-        new = copy.copy(self)
-        new.layer, new.norm, new.quantizer = (copy.deepcopy(part) for part in (self.layer, self.norm, self.quantizer))
-        return new
-
-    def run(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's output, what comes out behind the activation, and the same on its grid."""
-        raw = self.layer(inputs)
-        values, last, before = {self.place: raw}, self.place, raw
-        for i in self.chain:
-            before = values[last]
-            self.graph.step(i, values, inputs, self.modules())
-            last = self.graph.nodes[i]
-        return raw, before if self.quantizer else values[last], values[last]
-
-
 class _Finding:
     """What is seen of one unit on the reference's own inputs: sums over batches."""
 
-    def __init__(self, name: str, original: _Unit, unit: _Unit):
+    def __init__(self, name: str, original: Unit, unit: Unit):
         self.name, self.original, self.unit = name, original, unit
         self.seen, self.energy, self.by_weights, self.by_grid, self.clipped, self.count = Histogram(), 0.0, 0.0, 0.0, 0, 0
         self.sums: Tensor | float = 0.0
@@ -242,7 +185,7 @@ class _Finding:
             flat = raw.transpose(0, 1).flatten(1).double()
             self.sums = self.sums + torch.stack([flat.sum(1), flat.pow(2).sum(1), torch.full((len(flat),), float(flat.shape[1]))])
 
-    def repairs(self) -> dict[str, _Unit]:
+    def repairs(self) -> dict[str, Unit]:
         """What could be wrong with the unit, and the unit with that repaired."""
         found = {}
         weights, quantizer = self.unit.weights, self.unit.quantizer
@@ -300,11 +243,6 @@ class _Finding:
         return ((mean - norm.running_mean).abs() / std).mean().item(), ((var + norm.eps).sqrt() / std).log().abs().mean().item()
 
 
-def _units(graph: Stepper) -> dict[str, _Unit]:
-    return {node.target: _Unit(graph, i) for i, node in enumerate(graph.nodes)
-            if node.op == "call_module" and isinstance(graph.modules[node.target], WEIGHTED)}
-
-
 def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Tensor]) -> dict[str, dict[str, float]]:
     """Per unit and repair: the share of its own error that goes, or 0 where that is not sure over the images."""
     gains: dict[tuple[str, str], list[Tensor]] = {(name, cause): [] for name, found in tries.items() for cause in found}
@@ -328,7 +266,7 @@ def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Te
     return helped
 
 
-def _in_reference(unit: _Unit, original: _Unit) -> dict[str, nn.Module]:
+def _in_reference(unit: Unit, original: Unit) -> dict[str, nn.Module]:
     """The unit as modules to stand in the reference; what clips to the range of a ReLU may as well stand before it."""
     parts = [part for part in (unit.layer, unit.norm, unit.quantizer) if part is not None]
     modules: dict[str, nn.Module] = {original.names[0]: nn.Sequential(*parts)}
@@ -350,13 +288,6 @@ def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: 
         count += len(images)
     return ({key: torch.cat(parts) for key, parts in errors.items()},
             {name: value / count for name, value in flips.items()}, whole / count)
-
-
-def _is_activation(node, module: nn.Module | None) -> bool:
-    if module is not None:
-        return isinstance(module, nn.Identity | nn.Dropout | nn.ReLU | nn.ReLU6 | nn.Hardtanh)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in ("relu", "relu_", "relu6", "hardtanh", "clamp", "dropout")
 
 
 def _ratio(new: Tensor, old: Tensor) -> float:
