@@ -167,3 +167,12 @@ def test_bad_input_gets_one_line(call, words):
 def test_groups_that_do_not_fit_name_the_layer():
     with pytest.raises(UnsupportedModelError, match="layer conv1 has 9 inputs a channel, which groups of 4 do not divide"):
         WeightQuantizer(torch.ones(2, 1, 3, 3), Scheme(4, granularity="group", group=4), layer="conv1")
+
+
+def test_a_spike_does_not_make_the_entropy_threshold_clip_what_matters():
+    torch.manual_seed(0)
+    histogram = Histogram()
+    spiky = torch.cat([torch.randn(100_000).abs(), torch.full((30_000,), 0.05), torch.full((30_000,), 0.11)])
+    histogram.add(spiky[torch.randperm(len(spiky))])
+    _, high = histogram.range("entropy", Scheme(8, symmetric=False))
+    assert (spiky > high).float().mean() <= 1.1e-3

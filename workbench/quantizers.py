@@ -23,6 +23,7 @@ CALIBRATORS = ("minmax", "moving_average", "percentile", "mse", "entropy")
 BINS = 4096  # of a histogram at most; when a batch needs more, neighbours merge two by two
 COUNTED = 2**18  # values of a batch that a histogram counts at most, evenly spread; the least and greatest are of all
 PERCENTILE = 0.9999  # of the values that the percentile calibrator keeps, a half of the rest cut on either side
+CLIPPED = 1e-3  # of the values that the entropy calibrator may clip
 MOMENTUM = 0.9  # of the moving average, per batch
 
 
@@ -283,7 +284,8 @@ class Histogram:
     def _entropy(self, scheme: Scheme) -> tuple[float, float]:
         """The threshold t on |x| at which KL(p || q) is least: p the counts with all beyond t in its last bin, q the same
         without those, spread evenly over what is not empty within each of the grid's levels. Zeros, which any grid holds
-        and a ReLU makes by the half, are left out; else they would be spread with their level."""
+        and a ReLU makes by the half, are left out; else they would be spread with their level. Other spikes, which a plain
+        background makes, would still drive t down to where they stand alone: it clips one value in a thousand at most."""
         reach = max(self.first + len(self.counts), -self.first)
         sizes = torch.zeros(reach, dtype=torch.float64)  # counts by |x|
         where = self.first + torch.arange(len(self.counts))
@@ -300,7 +302,7 @@ class Histogram:
         own = logs[bins] - torch.special.xlogy(last, last) + torch.special.xlogy(last + beyond, last + beyond)
         cross = torch.special.xlogy(m, m / n.clamp_min(1)).sum(1) + torch.special.xlogy(beyond, spread)
         divergence = (own - cross) / (inside + beyond) - (inside + beyond).log() + inside.log()
-        possible = (inside > 0) & ((beyond == 0) | (spread > 0))
+        possible = (inside > 0) & ((beyond == 0) | (spread > 0)) & (beyond <= CLIPPED * float(self.counts.sum()))
         found = int(bins[torch.where(possible, divergence, math.inf).argmin()]) if possible.any() else reach
         threshold = found * self.width
         return max(self.low, -threshold), min(self.high, threshold)
