@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workbench"
 BELOW = {  # what each room may import of the package
     "files": set(), "machine": set(), "layers": set(), "coupling": {"layers"},
-    "quantizers": {"layers"}, "": set(),
+    "grid": {"layers"}, "quantizers": {"layers", "grid"}, "": set(),
     "subjects": {"files", "layers", "machine"},
     "methods": {"files", "layers", "machine", "coupling", "quantizers"},
     "deployment": {"files", "layers", "machine", "quantizers", "subjects"},

@@ -105,6 +105,21 @@ def test_damaged_weights_of_a_float_model_are_found(folded, look):
     assert torch.equal(found.repaired().layer2[0].conv1.weight, folded.layer2[0].conv1.weight)
 
 
+def test_a_changed_bias_and_weights_that_were_zeroed_before_rounding_are_found(folded, look, task):
+    sick = reparameterization.copy.deepcopy(folded)
+    with torch.no_grad():
+        sick.layer3[0].conv2.bias[1] += 1
+    table = diagnosis.diagnose(folded, sick, look).table
+    assert (table.layer[0], table.cause[0]) == ("layer3.0.conv2", "weights changed")
+    sick = reparameterization.copy.deepcopy(folded)
+    with torch.no_grad():
+        sick.layer2[1].conv1.weight[5] = 0
+    rounded = quantization.quantize(sick, task.validation.subset(100, seed=0).batches(50))
+    found = diagnosis.diagnose(folded, rounded, look)
+    assert (found.table.layer[0], found.table.cause[0]) == ("layer2.1.conv1", "weights changed")
+    assert diagnosis.diagnose(folded, folded, look).unexplained == 0
+
+
 def test_what_cannot_be_diagnosed_says_why(folded, healthy, look, task):
     with pytest.raises(ValueError, match="no images"):
         diagnosis.diagnose(folded, healthy, [])
@@ -118,5 +133,7 @@ def test_what_cannot_be_diagnosed_says_why(folded, healthy, look, task):
         diagnosis.plant(healthy, "conv1", "rust")
     with pytest.raises(ValueError, match="no layer matches"):
         diagnosis.plant(healthy, "conv99", "scale")
+    with pytest.raises(ValueError, match="is not one layer's name"):
+        diagnosis.plant(healthy, "layer1.*", "scale")
     with pytest.raises(ValueError, match="nothing that fault 'stale_norm'"):
         diagnosis.plant(healthy, "conv1", "stale_norm")

@@ -71,6 +71,16 @@ def test_a_larger_budget_loses_less_energy(net):
     assert errors[-1] == 0
 
 
+def test_a_layer_of_zeros_leaves_the_others_their_ranks():
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 32) for _ in range(6)]
+    layers[2].weight.data *= 1e-8
+    almost = factorization.table(factorization.factorize(nn.Sequential(*layers), budget=0.4), nn.Sequential(*layers))["rank"]
+    layers[2].weight.data.zero_()
+    found = factorization.table(factorization.factorize(nn.Sequential(*layers), budget=0.4), nn.Sequential(*layers))["rank"]
+    assert (found.drop(2) >= almost.drop(2)).all()
+
+
 def test_a_scan_over_ranks_says_what_went(net, images):
     method = factorization.truncating(net)
     change = method("4", 0.5)

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench import quantizers
+from workbench import grid, quantizers
 from workbench.layers import UnsupportedModelError
 from workbench.quantizers import ActivationQuantizer, Histogram, Scheme, WeightQuantizer
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 8), st.booleans(), st.sampled_from(quantizers.GRANULARITIES), st.integers(0, 99))
+@given(st.integers(2, 8), st.booleans(), st.sampled_from(grid.GRANULARITIES), st.integers(0, 99))
 def test_a_weight_lands_on_the_nearest_point_of_its_grid(bits, symmetric, granularity, seed):
     weight = torch.randn(4, 6, 2, generator=torch.Generator().manual_seed(seed))
     scheme = Scheme(bits, symmetric, granularity, group=4 if granularity == "group" else 0)
@@ -45,12 +45,12 @@ def test_more_bits_and_finer_scales_never_err_more():
 
 def test_kmeans_finds_values_that_are_there():
     rows = torch.tensor([[-5.0, -2.0, 0.25, 4.0] * 9])
-    assert quantizers.kmeans(rows, 2).tolist() == [[-5.0, -2.0, 0.25, 4.0]]
+    assert grid.kmeans(rows, 2).tolist() == [[-5.0, -2.0, 0.25, 4.0]]
 
 
 def test_the_gradient_is_straight_through_inside_and_none_outside():
     values = torch.tensor([-9.0, -0.3, 0.6, 9.0], requires_grad=True)
-    quantizers.fake_quantize(values, torch.tensor(0.5), torch.tensor(0.0), Scheme(3)).sum().backward()
+    grid.fake_quantize(values, torch.tensor(0.5), torch.tensor(0.0), Scheme(3)).sum().backward()
     assert values.grad.tolist() == [0, 1, 1, 0]
 
 
@@ -58,7 +58,7 @@ def test_the_step_learns_as_in_the_paper():
     """d x'/d s = round(x/s) - x/s inside the limits, the limit outside (Esser et al., equation 3)."""
     values, scale = torch.tensor([0.6, 9.0, -9.0]), torch.tensor(0.5, requires_grad=True)
     for value, expected in zip(values, (1 - 1.2, 3, -4), strict=True):
-        gradient, = torch.autograd.grad(quantizers.fake_quantize(value, scale, torch.tensor(0.0), Scheme(3)), scale)
+        gradient, = torch.autograd.grad(grid.fake_quantize(value, scale, torch.tensor(0.0), Scheme(3)), scale)
         assert gradient.item() == pytest.approx(expected)
 
 
@@ -93,8 +93,8 @@ def test_mse_finds_the_clipping_that_errs_least():
     histogram.add(values)
 
     def error(low, high):
-        scale, zero = quantizers._affine(torch.tensor([low]), torch.tensor([high]), scheme)
-        return (quantizers.fake_quantize(values, scale, zero, scheme) - values).pow(2).sum().item()
+        scale, zero = grid.affine(torch.tensor([low]), torch.tensor([high]), scheme)
+        return (grid.fake_quantize(values, scale, zero, scheme) - values).pow(2).sum().item()
 
     low, high = histogram.range("mse", scheme)
     assert high < 10
@@ -167,3 +167,12 @@ def test_bad_input_gets_one_line(call, words):
 def test_groups_that_do_not_fit_name_the_layer():
     with pytest.raises(UnsupportedModelError, match="layer conv1 has 9 inputs a channel, which groups of 4 do not divide"):
         WeightQuantizer(torch.ones(2, 1, 3, 3), Scheme(4, granularity="group", group=4), layer="conv1")
+
+
+def test_a_spike_does_not_make_the_entropy_threshold_clip_what_matters():
+    torch.manual_seed(0)
+    histogram = Histogram()
+    spiky = torch.cat([torch.randn(100_000).abs(), torch.full((30_000,), 0.05), torch.full((30_000,), 0.11)])
+    histogram.add(spiky[torch.randperm(len(spiky))])
+    _, high = histogram.range("entropy", Scheme(8, symmetric=False))
+    assert (spiky > high).float().mean() <= 1.1e-3

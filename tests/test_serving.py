@@ -70,6 +70,34 @@ def test_a_batch_that_fails_tells_its_callers_and_the_next_is_served(images):
         served.submit(images[0])
 
 
+def test_a_request_that_is_cancelled_does_not_stop_the_others(images):
+    gate = threading.Event()
+
+    def model(batch):
+        gate.wait(10)
+        return batch.flatten(1)
+
+    with Batcher(model, size=1, deadline_ms=0) as served:
+        first, second, third = (served.submit(image) for image in images[:3])
+        second.cancel()
+        gate.set()
+        assert torch.equal(third.result(timeout=10), images[2].flatten())
+    assert first.done()
+    assert second.cancelled()
+    with pytest.raises(ValueError, match="inside its with block"):
+        Batcher(model).submit(images[0])
+
+
+def test_the_load_of_a_known_model_is_measured_as_it_is(images):
+    def model(batch):
+        time.sleep(0.005)
+        return batch.flatten(1)
+
+    table = latency.under_load(model, images, clients=(1, 16), seconds=1.2)
+    assert (table.requests_per_s > 140).all()
+    assert (table.requests_per_s <= 202).all()
+
+
 def test_what_waits_at_the_end_is_still_served(images):
     gate = threading.Event()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.layers import WEIGHTED, UnsupportedModelError, evaluating
+from workbench.layers import WEIGHTED, UnsupportedModelError, evaluating, reason
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _dependencies(model: nn.Module, example: Tensor):
             return torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
     except Exception as error:  # it runs the model and walks autograd's graph; either may raise anything
         raise UnsupportedModelError(f"the channels of {type(model).__name__} cannot be traced: "
-                                    f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+                                    f"{reason(error)}") from error
 
 
 def _pruner(layer: nn.Module):

@@ -82,6 +82,13 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, dict]:
     return {path: {op: count // 2 for op, count in ops.items()} for path, ops in counter.get_flop_counts().items()}
 
 
+class Tracer(fx.Tracer):
+    """Keeps modules without children whole, such as a convolution of a library's own class, as torch's are."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return super().is_leaf_module(module, name) or not list(module.children())
+
+
 class Stepper:
     """A model traced by torch.fx, to be run node by node; modules by name, and where each value is last used.
 
@@ -90,9 +97,9 @@ class Stepper:
 
     def __init__(self, model: nn.Module, *, remedy: str):
         try:
-            self.traced = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+            self.traced = model if isinstance(model, fx.GraphModule) else fx.GraphModule(model, Tracer().trace(model))
         except Exception as error:  # tracing runs the model's own code, which may raise anything
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({str(error).splitlines()[0]}); "
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); "
                                         f"{remedy}") from error
         self.nodes = list(self.traced.graph.nodes)
         self.modules = dict(self.traced.named_modules())
@@ -211,6 +218,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _list(names) -> str:

@@ -1,111 +1,26 @@
-"""Ground floor: numbers on a grid. Schemes, the scales of weights, the ranges of activations, and their fake quantisation.
+"""Ground floor: what puts weights and activations on a grid, and the ranges that it reads from what passes.
 
-q = clamp(round(x / s) + z, q_min, q_max), x' = s (q - z); symmetric has z = 0 and q from -2^(b-1), asymmetric q from 0.
-
-Sources: affine grid and straight-through gradients Jacob et al. 2018 (arXiv 1712.05877); learned step Esser et al. 2020
-(arXiv 1902.08153); entropy calibration Migacz 2017, "8-bit inference with TensorRT"; k-means levels Han et al. 2016
-(arXiv 1510.00149).
+Sources: straight-through gradients Jacob et al. 2018 (arXiv 1712.05877); learned step Esser et al. 2020 (arXiv
+1902.08153); entropy calibration Migacz 2017, "8-bit inference with TensorRT".
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
+from workbench.grid import Scheme, affine, fake_quantize, fit, kmeans, nearest
 from workbench.layers import UnsupportedModelError
 
-GRANULARITIES = ("tensor", "channel", "group")
-LEVELS = ("uniform", "kmeans")
 CALIBRATORS = ("minmax", "moving_average", "percentile", "mse", "entropy")
 BINS = 4096  # of a histogram at most; when a batch needs more, neighbours merge two by two
 COUNTED = 2**18  # values of a batch that a histogram counts at most, evenly spread; the least and greatest are of all
 PERCENTILE = 0.9999  # of the values that the percentile calibrator keeps, a half of the rest cut on either side
+CLIPPED = 1e-3  # of the values that the entropy calibrator may clip
 MOMENTUM = 0.9  # of the moving average, per batch
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How numbers become integers of `bits` bits (2-8).
-
-    granularity: one scale for the "tensor", for each output "channel", or for each "group" of `group` consecutive inputs
-    of a channel. levels "uniform", or "kmeans": 2^bits values, fitted to each tensor or channel, stored as a table.
-    """
-
-    bits: int = 8
-    symmetric: bool = True
-    granularity: str = "tensor"
-    group: int = 0
-    levels: str = "uniform"
-
-    def __post_init__(self):
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"scheme: bits is {self.bits}, expected 2 to 8")
-        for name, known in (("granularity", GRANULARITIES), ("levels", LEVELS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"scheme: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        if (self.granularity == "group") != (self.group > 0):
-            raise ValueError(f"scheme: granularity is {self.granularity!r} and group {self.group}; a group of at least 1 input "
-                             "goes with granularity 'group', and only with it")
-
-    @property
-    def limits(self) -> tuple[int, int]:
-        """The least and the greatest integer."""
-        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
-
-    def rows(self, weight: Tensor, layer: str = "") -> Tensor:
-        """The weight (out, ...) as (R, C), each row sharing a scale. Raises UnsupportedModelError where groups do not fit."""
-        if self.granularity == "tensor":
-            return weight.reshape(1, -1)
-        if self.granularity == "channel":
-            return weight.reshape(len(weight), -1)
-        if weight[0].numel() % self.group:
-            raise UnsupportedModelError(f"layer {layer} has {weight[0].numel()} inputs a channel, which groups of {self.group} "
-                                        "do not divide; choose another group")
-        return weight.reshape(-1, self.group)
-
-
-def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Tensor]:
-    """Scale and zero point, float32 (R, 1) each, of values (R, C), row by row.
-
-    by "minmax": the range covers all values; "mse": of 60 ranges from 0.3 of that to all of it, the one of least
-    squared error. A row of zeros has scale 1.
-    """
-    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
-    if by == "minmax":
-        return _affine(low, high, scheme)
-    best = torch.full_like(low, math.inf)
-    scale, zero = _affine(low, high, scheme)
-    for share in torch.linspace(1.0, 0.3, 60).tolist():
-        trial_scale, trial_zero = _affine(low * share, high * share, scheme)
-        error = (rows - fake_quantize(rows, trial_scale, trial_zero, scheme)).pow(2).sum(1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
-    return scale, zero
-
-
-def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """s (clamp(round(x / s) + z) - z), with the gradient 1 straight through inside the limits, and to s as learned step."""
-    low, high = scheme.limits
-    scaled = values / scale + zero
-    rounded = scaled.clamp(low, high)
-    rounded = rounded.round().detach() + (rounded - rounded.detach())
-    return (rounded - zero) * scale
-
-
-def kmeans(rows: Tensor, bits: int, *, steps: int = 30) -> Tensor:
-    """2^bits sorted levels, float32 (R, 2^bits), of values (R, C): Lloyd's steps from the best uniform grid, so never worse."""
-    uniform = Scheme(bits)
-    levels = torch.arange(uniform.limits[0], uniform.limits[1] + 1) * fit(rows, uniform, by="mse")[0]
-    for _ in range(steps):
-        chosen = _nearest(rows, levels)
-        sums = torch.zeros_like(levels).scatter_add_(1, chosen, rows)
-        counts = torch.zeros_like(levels).scatter_add_(1, chosen, torch.ones_like(rows))
-        levels = torch.where(counts > 0, sums / counts.clamp_min(1), levels).sort(1).values
-    return levels
 
 
 class WeightQuantizer(nn.Module):
@@ -131,7 +46,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         rows = self.scheme.rows(weight, self.layer)
         if self.scheme.levels == "kmeans":
-            chosen = self.levels.gather(1, _nearest(rows.detach(), self.levels))
+            chosen = self.levels.gather(1, nearest(rows.detach(), self.levels))
             return (chosen + (rows - rows.detach())).reshape(weight.shape)  # the levels themselves, to the last bit
         if self.frozen:
             return _onnx("DequantizeLinear", self.frozen, weight.shape, torch.float32)
@@ -141,7 +56,7 @@ class WeightQuantizer(nn.Module):
         """The integers of a weight, int32 of its shape: its levels' places for k-means."""
         rows = self.scheme.rows(weight.detach(), self.layer)
         if self.scheme.levels == "kmeans":
-            return _nearest(rows, self.levels).int().reshape(weight.shape)
+            return nearest(rows, self.levels).int().reshape(weight.shape)
         return ((rows / self.scale + self.zero).round().clamp(*self.scheme.limits)).int().reshape(weight.shape)
 
     def freeze(self, weight: Tensor) -> None:
@@ -174,7 +89,7 @@ class ActivationQuantizer(nn.Module):
 
     def settle(self, calibrator: str) -> None:
         """Take the range that `calibrator` reads from what was seen, and quantise from now on."""
-        scale, zero = _affine(*(torch.tensor([value]) for value in self.seen.range(calibrator, self.scheme)), self.scheme)
+        scale, zero = affine(*(torch.tensor([value]) for value in self.seen.range(calibrator, self.scheme)), self.scheme)
         self.scale.data, self.zero.data, self.observing, self.settled, self.seen = scale, zero, False, True, None
 
     def freeze(self) -> None:
@@ -208,14 +123,14 @@ class Histogram:
     """
 
     def __init__(self, *, counting: bool = True):
-        self.counting = counting
-        self.counts, self.first, self.width = torch.zeros(0, dtype=torch.int64), 0, 0.0
+        self.counting, self.counts, self.first, self.width = counting, torch.zeros(0, dtype=torch.int64), 0, 0.0
         self.low, self.high, self.averages, self.zeros = math.inf, -math.inf, None, 0
 
     def add(self, values: Tensor, place: str = "") -> None:
         """Count a batch. Raises ValueError for NaN or infinity."""
-        inward = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
-        values = (values.permute(0, 2, 3, 1) if inward else values).flatten().float()  # in the order of memory: no copy
+        if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1)  # in the order of memory: no copy
+        values = values.flatten().float()
         low, high = (v.item() for v in values.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError(f"calibration: the values of {place or 'a node'} hold NaN or infinity; look at the images and "
@@ -251,9 +166,9 @@ class Histogram:
             raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
         if self.averages is None:
             raise ValueError("calibration saw no images; give at least one batch")
-        chosen = {"minmax": lambda: (self.low, self.high), "moving_average": lambda: tuple(self.averages.tolist()),
-                  "percentile": self._percentile, "mse": lambda: self._least_error(scheme),
-                  "entropy": lambda: self._entropy(scheme)}[calibrator]()
+        ways = {"minmax": lambda: (self.low, self.high), "moving_average": self.averages.tolist, "percentile": self._percentile,
+                "mse": lambda: self._least_error(scheme), "entropy": lambda: self._entropy(scheme)}
+        chosen = ways[calibrator]()
         return min(chosen[0], 0.0), max(chosen[1], 0.0)
 
     def _merge(self) -> None:
@@ -266,8 +181,7 @@ class Histogram:
         return (self.first + torch.arange(len(self.counts)) + 0.5) * self.width
 
     def _percentile(self) -> tuple[float, float]:
-        share, cut = self.counts.cumsum(0) / self.counts.sum(), (1 - PERCENTILE) / 2
-        one_sided = self.low >= 0
+        share, cut, one_sided = self.counts.cumsum(0) / self.counts.sum(), (1 - PERCENTILE) / 2, self.low >= 0
         low = self.low if one_sided else float(self._centres()[int((share < cut).sum())])
         top = int((share < (PERCENTILE if one_sided else 1 - cut)).sum())
         return low, float(self._centres()[min(top, len(self.counts) - 1)])
@@ -276,14 +190,15 @@ class Histogram:
         shares = torch.linspace(1.0, 0.1, 91)[:, None]
         low, high = (shares * self.low).clamp(max=0), (shares * self.high).clamp(min=0)
         centres = self._centres()[None]
-        off = centres - fake_quantize(centres, *_affine(low, high, scheme), scheme)
+        off = centres - fake_quantize(centres, *affine(low, high, scheme), scheme)
         best = (off.pow(2) * self.counts).sum(1).argmin()
         return low[best].item(), high[best].item()
 
     def _entropy(self, scheme: Scheme) -> tuple[float, float]:
         """The threshold t on |x| at which KL(p || q) is least: p the counts with all beyond t in its last bin, q the same
         without those, spread evenly over what is not empty within each of the grid's levels. Zeros, which any grid holds
-        and a ReLU makes by the half, are left out; else they would be spread with their level."""
+        and a ReLU makes by the half, are left out; else they would be spread with their level. Other spikes, which a plain
+        background makes, would still drive t down to where they stand alone: it clips one value in a thousand at most."""
         reach = max(self.first + len(self.counts), -self.first)
         sizes = torch.zeros(reach, dtype=torch.float64)  # counts by |x|
         where = self.first + torch.arange(len(self.counts))
@@ -300,7 +215,7 @@ class Histogram:
         own = logs[bins] - torch.special.xlogy(last, last) + torch.special.xlogy(last + beyond, last + beyond)
         cross = torch.special.xlogy(m, m / n.clamp_min(1)).sum(1) + torch.special.xlogy(beyond, spread)
         divergence = (own - cross) / (inside + beyond) - (inside + beyond).log() + inside.log()
-        possible = (inside > 0) & ((beyond == 0) | (spread > 0))
+        possible = (inside > 0) & ((beyond == 0) | (spread > 0)) & (beyond <= CLIPPED * float(self.counts.sum()))
         found = int(bins[torch.where(possible, divergence, math.inf).argmin()]) if possible.any() else reach
         threshold = found * self.width
         return max(self.low, -threshold), min(self.high, threshold)
@@ -311,14 +226,22 @@ def quantizers(model: nn.Module) -> Iterable[tuple[str, ActivationQuantizer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ActivationQuantizer))
 
 
-def _affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    least, most = scheme.limits
-    if scheme.symmetric:
-        scale = torch.maximum(-low, high) / most
-        return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
-    scale = (high - low) / (most - least)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (least - low / scale).round().clamp(least, most)
+def round_biases(model: fx.GraphModule) -> fx.GraphModule:
+    """Put the biases of quantised layers, themselves, on the grid of what they join, s_x s_w, as integer kernels store them."""
+    modules = dict(model.named_modules())
+    for node in model.graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if getattr(layer, "bias", None) is None or not parametrize.is_parametrized(layer, "weight"):
+            continue
+        source, weights = node.args[0], layer.parametrizations.weight[0]
+        while not isinstance(modules.get(source.target), ActivationQuantizer) and source.all_input_nodes:
+            source = source.all_input_nodes[0]  # through pooling, padding and the like
+        found = modules.get(source.target)
+        plain = weights.scheme.levels == "uniform" and weights.scheme.granularity != "group"
+        if plain and isinstance(found, ActivationQuantizer):
+            step = (found.scale * weights.scale).detach().flatten()
+            layer.bias.data = (layer.bias.data / step).round() * step
+    return model
 
 
 def _onnx(kind: str, inputs: tuple[Tensor, ...], shape, dtype: torch.dtype) -> Tensor:
@@ -332,7 +255,3 @@ def _learned(scale: Tensor, values: int, scheme: Scheme) -> Tensor:
         return scale
     share = 1 / math.sqrt(values * scheme.limits[1])
     return scale * share + (scale * (1 - share)).detach()
-
-
-def _nearest(rows: Tensor, levels: Tensor) -> Tensor:  # (R, C), sorted (R, L) -> places (R, C)
-    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())

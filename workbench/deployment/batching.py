@@ -32,24 +32,30 @@ class Batcher:
         self.size, self.deadline = size, deadline_ms / 1e3
         self.batches: list[int] = []  # the size of each batch that was run
         self._waiting: queue.SimpleQueue = queue.SimpleQueue()
-        self._closed = False
+        self._open, self._lock = False, threading.Lock()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> "Batcher":
+        self._open = True
         self._thread.start()
         return self
 
     def __exit__(self, *_error) -> None:
-        self._closed = True
-        self._waiting.put(None)
+        with self._lock:
+            self._open = False
+            self._waiting.put(None)
         self._thread.join()
 
     def submit(self, image: Tensor) -> Future:
-        """The Future of one image's output, float32 (...,); image: float32 (C, H, W)."""
-        if self._closed:
-            raise ValueError("this batcher is closed")
+        """The Future of one image's output, float32 (...,); image: float32 (C, H, W). It may be cancelled while it waits.
+
+        Raises ValueError outside the `with` block.
+        """
         answer: Future = Future()
-        self._waiting.put((image, answer))
+        with self._lock:
+            if not self._open:
+                raise ValueError("this batcher is closed; use it inside its with block")
+            self._waiting.put((image, answer))
         return answer
 
     def _serve(self) -> None:
@@ -58,14 +64,16 @@ class Batcher:
             if first is None:
                 return
             batch, last = self._gather(first)
+            batch = [(image, answer) for image, answer in batch if answer.set_running_or_notify_cancel()]
             try:
-                outputs = self.session(torch.stack([image for image, _ in batch]))
+                outputs = self.session(torch.stack([image for image, _ in batch])) if batch else ()
                 for (_, answer), output in zip(batch, outputs, strict=True):
                     answer.set_result(output)
             except Exception as error:  # of any kind: it belongs to the callers, and the next batch may be well
                 for _, answer in batch:
                     answer.set_exception(error)
-            self.batches.append(len(batch))
+            if batch:
+                self.batches.append(len(batch))
             if last:
                 return
 

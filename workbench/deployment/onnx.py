@@ -35,7 +35,8 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
     ONNX Runtime to torch's outputs; otherwise nothing is. example: float32 (n, C, H, W). The weights of a model of
     quantization.quantize are stored as int8, fewer bits in the same, its biases as int32, its scales as they are; those of
-    a linear layer with 4 bits by groups of 16, 32, 64, ... inputs really as 4 bits (ONNX Runtime's MatMulNBits).
+    a linear layer with 4 bits by groups of 16, 32, 64, ... inputs really as 4 bits (ONNX Runtime's MatMulNBits, which also
+    rounds what it multiplies them with to 8 bits, by groups).
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something else.
 
@@ -62,8 +63,7 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
             _integer_biases(proto)
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the exporter raises a dozen kinds, all of them about this model
-        reason = str(error).strip().splitlines()[0]
-        raise layers.UnsupportedModelError(f"{session.name} cannot be exported to ONNX: {reason}") from error
+        raise layers.UnsupportedModelError(f"{session.name} cannot be exported to ONNX: {layers.reason(error)}") from error
     with files.atomic(path) as new:
         onnx.save(proto, new)
         exported = sessions.open(new)
@@ -202,6 +202,7 @@ def _integer_biases(proto: onnx.ModelProto) -> None:
         sources, bias = [made_by.get(name) for name in node.input[:2]], values.get(node.input[2])
         if bias is None or any(source is None or source.op_type != "DequantizeLinear" for source in sources):
             continue
+        _hold_bias(graph, values, sources[1].input, np.abs(bias) / values[sources[0].input[1]] / 2**30)
         scale = (values[sources[0].input[1]] * values[sources[1].input[1]]).astype(np.float32)
         names = [f"{node.input[2]}_{part}" for part in ("integers", "scale", "zero", "dequantized")]
         parts = (np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32), scale, np.zeros_like(scale, np.int32))
@@ -211,6 +212,20 @@ def _integer_biases(proto: onnx.ModelProto) -> None:
     used = {name for node in graph.node for name in node.input}
     for constant in [constant for constant in graph.initializer if constant.name not in used]:
         graph.initializer.remove(constant)
+
+
+def _hold_bias(graph, values: dict[str, np.ndarray], names, least: np.ndarray) -> None:
+    """Raise the scale of channels whose weights are next to nothing, so that their biases fit 32 bits at that scale."""
+    old, zero = values[names[1]], values[names[2]].astype(np.int32)
+    new = np.maximum(old, least if old.ndim else least.max()).astype(np.float32)
+    if (new <= old).all():
+        return
+    integers, shape = values[names[0]], (-1, *[1] * (values[names[0]].ndim - 1)) if old.ndim else ()
+    rounded = np.rint((integers - zero.reshape(shape)) * (old / new).reshape(shape)) + zero.reshape(shape)
+    for name, array in ((names[0], rounded.astype(integers.dtype)), (names[1], new)):
+        values[name] = array
+        stored = next(constant for constant in graph.initializer if constant.name == name)
+        stored.CopyFrom(onnx.numpy_helper.from_array(array, name))
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -1,6 +1,7 @@
 """Any model as a callable with the same face: a torch module, an ONNX file, an ONNX Runtime session, a function."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Session:
             output = self.prepare(images)()
         except (RuntimeError, ValueError, *_runtime_errors()) as error:
             raise ValueError(f"{self.name} refuses a batch of shape {tuple(images.shape)} and type {images.dtype}: "
-                             f"{str(error).strip().splitlines()[0]}") from error
+                             f"{layers.reason(error)}") from error
         if isinstance(output, np.ndarray):
             output = torch.from_numpy(output)
         if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
@@ -199,8 +200,8 @@ def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except _runtime_errors() as error:
-        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open "
-                         f"({str(error).strip().splitlines()[0]}); export it again") from error
+        reason = re.sub(r"/onnxruntime_src.*\) ", "", layers.reason(error))  # without its C++ signature
+        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({reason}); export it again") from error
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:

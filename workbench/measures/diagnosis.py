@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from workbench import files
 from workbench.layers import Stepper, UnsupportedModelError, evaluating, named
@@ -21,7 +22,7 @@ from workbench.measures import equivalence
 from workbench.measures.accuracy import finite
 from workbench.measures.sensitivity import Branching
 from workbench.measures.units import Unit, units
-from workbench.quantizers import Histogram
+from workbench.quantizers import Histogram, WeightQuantizer
 
 REPAIRS = {  # cause: what to try
     "weight scale off": "fit the scale of its weights anew",
@@ -117,7 +118,7 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> D
                      "flips": flips[name], **finding.row(), "passed_sqnr_db": passed.get(name, float("nan")),
                      "fault": fault, "cause": cause, "repair": REPAIRS[cause]})
     table = pd.DataFrame(rows).sort_values(["fault", "blame", "effect"], ascending=False, kind="stable").reset_index(drop=True)
-    return Diagnosis(table, 1 - table.effect.sum() / max(whole, 1e-30), candidate,
+    return Diagnosis(table, 1 - table.effect.sum() / whole if whole else 0.0, candidate,
                      {name: repairs[name] for name in table.layer if name in repairs})
 
 
@@ -133,9 +134,12 @@ def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches:
         raise ValueError(f"unknown fault {fault!r}; expected one of {', '.join(FAULTS)}")
     new = copy.deepcopy(model).eval()
     named(new, layer)
-    unit = units(Stepper(new, remedy="quantise a model that can be traced"))[layer]
+    found = units(Stepper(new, remedy="quantise a model that can be traced"))
+    if layer not in found:
+        raise ValueError(f"layer {layer!r} is not one layer's name; the layers are {', '.join(list(found)[:6])}, ...")
+    unit = found[layer]
     part = {"scale": unit.weights, "per_tensor": unit.weights, "range": unit.quantizer, "stale_norm": unit.norm}[fault]
-    if part is None:
+    if part is None or (fault == "scale" and not hasattr(part, "scale")):
         raise ValueError(f"layer {layer} has nothing that fault {fault!r} could damage")
     if fault in ("scale", "range"):
         part.scale.data *= by
@@ -207,17 +211,31 @@ class _Finding:
             found["stale batch norm"] = new = self.unit.copy()
             mean, var = self._moments()
             new.norm.running_mean, new.norm.running_var = mean.float(), var.float()
-        if not weights and bool(self.unit.norm) == bool(self.original.norm):
+        if bool(self.unit.norm) == bool(self.original.norm) and self._changed():
             new = self.unit.copy()
             new.layer = copy.deepcopy(self.original.layer)
-            if not torch.allclose(new.layer.weight, self.unit.layer.weight, rtol=1e-3, atol=1e-5):
-                found["weights changed"] = new
+            if weights:
+                parametrize.register_parametrization(new.layer, "weight", WeightQuantizer(new.layer.weight, weights.scheme))
+            found["weights changed"] = new
         return found
+
+    def _changed(self) -> bool:
+        """Whether weights or bias, before any rounding, are others than the reference's by more than a grid's step."""
+        unit, original = self.unit, self.original
+        source = unit.layer.parametrizations.weight.original if unit.weights else unit.layer.weight
+        wanted = original.layer.weight
+        step = 2 / 2 ** unit.weights.scheme.bits if unit.weights else 1e-4  # of the largest weight: what rounding moves
+        biases = [layer.bias if layer.bias is not None else torch.zeros(len(wanted)) for layer in (unit.layer, original.layer)]
+        off = [(source - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)]
+        off += [] if unit.weights else [(biases[0] - biases[1]).abs().max() / biases[1].abs().max().clamp_min(1e-6)]
+        return bool(max(off) > step)
 
     def price(self) -> str:
         """Where the error of a unit without a fault comes from."""
         if self.by_weights + self.by_grid < 1e-8 * self.energy:
             return "none"
+        if not self.unit.weights and self.by_weights > self.by_grid:
+            return "weights changed"
         return "few bits for its weights" if self.by_weights > self.by_grid else "few bits for its activations"
 
     def row(self) -> dict[str, float]:

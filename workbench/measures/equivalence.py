@@ -4,6 +4,7 @@ For the outputs a, b (flattened) of one image: cosine = a.b / (|a| |b|); L2 = |a
 agreement = 1 where argmax a = argmax b. SQNR = 10 log10(sum a^2 / sum (a - b)^2), in dB.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -69,13 +70,9 @@ def compare(reference, candidate, inputs, *, limits: Limits | None = None, batch
 
     Example: `equivalence.compare(model, "model.onnx", task.test).passed`
     """
-    first, second = sessions.open(reference), sessions.open(candidate)
     cosines, distances, agreed, n, least, most = 0.0, 0.0, 0, 0, float("inf"), 0.0
-    for images in _batches(inputs, batch_size, f"{first.name} against {second.name}"):
-        a = finite(first(images), f"outputs of {first.name}").flatten(1).double()
-        b = finite(second(images), f"outputs of {second.name}").flatten(1).double()
-        if a.shape != b.shape:
-            raise ValueError(f"{first.name} puts out {a.shape[1]} numbers an image, {second.name} {b.shape[1]}")
+    for images, *outputs in _pairs(reference, candidate, inputs, batch_size):
+        a, b = (output.double() for output in outputs)
         cosine, distance = _cosine(a, b), (a - b).norm(dim=1)
         cosines, distances = cosines + cosine.sum().item(), distances + distance.sum().item()
         least, most = min(least, cosine.min().item()), max(most, distance.max().item())
@@ -115,38 +112,48 @@ def by_layer(reference, candidate, inputs, *, limit: float = 0.995, batch_size: 
     return frame
 
 
-def disagreements(reference, candidate, inputs, *, batch_size: int = 256) -> pd.DataFrame:
+def shifts(reference, candidate, inputs, *, batch_size: int = 256) -> Tensor:
+    """The largest change of an output, image by image, float32 (N,). Raises as `compare` does."""
+    return torch.cat([(a - b).abs().amax(1) for _, a, b in _pairs(reference, candidate, inputs, batch_size)])
+
+
+def disagreements(reference, candidate, inputs, *, limit: float, batch_size: int = 256) -> pd.DataFrame:
     """One row per image to which the two give different answers: image (its place), reference and candidate (classes),
     margin, moved, limit, explained, layer.
 
-    margin: between the reference's two best logits; moved: the largest change of a logit. limit: twice the 99th percentile
-    of `moved` over all images, so what rounding does to two logits of an ordinary image; a margin below it is `explained`.
-    For others, `layer` is that at which the two models part most (least signal to noise), "" where layers have no names.
+    margin: between the reference's two best outputs; moved: the largest change of an output. limit: how far one output may
+    move, to be measured elsewhere, on other roundings of the same network say (`shifts`); an image is `explained` where it
+    moved no further. For others, `layer` is that at which the two models part most (least signal to noise), "" where
+    layers have no names.
 
-    Raises as `compare` does.
+    Raises as `compare` does, and ValueError for a limit that is not positive.
     """
-    first, second = sessions.open(reference), sessions.open(candidate)
-    parts, seen, moves = [], 0, []
-    for images in _batches(inputs, batch_size, f"{first.name} against {second.name}"):
-        a, b = (finite(session(images), f"outputs of {session.name}").flatten(1) for session in (first, second))
-        moves.append((a - b).abs().amax(1))
-        best = a.topk(2).values
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}, expected more than 0")
+    rows, seen = [], 0
+    for images, a, b in _pairs(reference, candidate, inputs, batch_size):
+        best = a.topk(min(2, a.shape[1])).values
         for i in (a.argmax(1) != b.argmax(1)).nonzero()[:, 0].tolist():
-            row = {"image": seen + i, "reference": int(a[i].argmax()), "candidate": int(b[i].argmax()),
-                   "margin": float(best[i, 0] - best[i, 1]), "moved": float(moves[-1][i])}
-            parts.append((row, images[i:i + 1]))
+            moved, layer = float((a[i] - b[i]).abs().max()), ""
+            if moved > limit:
+                with contextlib.suppress(UnsupportedModelError):
+                    frame = by_layer(reference, candidate, images[i:i + 1])
+                    layer = str(frame.layer[frame.sqnr_db.idxmin()])
+            rows.append({"image": seen + i, "reference": int(a[i].argmax()), "candidate": int(b[i].argmax()),
+                         "margin": float(best[i, 0] - best[i, -1]), "moved": moved, "limit": limit,
+                         "explained": moved <= limit, "layer": layer})
         seen += len(images)
-    limit, rows = 2 * float(torch.cat(moves).quantile(0.99)), []
-    for row, image in parts:
-        explained, layer = row["margin"] <= limit, ""
-        if not explained:
-            try:
-                frame = by_layer(first, second, image)
-                layer = str(frame.layer[frame.sqnr_db.idxmin()])
-            except UnsupportedModelError:
-                layer = ""
-        rows.append(row | {"limit": limit, "explained": explained, "layer": layer})
     return pd.DataFrame(rows, columns=["image", "reference", "candidate", "margin", "moved", "limit", "explained", "layer"])
+
+
+def _pairs(reference, candidate, inputs, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of images with the outputs of both, float32 (n, d)."""
+    first, second = sessions.open(reference), sessions.open(candidate)
+    for images in _batches(inputs, size, f"{first.name} against {second.name}"):
+        a, b = (finite(session(images), f"outputs of {session.name}").flatten(1) for session in (first, second))
+        if a.shape != b.shape:
+            raise ValueError(f"{first.name} puts out {a.shape[1]} numbers an image, {second.name} {b.shape[1]}")
+        yield images, a, b
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,); two zero vectors are the same

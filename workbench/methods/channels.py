@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from workbench import coupling
 from workbench.coupling import Group, groups
-from workbench.layers import WEIGHTED, Change, UnsupportedModelError, evaluating, macs_of
+from workbench.layers import WEIGHTED, Change, UnsupportedModelError, evaluating, macs_of, reason
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
@@ -125,7 +125,7 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: T
             a, b = expected(example), new(example)
     except RuntimeError as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of {', '.join(removed)}: "
-                                    f"{str(error).splitlines()[0]}; keep that layer") from error
+                                    f"{reason(error)}; keep that layer") from error
     if not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):  # so that NaN does not pass
         raise UnsupportedModelError(f"{type(model).__name__} without channels of {', '.join(removed)} computes something "
                                     f"else than with them silenced (distance {(a - b).norm():.3g}); keep these layers")

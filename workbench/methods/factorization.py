@@ -216,7 +216,7 @@ def _within(factors: Mapping[str, _Factors], budget: float, cost: str) -> dict[s
     left -= sum((f.each if name in ranks else f.full) * unit[name] for name, f in factors.items())
     if left < 0:
         raise ValueError(f"budget is {budget}, too little even for rank 1 in every layer; give a larger one")
-    steps = ((-(f.values[k] ** 2 / f.values.pow(2).sum() / (f.each * unit[name])).item(), k, name)
+    steps = ((-(f.values[k] ** 2 / f.values.pow(2).sum().clamp_min(1e-30) / (f.each * unit[name])).item(), k, name)
              for name, f in factors.items() for k in range(1, f.most))
     for _, k, name in sorted(steps):
         price = factors[name].each * unit[name]

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import WEIGHTED, Change, UnsupportedModelError, evaluating, named
-from workbench.quantizers import CALIBRATORS, ActivationQuantizer, Scheme, WeightQuantizer, quantizers
+from workbench.layers import WEIGHTED, Change, Tracer, UnsupportedModelError, evaluating, named, reason
+from workbench.quantizers import CALIBRATORS, ActivationQuantizer, Scheme, WeightQuantizer, quantizers, round_biases
 
 INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
 UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
@@ -56,7 +56,7 @@ def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[s
     new = prepare(model, weights=None, activations=activations, layers=layers)
     if activations:
         calibrate(new, batches, calibrator)
-    return _round_weights(new, model, weights, by, layers)
+    return round_biases(_round_weights(new, model, weights, by, layers))
 
 
 def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
@@ -65,10 +65,10 @@ def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None =
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are."""
     source = copy.deepcopy(model).eval()
     try:
-        traced = fx.GraphModule(source, _Tracer().trace(source))
+        traced = fx.GraphModule(source, Tracer().trace(source))
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to place quantisers "
-                                    f"({str(error).splitlines()[0]}); write its forward without branches on values") from error
+                                    f"({reason(error)}); write its forward without branches on values") from error
     if activations:
         _insert(traced, activations)
     if hasattr(model, "origin"):
@@ -98,6 +98,8 @@ def calibrate(model: nn.Module, batches: Iterable, calibrator: str = "minmax") -
     if calibrator not in CALIBRATORS:
         raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
     found = dict(quantizers(model))
+    if not found:
+        raise ValueError("calibration found no activation quantisers; prepare the model with a scheme for its activations")
     for quantizer in found.values():
         quantizer.observe(counting=calibrator not in ("minmax", "moving_average"))
     with evaluating(model):
@@ -192,7 +194,8 @@ def allocate(choices: pd.DataFrame, budget: float, *, cost: str = "size_bytes") 
         raise ValueError(f"allocate: budget is {budget:g} {cost}, the cheapest widths need {least:g}; give at least that")
     layers = list(dict.fromkeys(choices.layer))
     one_each = np.array([(choices.layer == name).to_numpy(float) for name in layers])
-    objective = choices.loss.to_numpy() - 1e-9 * choices[cost].to_numpy() / choices[cost].max()
+    share = [choices[column].to_numpy() / max(choices[column].max(), 1e-300) for column in ("loss", cost)]
+    objective = 1e6 * (share[0] - 1e-7 * share[1])  # far above the solver's absolute tolerances, small losses too
     found = milp(objective, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
                  constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(choices[cost].to_numpy()[None], 0, budget)])
     if found.x is None:
@@ -216,16 +219,10 @@ def coded(model: nn.Module) -> pd.DataFrame:
             raise ValueError(f"layer {name}: its coded weights do not decode to themselves")
         share = np.bincount(np.frombuffer(symbols, np.uint8)) / len(symbols)
         rest = row.size_bytes - (row.params * row.bits + 7) // 8
-        rows.append({"layer": name, "bits": row.bits, "size_bytes": row.size_bytes, "coded_bytes": len(stream) + rest,
+        coded_bytes = min(len(stream) + rest, row.size_bytes)  # packed, where coding does not pay
+        rows.append({"layer": name, "bits": row.bits, "size_bytes": row.size_bytes, "coded_bytes": coded_bytes,
                      "entropy_bits": float(-(share[share > 0] * np.log2(share[share > 0])).sum()), "params": row.params})
     return pd.DataFrame(rows)
-
-
-class _Tracer(fx.Tracer):
-    """Keeps this package's own small modules whole, as torch's are."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return super().is_leaf_module(module, name) or not list(module.children())
 
 
 def _insert(traced: fx.GraphModule, scheme: Scheme) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from workbench.layers import UnsupportedModelError
+from workbench.layers import UnsupportedModelError, reason
 
 _FUSE = {nn.Conv1d: fuse_conv_bn_eval, nn.Conv2d: fuse_conv_bn_eval, nn.Linear: fuse_linear_bn_eval}
 
@@ -32,7 +32,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         graph = fx.Tracer().trace(new)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find its batch norms: "
-                                    f"{str(error).splitlines()[0]}") from error
+                                    f"{reason(error)}") from error
     modules, folded = dict(new.named_modules()), 0
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
@@ -65,6 +65,8 @@ def fuse_branches(model: nn.Module) -> nn.Module:
     if not blocks and not others:
         raise UnsupportedModelError(f"{type(model).__name__} has no block with branches to fuse (fused or reparameterize); "
                                     "for batch norms alone use fold_batchnorm")
+    if "" in blocks:
+        return new.fused()
     for name in blocks:
         _put(new, name, new.get_submodule(name).fused())
     for module in others:

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named, patches
-from workbench.quantizers import WeightQuantizer, fake_quantize, fit
+from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named, patches, reason
+from workbench.quantizers import WeightQuantizer, fake_quantize, fit, round_biases
 
 PLACES = (16, 256)  # patches of each image that a convolution's moments take, least and most
 ROWS = 10  # patches in all for each input of a channel: with fewer, second moments fit the images and not the data
@@ -137,7 +137,7 @@ def _repair(model: nn.Module, reference: nn.Module, batches: Iterable, change, t
             have = (layer.weight.reshape(groups, -1, moments.mean.shape[1]) @ moments.mean_quantised[:, :, None]).flatten()
             bias = wanted - have if known[name].bias is None else known[name].bias + wanted - have
             layer.bias = nn.Parameter(bias)
-    return new
+    return round_biases(new)
 
 
 def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, steps: int) -> Tensor:
@@ -258,7 +258,7 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find neighbouring layers "
-                                    f"({str(error).splitlines()[0]})") from error
+                                    f"({reason(error)})") from error
     modules, pairs = dict(model.named_modules()), []
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
