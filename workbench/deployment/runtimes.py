@@ -98,9 +98,9 @@ class MnnSession(sessions.Session):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.mnn"
             convert = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"  # the tool itself, without the report it sends
-            command = [sys.executable, "-c", convert, "-f", "ONNX", "--modelFile", str(source),
+            command = [sys.executable, "-c", convert, "-f", "ONNX", "--modelFile", str(Path(source).resolve()),
                        "--MNNModel", str(path), "--bizCode", "workbench"]
-            found = subprocess.run(command, capture_output=True, text=True)
+            found = subprocess.run(command, capture_output=True, text=True, cwd=folder)  # it leaves files about
             if not path.exists():
                 raise UnsupportedModelError(f"{name} cannot be converted to MNN: {_reason(found.stderr or found.stdout)}")
             manager = MNN.nn.create_runtime_manager(({"backend": 0, "numThread": threads, "precision": 1},))
