@@ -34,14 +34,19 @@ def memory(field: str) -> float:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
 
 
-def run(who: str, calibrator: str, options: argparse.Namespace, folder: Path) -> dict:
+def split(count: int, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the images to calibrate on, and of those to judge on."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:options.images], order[options.images:options.images + options.judged]
+
+
+def run(who: str, calibrator: str, options: argparse.Namespace, folder: Path, base: accuracy.Accuracy) -> dict:
     """One candidate, in the process that this is."""
     torch.set_num_threads(options.threads)
     task = data.load(options.data, preprocessing=models.preprocessing(options.model))
     model = reparameterization.fold_batchnorm(models.load(options.model, task))
-    order = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))
-    seen = list(task.test.take(order[:options.images]).batches(options.batch))
-    rest = task.test.take(order[options.images:])
+    seen, rest = (task.test.take(part) for part in split(len(task.test), options))
+    seen = list(seen.batches(options.batch))
     made = folder / f"{who}-{calibrator}.onnx"
     if who == "ours":
         before, started = memory("VmRSS"), time.perf_counter()
@@ -52,7 +57,7 @@ def run(who: str, calibrator: str, options: argparse.Namespace, folder: Path) ->
         before, started = memory("VmRSS"), time.perf_counter()
         onnx.quantize_static(folder / "prepared.onnx", seen, made, calibrator=calibrator, prepared=True)
     seconds, peak = time.perf_counter() - started, memory("VmHWM")
-    top, base = accuracy.evaluate(made, rest), accuracy.evaluate(model, rest)
+    top = accuracy.evaluate(made, rest)
     return {"candidate": who, "calibrator": calibrator, "seconds": seconds, "own_mb": peak - before, **top.row(),
             **accuracy.difference(base, top).row(), "threads": options.threads, "images": options.images}
 
@@ -63,6 +68,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--judged", type=int, default=200, help="other images, on which accuracy is taken")
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--repeats", type=int, default=3)
@@ -76,10 +82,11 @@ def main() -> None:
         task = data.load(options.data, preprocessing=models.preprocessing(options.model))
         model = reparameterization.fold_batchnorm(models.load(options.model, task))
         theirs.quant_pre_process(onnx.export(model, task.example, folder / "float32.onnx"), folder / "prepared.onnx")
+        base = accuracy.evaluate(model, task.test.take(split(len(task.test), options)[1]))
         for repeat in range(options.repeats):  # in turn, so that a slow minute falls on all
             for who, calibrator in CANDIDATES:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    rows.append({"repeat": repeat} | pool.submit(run, who, calibrator, options, folder).result())
+                    rows.append({"repeat": repeat} | pool.submit(run, who, calibrator, options, folder, base).result())
                 print(pd.DataFrame(rows[-1:]).round(4).to_string(header=len(rows) == 1), flush=True)
     frame = pd.DataFrame(rows)
     best = frame.groupby(["candidate", "calibrator"], sort=False).agg(

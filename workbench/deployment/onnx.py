@@ -10,6 +10,7 @@ import io
 import logging
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
                                         input_names=["images"], output_names=["logits"], verbose=False)
         proto = program.model_proto
         _strip(proto)
+        _fold_padding(proto)
         _four_bits(proto, packed)
         if quantised:
             _integer_biases(proto)
@@ -212,6 +214,31 @@ def _integer_biases(proto: onnx.ModelProto) -> None:
     used = {name for node in graph.node for name in node.input}
     for constant in [constant for constant in graph.initializer if constant.name not in used]:
         graph.initializer.remove(constant)
+
+
+def _fold_padding(proto: onnx.ModelProto) -> None:
+    """Let a convolution pad by itself where zeros are put around its input alone: one operator less, a copy less."""
+    graph = proto.graph
+    values = {constant.name: onnx.numpy_helper.to_array(constant) for constant in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    for conv in [node for node in graph.node if node.op_type == "Conv"]:
+        pad = made_by.get(conv.input[0])
+        if pad is None or pad.op_type != "Pad" or readers[conv.input[0]] > 1 or pad.input[1] not in values or len(pad.input) > 3:
+            continue
+        around, ranks = values[pad.input[1]], len(values[pad.input[1]]) // 2
+        filled = values.get(pad.input[2], np.ones(1)) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
+        mode = next((a.s for a in pad.attribute if a.name == "mode"), b"constant")
+        if mode != b"constant" or filled.any() or (around < 0).any() or around[:2].any() or around[ranks:ranks + 2].any():
+            continue
+        own = next((a for a in conv.attribute if a.name == "pads"), None)
+        wide = [*around[2:ranks], *around[ranks + 2:]]
+        new = [int(a + b) for a, b in zip(wide, own.ints if own else [0] * len(wide), strict=True)]
+        if own:
+            conv.attribute.remove(own)
+        conv.attribute.append(onnx.helper.make_attribute("pads", new))
+        conv.input[0] = pad.input[0]
+        graph.node.remove(pad)
 
 
 def _hold_bias(graph, values: dict[str, np.ndarray], names, least: np.ndarray) -> None:
