@@ -1,7 +1,8 @@
 """The accuracy doctor: which layer of a candidate is to blame for what was lost, why, and what repairs it.
 
 A unit is a layer with the batch norm and the activation quantiser behind it. A unit has a fault where a repair at the same
-bits brings its own output, on the reference's inputs, nearer to the reference's: by image, paired. With z the reference's
+bits brings its weights nearer to what they were before rounding, or its own output, on the reference's inputs, nearer to
+the reference's: by image, paired. With z the reference's
 logits and z_l those of the reference in which unit l alone is as the candidate has it, the effect of a unit is the mean
 over images of |z_l - z|^2 / |z|^2, and its blame is what of that goes with the repair. What a unit without a fault costs
 is the price of its bits.
@@ -34,6 +35,7 @@ REPAIRS = {  # cause: what to try
     "few bits for its activations": "more bits for it, or another calibrator",
     "none": "leave it",
 }
+OF_WEIGHTS = ("weight scale off", "one scale for all channels")  # repairs that the weights alone can judge
 FAULTS = ("scale", "range", "per_tensor", "stale_norm")  # that `plant` knows
 OFF = 1.5  # a scale that differs by less comes from other images
 DRIFT = 0.02  # of a norm, in standard deviations: below it no repair is tried
@@ -263,12 +265,17 @@ class _Finding:
 
 def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Tensor]) -> dict[str, dict[str, float]]:
     """Per unit and repair: the share of its own error that goes, or 0 where that is not sure over the images."""
-    gains: dict[tuple[str, str], list[Tensor]] = {(name, cause): [] for name, found in tries.items() for cause in found}
+    helped = {name: {cause: _nearer(findings[name].unit, unit) for cause, unit in found.items() if cause in OF_WEIGHTS}
+              for name, found in tries.items()}
+    gains: dict[tuple[str, str], list[Tensor]] = {
+        (name, cause): [] for name, found in tries.items() for cause in found if cause not in OF_WEIGHTS}
     energy = dict.fromkeys(gains, 0.0)
     for images in batches if gains else ():
         values: dict = {}
         for i, node in enumerate(before.nodes[:-1]):
             for cause, unit in tries.get(node.target, {}).items() if node.op == "call_module" else ():
+                if cause in OF_WEIGHTS:
+                    continue
                 inputs, whole = values[node.args[0]], cause == "activation range off"
                 wanted = findings[node.target].original.run(inputs)[1]
                 old, new = ((part.run(inputs)[2 if whole else 1] - wanted).flatten(1).pow(2).sum(1)
@@ -276,12 +283,18 @@ def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Te
                 gains[node.target, cause].append(old - new)
                 energy[node.target, cause] += old.sum().item()
             before.step(i, values, images)
-    helped: dict[str, dict[str, float]] = {name: {} for name in tries}
     for (name, cause), parts in gains.items():
         gain = torch.cat(parts)
         sure = gain.mean() > SURE * gain.std() / len(gain) ** 0.5
         helped[name][cause] = gain.sum().item() / max(energy[name, cause], 1e-30) if sure else 0.0
     return helped
+
+
+def _nearer(old: Unit, new: Unit) -> float:
+    """The share of the rounding error of the weights that goes."""
+    source = old.layer.parametrizations.weight.original
+    before, after = ((unit.layer.weight - source).pow(2).sum().item() for unit in (old, new))
+    return max(1 - after / before, 0.0) if before else 0.0
 
 
 def _in_reference(unit: Unit, original: Unit) -> dict[str, nn.Module]:
