@@ -10,7 +10,6 @@ The clock stops when the scales are known and the weights are rounded. Accuracy 
 
 import argparse
 import multiprocessing
-import re
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -29,11 +28,6 @@ CANDIDATES = [(who, name) for name in ("minmax", "percentile", "mse", "entropy")
               if who == "ours" or name in onnx.CALIBRATORS]
 
 
-def memory(field: str) -> float:
-    """MB, of this process."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
-
-
 def split(count: int, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Places of the images to calibrate on, and of those to judge on."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -49,14 +43,14 @@ def run(who: str, calibrator: str, options: argparse.Namespace, folder: Path, ba
     seen = list(seen.batches(options.batch))
     made = folder / f"{who}-{calibrator}.onnx"
     if who == "ours":
-        before, started = memory("VmRSS"), time.perf_counter()
+        before, started = machine.resident(), time.perf_counter()
         made = quantization.quantize(model, seen, calibrator=calibrator)
     else:
         import onnxruntime.quantization  # noqa: F401  (part of the import, not of the work)
 
-        before, started = memory("VmRSS"), time.perf_counter()
+        before, started = machine.resident(), time.perf_counter()
         onnx.quantize_static(folder / "prepared.onnx", seen, made, calibrator=calibrator, prepared=True)
-    seconds, peak = time.perf_counter() - started, memory("VmHWM")
+    seconds, peak = time.perf_counter() - started, machine.resident("VmHWM")
     top = accuracy.evaluate(made, rest)
     return {"candidate": who, "calibrator": calibrator, "seconds": seconds, "own_mb": peak - before, **top.row(),
             **accuracy.difference(base, top).row(), "threads": options.threads, "images": options.images}

@@ -27,6 +27,17 @@ def path(net, images, tmp_path_factory):
     return onnx.export(net, images, tmp_path_factory.mktemp("onnx") / "net.onnx")
 
 
+@pytest.fixture
+def gate():
+    return threading.Event()
+
+
+@pytest.fixture
+def gated(gate):
+    """A model that answers once the gate is open."""
+    return lambda batch: gate.wait(10) and batch.flatten(1)
+
+
 @pytest.mark.parametrize(("size", "deadline"), [(1, 0.0), (4, 50.0), (100, 5.0)])
 def test_every_caller_gets_the_answer_to_its_own_image(path, images, size, deadline):
     expected = sessions.open(path)(images)
@@ -70,14 +81,8 @@ def test_a_batch_that_fails_tells_its_callers_and_the_next_is_served(images):
         served.submit(images[0])
 
 
-def test_a_request_that_is_cancelled_does_not_stop_the_others(images):
-    gate = threading.Event()
-
-    def model(batch):
-        gate.wait(10)
-        return batch.flatten(1)
-
-    with Batcher(model, size=1, deadline_ms=0) as served:
+def test_a_request_that_is_cancelled_does_not_stop_the_others(gate, gated, images):
+    with Batcher(gated, size=1, deadline_ms=0) as served:
         first, second, third = (served.submit(image) for image in images[:3])
         second.cancel()
         gate.set()
@@ -85,7 +90,7 @@ def test_a_request_that_is_cancelled_does_not_stop_the_others(images):
     assert first.done()
     assert second.cancelled()
     with pytest.raises(ValueError, match="inside its with block"):
-        Batcher(model).submit(images[0])
+        Batcher(gated).submit(images[0])
 
 
 def test_the_load_of_a_known_model_is_measured_as_it_is(images):
@@ -98,14 +103,8 @@ def test_the_load_of_a_known_model_is_measured_as_it_is(images):
     assert (table.requests_per_s <= 202).all()
 
 
-def test_what_waits_at_the_end_is_still_served(images):
-    gate = threading.Event()
-
-    def model(batch):
-        gate.wait(10)
-        return batch.flatten(1)
-
-    with Batcher(model, size=2, deadline_ms=0) as served:
+def test_what_waits_at_the_end_is_still_served(gate, gated, images):
+    with Batcher(gated, size=2, deadline_ms=0) as served:
         answers = [served.submit(image) for image in images[:7]]
         gate.set()
     assert [torch.equal(a.result(timeout=1), i.flatten()) for a, i in zip(answers, images, strict=False)] == [True] * 7

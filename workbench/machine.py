@@ -29,6 +29,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def resident(field: str = "VmRSS") -> float:
+    """Memory of this process that lies in RAM, in MB: now ("VmRSS") or at most so far ("VmHWM").
+
+    Raises RuntimeError on systems without /proc.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise RuntimeError("memory is read from /proc, which this system does not have")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text()).group(1)) / 1e3
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of what the package requires, its extras included; those not installed are left out."""
     found = {"python": platform.python_version()}

@@ -164,8 +164,7 @@ def _freeze(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
                 plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
                 plain.load_state_dict({key: value for key, value in (("weight", module.weight), ("bias", module.bias))
                                        if value is not None})
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, plain)  # a parametrisation cannot be taken off a copy alone
+                model.set_submodule(name, plain)  # a parametrisation cannot be taken off a copy alone
             else:
                 quantizer.freeze(source)
     return packed

@@ -61,7 +61,7 @@ class Diagnosis:
             if name not in self.repairs:
                 raise ValueError(f"layer {name} has no fault to repair; those that have: {', '.join(self.repairs) or 'none'}")
             for place, module in self.repairs[name].copy().modules().items():
-                _put(new, place, module)
+                new.set_submodule(place, module)
         return new
 
 
@@ -323,8 +323,3 @@ def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: 
 
 def _ratio(new: Tensor, old: Tensor) -> float:
     return (new / old).log().abs().max().exp().item()
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

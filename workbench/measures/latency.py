@@ -7,11 +7,9 @@ over rounds. Source for the pairing: Kalibera & Jones 2013, "Rigorous benchmarki
 
 import gc
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -180,18 +178,11 @@ def _memory(source, images: Tensor, threads: int, runs: int) -> tuple[float, flo
     import onnxruntime  # noqa: F401  (part of the base, whoever needs it)
 
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # so are torch's own pools
-    base = _resident("VmRSS")
+    base = machine.resident()
     session = sessions.open(source, threads=threads)
     for _ in range(runs):
         session(images)
-    return base, _resident("VmHWM")
-
-
-def _resident(field: str) -> float:  # MB
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise RuntimeError("peak memory is read from /proc, which this system does not have")
-    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text()).group(1)) / 1e3
+    return base, machine.resident("VmHWM")
 
 
 def _turn(run: Callable[[], object], least_ms: float) -> np.ndarray:

@@ -279,7 +279,6 @@ def _plain(model: nn.Module, images: Tensor, changes: Sequence[Mapping[str, nn.M
     for modules in changes:
         changed = copy.deepcopy(model)
         for name, module in modules.items():
-            parent, _, child = name.rpartition(".")
-            setattr(changed.get_submodule(parent), child, module)
+            changed.set_submodule(name, module)
         outputs.append(changed.eval()(images))
     return model(images), outputs

@@ -246,8 +246,7 @@ def _parameters(model: nn.Module) -> int:
 def _put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     new = copy.deepcopy(model)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(new.get_submodule(parent), child, layer)
+        new.set_submodule(name, layer)
     return new
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.layers import Change, UnsupportedModelError, evaluating, named, patches, replaced
+from workbench.layers import Change, UnsupportedModelError, evaluating, named, patches
 
 DAMPING = 1e-3  # of the mean second moment, added to E[x x^T] before it is factored
 COSTS = ("params", "macs")
@@ -105,11 +105,11 @@ def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, 
         ranks = {name: int((f.energy() < energy - 1e-9).sum()) + 1 for name, f in factors.items()}
     else:
         ranks = _within(factors, budget, cost)
-    new = model
+    new = copy.deepcopy(model)
     for name, f in factors.items():
         if name in ranks and ranks[name] <= f.most:
-            new = replaced(new, name, f.cut(ranks[name]))
-    return new if new is not model else copy.deepcopy(model)
+            new.set_submodule(name, f.cut(ranks[name]))
+    return new
 
 
 def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:

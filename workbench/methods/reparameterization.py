@@ -43,8 +43,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and type(layer) in _FUSE and len(source.users) == 1 \
                 and calls[node.target] == calls[source.target] == 1:
             with torch.no_grad():
-                _put(new, source.target, _FUSE[type(layer)](layer, norm))
-            _put(new, node.target, nn.Identity())
+                new.set_submodule(source.target, _FUSE[type(layer)](layer, norm))
+            new.set_submodule(node.target, nn.Identity())
             folded += 1
     if not folded:
         raise UnsupportedModelError(f"{type(model).__name__} has no batch norm directly behind a convolution or linear layer")
@@ -68,7 +68,7 @@ def fuse_branches(model: nn.Module) -> nn.Module:
     if "" in blocks:
         return new.fused()
     for name in blocks:
-        _put(new, name, new.get_submodule(name).fused())
+        new.set_submodule(name, new.get_submodule(name).fused())
     for module in others:
         module.reparameterize()
     return new
@@ -102,8 +102,3 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable) -> nn.Module:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return new.eval()
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

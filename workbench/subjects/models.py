@@ -254,8 +254,7 @@ def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Mod
         model.load_state_dict(weights)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and hasattr(module, "static_padding"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _plain_convolution(module))
+            model.set_submodule(name, _plain_convolution(module))
     return model
 
 
