@@ -14,10 +14,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workbench"
 BELOW = {  # what each room may import of the package
-    "files": set(), "machine": set(), "layers": set(), "coupling": {"layers"},
-    "grid": {"layers"}, "quantizers": {"layers", "grid"}, "": set(),
-    "subjects": {"files", "layers", "machine"},
-    "methods": {"files", "layers", "machine", "coupling", "quantizers"},
+    "files": set(), "machine": set(), "states": {"files"}, "layers": set(), "coupling": {"layers"},
+    "coding": set(), "grid": {"layers"}, "quantizers": {"layers", "grid"}, "": set(),
+    "subjects": {"files", "layers", "machine", "states"},
+    "methods": {"files", "layers", "machine", "coupling", "coding", "grid", "quantizers"},
     "deployment": {"files", "layers", "machine", "quantizers", "subjects"},
     "measures": {"files", "layers", "machine", "quantizers", "subjects", "deployment"},
     "reporting": {"files", "machine"},

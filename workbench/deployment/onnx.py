@@ -34,7 +34,8 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
     """Write `model` as an ONNX file that takes any batch size; return its path.
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
-    ONNX Runtime to torch's outputs; otherwise nothing is. example: float32 (n, C, H, W). The weights of a model of
+    ONNX Runtime to torch's outputs; otherwise nothing is. example: float32 (n, C, H, W), or int64 tokens (n, L), whose length is
+    then free as well. The weights of a model of
     quantization.quantize are stored as int8, fewer bits in the same, its biases as int32, its scales as they are; those of
     a linear layer with 4 bits by groups of 16, 32, 64, ... inputs really as 4 bits (ONNX Runtime's MatMulNBits, which also
     rounds what it multiplies them with to 8 bits, by groups).
@@ -51,12 +52,15 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
         whole = copy.deepcopy(whole)
         packed = _freeze(whole)
     batch = torch.export.Dim.DYNAMIC
+    tokens = not example.is_floating_point()  # of any length, too
     noise = torch.randn(7, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    probe = example[:1] + 0.1 * noise
+    probe = example[:1].repeat(7, 1) if tokens else example[:1] + 0.1 * noise
     try:
         with _quietly():
-            program = torch.onnx.export(whole, (probe[:2],), dynamo=True, dynamic_shapes=({0: batch},),
-                                        input_names=["images"], output_names=["logits"], verbose=False)
+            program = torch.onnx.export(whole, (probe[:2],), dynamo=True,
+                                        dynamic_shapes=({0: batch, 1: batch} if tokens else {0: batch},),
+                                        input_names=["tokens" if tokens else "images"],
+                                        output_names=["logits"], verbose=False)
         proto = program.model_proto
         _strip(proto)
         _fold_padding(proto)

@@ -6,7 +6,8 @@ transfer Zagoruyko & Komodakis 2017 (arXiv 1612.03928); relational Park et al. 2
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,28 @@ def relational(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angl
                 wanted = relation(teacher.flatten(1))
             losses.append(weight * F.smooth_l1_loss(relation(student.flatten(1)), wanted))
     return sum(losses)
+
+
+def embeddings(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], *, temperature: float = 5.0, scale: float = 20.0,
+               features: float = 10.0) -> Tensor:
+    """features * (1 - cosine of each vector and the teacher's) + soft_targets of the similarities of every two modalities.
+
+    student, teacher: unit vectors (n, d) by modality, row k of one concept in all; the similarities are scale a b^T, whose
+    rows and columns are softened at `temperature`. Source: TinyCLIP, Wu et al. 2023 (arXiv 2309.12314), with features after
+    Romero et al. 2015. Raises ValueError where modalities, lengths or widths differ.
+
+    Example: `alignment.align(student, items, meanings, teacher=vectors, teaching=distillation.embeddings)`
+    """
+    for name in student:
+        if name not in teacher or student[name].shape != teacher[name].shape:
+            there = tuple(teacher[name].shape) if name in teacher else "not there"
+            raise ValueError(f"embeddings: {name} is {tuple(student[name].shape)} in the student and {there} in the teacher; "
+                             "expected the same")
+    total = features * sum((1 - (student[name] * teacher[name]).sum(1)).mean() for name in student)
+    for one, two in combinations(student, 2):
+        mine, theirs = (scale * vectors[one] @ vectors[two].T for vectors in (student, teacher))
+        total = total + sum(soft_targets(a, b, temperature=temperature) for a, b in ((mine, theirs), (mine.T, theirs.T))) / 2
+    return total
 
 
 def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedule = 3.0, alpha: Schedule = 0.7,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench import files
 
-EMBEDDED = ("fashion_mnist",)
+EMBEDDED = ("fashion_mnist", "stamps")
 DECODE_WHOLE_BELOW = 2**30  # bytes of uint8 pixels that are decoded once and kept; larger sets decode batch by batch
 VALIDATION_EVERY = 12  # every 12th training image is validation where a set has none: 5,000 of 60,000
 
@@ -141,7 +141,7 @@ class Task:
 
 
 def load(name: str, *, preprocessing: Preprocessing | None = None) -> Task:
-    """The task `name`: "fashion_mnist", "hub:ID" (a Hugging Face data set), or "folder:PATH".
+    """The task `name`: "fashion_mnist", "stamps" (pictures by category), "hub:ID" (a Hugging Face data set), or "folder:PATH".
 
     PATH is a folder in the hub's layout (train/CLASS/x.png, or train-*.parquet), a Parquet file, or a pattern of
     Parquet files whose names say their split. A set with one split only is all test. `preprocessing` defaults to the
@@ -152,8 +152,12 @@ def load(name: str, *, preprocessing: Preprocessing | None = None) -> Task:
     Example: `task = data.load("fashion_mnist")`
     """
     kind, _, rest = name.partition(":")
-    if name in EMBEDDED:
+    if name == "fashion_mnist":
         return _fashion_mnist(preprocessing)
+    if name == "stamps":
+        from workbench.subjects import stamps
+
+        return stamps.task(preprocessing)
     if kind == "hub" and rest:
         return _from_columns(name, partial(_fetch, rest), preprocessing)
     if kind == "folder" and rest:
@@ -201,12 +205,13 @@ def _fashion_mnist(preprocessing: Preprocessing | None) -> Task:
     train = Split(images, labels("train_labels.npy"), how, "fashion_mnist train")
     test = Split(torch.from_numpy(sheet("test_0.png")), labels("test_labels.npy"), how, "fashion_mnist test")
     classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-    train, validation = _set_aside(train, "fashion_mnist validation")
+    train, validation = set_aside(train, "fashion_mnist validation")
     return Task("fashion_mnist", train, validation, test, classes,
                 "Zalando Research, github.com/zalandoresearch/fashion-mnist (arXiv 1708.07747)", "MIT")
 
 
-def _set_aside(train: Split, name: str) -> tuple[Split, Split]:
+def set_aside(train: Split, name: str) -> tuple[Split, Split]:
+    """Every twelfth image of `train` as a split called `name`: (the rest, those)."""
     aside = torch.arange(len(train)) % VALIDATION_EVERY == 0
     return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]), name=name)
 
@@ -266,7 +271,7 @@ def _from_columns(name: str, read, preprocessing: Preprocessing | None) -> Task:
     empty = replace(test, images=torch.empty(0), labels=test.labels[:0])
     train, validation = splits.get("train"), splits.get("validation")
     if train is not None and (validation is None or validation is test):
-        train, validation = _set_aside(train, f"{name} validation")
+        train, validation = set_aside(train, f"{name} validation")
     names = getattr(first.features[label], "names", None)
     count = max(int(part.labels.max()) for part in splits.values()) + 1
     return Task(name, train or replace(empty, name=f"{name} train"), validation or replace(empty, name=f"{name} validation"),

@@ -5,7 +5,6 @@ no restarts; mixed precision with gradient scaling of Micikevicius et al. 2018 (
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,11 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workbench import files
+from workbench import files, states
 from workbench.subjects.data import Split, Task
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -177,36 +174,13 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file, whole or not at all."""
-        tensors = {f"{name}.{k}": v.contiguous().clone()  # a copy: two names may share one tensor
-                   for name, part in self.parts.items() for k, v in part.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items() if v is not None}
         progress = {"step": self.step, "rows": self.rows, "sums": self.sums, "scaler": self.scaler.state_dict()}
-        with files.atomic(path) as new:
-            save_file(tensors, new, {"identity": json.dumps(self.identity), "progress": json.dumps(progress)})
+        states.save(path, self.parts, self.optimizer, self.identity, progress)
 
     def restore(self, path: Path) -> None:
         """Take up what `save` wrote. Raises ValueError where it is damaged or of another run."""
-        try:
-            with safe_open(path, framework="pt") as stored:
-                header, tensors = stored.metadata(), {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"training state {path} is damaged ({error}); delete it to start anew") from error
-        theirs = json.loads(header["identity"])
-        for key in self.identity:
-            if theirs.get(key) != self.identity[key]:
-                raise ValueError(f"training state {path} is of another run: its {key} is {theirs.get(key)!r}, here "
-                                 f"{self.identity[key]!r}; delete it or give another path")
-        progress = json.loads(header["progress"])
+        progress = states.restore(path, self.parts, self.optimizer, self.identity)
         self.step, self.rows, self.sums = progress["step"], progress["rows"], progress["sums"]
-        for name, part in self.parts.items():
-            part.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, slot = key.split(".")
-                slots.setdefault(int(index), {})[slot] = tensor
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         self.scaler.load_state_dict(progress["scaler"])
 
     def _loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

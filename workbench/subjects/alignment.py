@@ -1,0 +1,220 @@
+"""Encoders of several modalities trained to agree: one concept, one direction, whatever it is seen, read or heard as.
+
+The symmetric contrastive loss of every pair of modalities, temperature 0.07 to begin with and learned: CLIP, Radford et al.
+2021 (arXiv 2103.00020), after Zhang et al. 2020 (arXiv 2010.00747).
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from workbench import files, states
+
+SAVE_EVERY_S = 60.0
+HOTTEST = math.log(100)  # of the learned scale, 1 / temperature
+
+
+@dataclass(frozen=True)
+class Items:
+    """What an encoder reads, and of which concept. values: (n, ...); rows: concept, language ("" for none), part."""
+
+    values: Tensor
+    rows: pd.DataFrame
+
+    def __post_init__(self):
+        if len(self.values) != len(self.rows):
+            raise ValueError(f"items: {len(self.values)} inputs and {len(self.rows)} rows; expected as many")
+        if self.values.is_floating_point() and not torch.isfinite(self.values).all():
+            raise ValueError("items: an input is NaN or infinite")
+
+    def take(self, keep) -> "Items":
+        """Those where the bool array (n,) `keep` is true."""
+        keep = np.asarray(keep, bool)
+        return Items(self.values[torch.from_numpy(keep.copy())], self.rows[keep].reset_index(drop=True))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to align. batch: concepts a step, one item of each modality for each. temperature: the first; it is learned."""
+
+    steps: int = 600
+    batch: int = 256
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.03
+    temperature: float = 0.07
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"recipe: {name} is {getattr(self, name)!r}, expected more than 0")
+
+    def rate(self, progress: float) -> float:
+        """Learning rate: a tenth of the steps to climb, then a cosine to zero."""
+        share = progress / 0.1 if progress < 0.1 else (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+        return self.learning_rate * share
+
+
+def contrastive(one: Tensor, other: Tensor, scale: Tensor | float, groups: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE of unit vectors (n, dim): mean cross entropy of scale one other^T, rows and columns, row k for row k.
+
+    groups: int64 (n,); two rows of one group are neither right nor wrong for each other. Raises ValueError where the
+    lengths differ.
+    """
+    if len(one) != len(other):
+        raise ValueError(f"contrastive: batches of {len(one)} and {len(other)}; expected pairs, row by row")
+    logits = scale * one @ other.T
+    if groups is not None:
+        same = (groups[:, None] == groups[None]) & ~torch.eye(len(groups), dtype=torch.bool)
+        logits = logits.masked_fill(same, -1e4)
+    right = torch.arange(len(one))
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def between(groups: Tensor, *, temperature: float = 0.07):
+    """A loss (one, other, concepts) -> scalar for codebook.fit: `contrastive` of unit vectors, row k of concepts[k]."""
+    return lambda one, other, concepts: contrastive(one, other, 1 / temperature, groups[torch.as_tensor(concepts)])
+
+
+def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, *, recipe: Recipe | None = None,
+          teacher: Mapping[str, Tensor] | None = None, teaching=None, seed: int = 0,
+          state: Path | str | None = None) -> tuple[nn.ModuleDict, pd.DataFrame]:
+    """Train copies of `encoders` on `items` of the same names (all of them: pass training parts) and return them in eval mode
+    after the last step, with a history: step, loss, temperature, seconds.
+
+    A step draws concepts, for each a language, and of every modality an item in that language, or else any. A concept that
+    a modality lacks is left out of that modality's pairs. teacher: a teacher's vectors of the same items, by modality;
+    teaching(student, teacher) -> scalar, of dicts of the step's vectors of both (row k of one concept in all), is then added
+    to the loss (distillation.embeddings). Every draw follows from (seed, step), so that a run that is
+    killed and called again with the same `state` goes on to the same weights.
+
+    Raises ValueError for names that differ, or a loss that is no longer finite.
+
+    Example: `encoders, history = alignment.align({"image": ..., "text": ...}, items, known.meanings, recipe=Recipe(steps=600))`
+    """
+    run = _Run(encoders, items, groups, recipe or Recipe(), seed)
+    run.teacher, run.teaching = teacher, teaching if teacher else None
+    run.identity["teacher"] = files.fingerprint(teacher.values()) if teacher else None
+    state = Path(state) if state else None
+    if state and state.exists():
+        run.progress = states.restore(state, run.parts, run.optimizer, run.identity)
+    bar = files.progress(total=run.recipe.steps, title="alignment", unit="step")
+    bar.update(run.progress["step"])
+    saved = time.monotonic()
+    while run.progress["step"] < run.recipe.steps:
+        run.advance()
+        bar.update()
+        if state and (run.progress["step"] == run.recipe.steps or time.monotonic() - saved > SAVE_EVERY_S):
+            states.save(state, run.parts, run.optimizer, run.identity, run.progress)
+            saved = time.monotonic()
+    bar.close()
+    return run.encoders.eval(), pd.DataFrame(run.progress["rows"])
+
+
+class _Run:
+    """All that an alignment consists of between two steps."""
+
+    def __init__(self, encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, recipe: Recipe, seed: int):
+        if set(encoders) != set(items) or len(encoders) < 2:
+            raise ValueError(f"align: encoders of {', '.join(encoders)} and items of {', '.join(items)}; expected two or more, "
+                             "of the same names")
+        self.encoders = copy.deepcopy(nn.ModuleDict(encoders)).train()
+        self.scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(-math.log(recipe.temperature)))})
+        self.items, self.groups, self.recipe, self.seed = dict(items), groups, recipe, seed
+        self.parts = {"encoders": self.encoders, "scale": self.scale}
+        self.optimizer = torch.optim.AdamW([*self.encoders.parameters(), *self.scale.parameters()], recipe.learning_rate,
+                                           weight_decay=recipe.weight_decay)
+        self.places = {name: found.rows.groupby("concept").indices for name, found in items.items()}
+        self.languages = {name: found.rows.language.to_numpy() for name, found in items.items()}
+        self.concepts = np.unique(np.concatenate([list(places) for places in self.places.values()]))
+        self.spoken = {c: sorted({language for name, places in self.places.items() if c in places
+                                  for language in self.languages[name][places[c]] if language}) for c in self.concepts}
+        self.progress = {"step": 0, "rows": []}
+        self.identity = asdict(recipe) | {"seed": seed, "modalities": sorted(items),
+                                          "items": files.fingerprint(found.values for found in self.items.values()),
+                                          "start": files.fingerprint(self.encoders.state_dict().values())}
+
+    def advance(self) -> None:
+        """One step: concepts, an item of each modality, the loss of every pair, the update."""
+        started, step = time.perf_counter(), self.progress["step"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(step / self.recipe.steps)
+        drawn = self._draw(np.random.default_rng([self.seed, step]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
+            found = {name: self.encoders[name](self.items[name].values[places]) for name, (_, places) in drawn.items()}
+            losses = []
+            for one, other in combinations(found, 2):
+                shared, a, b = np.intersect1d(drawn[one][0], drawn[other][0], return_indices=True)
+                if len(shared) > 1:
+                    losses.append(contrastive(found[one][a], found[other][b], self.scale["log"].exp(), self.groups[shared]))
+            loss = sum(losses)
+            if self.teaching:
+                shared = set.intersection(*(set(concepts) for concepts, _ in drawn.values()))
+                rows = {name: np.isin(concepts, list(shared)) for name, (concepts, _) in drawn.items()}
+                loss = loss + self.teaching({name: found[name][rows[name]] for name in found},
+                                            {name: self.teacher[name][drawn[name][1][rows[name]]] for name in found})
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"alignment: the loss became {loss.item()} at step {step}; lower learning_rate")
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.scale["log"].clamp_(max=HOTTEST)
+        self.progress["step"] = step + 1
+        warmth = math.exp(-self.scale["log"].item())
+        self.progress["rows"].append({"step": step + 1, "loss": float(loss.detach()), "temperature": warmth,
+                                      "seconds": round(time.perf_counter() - started, 3)})
+
+    def _draw(self, random: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By modality: the concepts that have it, and a place among its items for each."""
+        concepts = np.sort(random.permutation(self.concepts)[:self.recipe.batch])
+        wanted = [self.spoken[c][random.integers(len(self.spoken[c]))] if self.spoken[c] else "" for c in concepts]
+        drawn = {}
+        for name, places in self.places.items():
+            chosen = []
+            for concept, language in zip(concepts, wanted, strict=True):
+                if concept in places:
+                    mine = places[concept]
+                    same = mine[self.languages[name][mine] == language]
+                    chosen.append((concept, random.choice(same if len(same) else mine)))
+            if chosen:
+                drawn[name] = tuple(np.array(chosen).T)
+        return drawn
+
+
+@torch.inference_mode()
+def embed(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], *, batch: int = 256) -> dict[str, Tensor]:
+    """Unit vectors (n, dim) of all items, by modality."""
+    return {name: torch.cat([encoders[name](part) for part in items[name].values.split(batch)]) for name in items}
+
+
+def save(encoders: nn.ModuleDict, path: Path | str, told: Mapping) -> None:
+    """Write the weights as float16 safetensors, with `told` (recipe, seed, ...) in the header."""
+    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in encoders.state_dict().items()}
+    with files.atomic(path) as new:
+        save_file(tensors, new, {"told": json.dumps(dict(told))})
+
+
+def load(encoders: nn.ModuleDict, path: Path | str) -> nn.ModuleDict:
+    """`encoders`, itself, with the weights that `save` wrote, in eval mode. Raises ValueError where they do not fit."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        encoders.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"checkpoint {path} does not hold these encoders ({str(error).splitlines()[0]})") from error
+    return encoders.eval()
