@@ -19,7 +19,7 @@ BELOW = {  # what each room may import of the package
     "subjects": {"files", "layers", "machine", "states"},
     "methods": {"files", "layers", "machine", "coupling", "coding", "grid", "quantizers"},
     "deployment": {"files", "layers", "machine", "quantizers", "subjects"},
-    "measures": {"files", "layers", "machine", "quantizers", "subjects", "deployment"},
+    "measures": {"files", "layers", "machine", "coding", "quantizers", "subjects", "deployment"},
     "reporting": {"files", "machine"},
     "__main__": {"reporting", "measures", "subjects", "layers"},
 }

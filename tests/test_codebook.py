@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import coding
+from workbench.measures import codes as codes_of
 from workbench.methods import codebook
 from workbench.methods.codebook import SharedCodebook, search
 
@@ -79,7 +80,7 @@ def test_dead_codes_come_back_where_the_vectors_are():
     for revive in (0, 0.5):
         book = SharedCodebook(64, 16, modalities={"image": 16}, kmeans=False, revive=revive)
         codebook.fit(book, vectors, {"image": torch.arange(300)}, steps=60, batch=300)
-        used[revive] = codebook.usage({"image": book.encode("image", vectors["image"])}, 64).used.iloc[0]
+        used[revive] = codes_of.usage({"image": book.encode("image", vectors["image"])}, 64).used.iloc[0]
     assert used[0] < 0.5 < used[0.5]
 
 
@@ -124,10 +125,10 @@ def test_saved_and_loaded_it_chooses_the_same_codes(tmp_path):
 
 def test_usage_and_overlap_of_known_codes():
     codes = {"image": torch.tensor([[0, 1], [2, 3]]), "text": torch.tensor([[0, 1], [2, 1]])}
-    table = codebook.usage(codes, 8).set_index("modality")
+    table = codes_of.usage(codes, 8).set_index("modality")
     assert table.used.to_dict() == {"image": 0.5, "text": 3 / 8 + 1 / 8 - 1 / 8, "all": 0.5}
     assert table.perplexity["image"] == pytest.approx(4)
-    assert codebook.overlap(codes).same.iloc[0] == pytest.approx((1 + 1 / 3) / 2)
+    assert codes_of.overlap(codes).same.iloc[0] == pytest.approx((1 + 1 / 3) / 2)
 
 
 def test_the_peer_chooses_the_same_codes_from_the_same_table():
@@ -170,3 +171,11 @@ def test_cut_bytes_get_one_line():
         coding.decode(coding.encode(np.arange(3000) % 7)[:12])
 
 
+
+
+def test_meanings_are_the_codes_that_name_concepts_in_all_modalities():
+    codes = {"image": torch.tensor([[0], [1], [1]]), "text": torch.tensor([[1], [1], [2], [0]])}
+    concepts = {"image": torch.tensor([7, 8, 9]), "text": torch.tensor([8, 9, 7, 5])}
+    best = codes_of.meanings(codes, concepts).iloc[0]
+    assert (best.place, best.code, best.shared, best.share, best.concepts) == (0, 1, 2, 1.0, [8, 9])
+    assert best.text.tolist() == [0, 1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from workbench import layers, machine
 from workbench.deployment import onnx, sessions
@@ -122,3 +123,25 @@ def test_static_quantisation_refuses_what_it_cannot_use(trained, tmp_path):
     with pytest.raises(FileNotFoundError):
         onnx.quantize_dynamic(tmp_path / "none.onnx", tmp_path / "s.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_activation_that_the_integers_end_at_is_left_out_and_any_other_is_kept(tmp_path):
+    import onnx as format
+
+    from workbench.methods import quantization
+
+    torch.manual_seed(0)
+    images = 20 * torch.randn(40, 3, 8, 8)  # far beyond 6 on both sides
+    for wide, kept in ((nn.ReLU6(), 0), (nn.ReLU(), 0), (nn.Hardtanh(-1.0, 3.0), 1)):  # the last ends between integers
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), wide, nn.Conv2d(6, 4, 3), nn.Flatten()).eval()
+        small = quantization.quantize(net, [(images, None)])
+        path = onnx.export(small, images[:1], tmp_path / "small.onnx")
+        kinds = [node.op_type for node in format.load(path).graph.node]
+        assert kinds.count("Clip") + kinds.count("Relu") == kept
+        with torch.no_grad():
+            torch.testing.assert_close(sessions.open(path)(images), small(images), atol=0.2, rtol=0.02)
+    narrow = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.Conv2d(6, 4, 3), nn.Flatten()).eval()
+    small = quantization.quantize(narrow, [(images, None)])
+    next(q for name, q in small.named_modules() if name == "quantizer__1").scale.data.mul_(2)  # to 12: the cut at 6 is needed
+    kinds = [node.op_type for node in format.load(onnx.export(small, images[:1], tmp_path / "wide.onnx")).graph.node]
+    assert kinds.count("Clip") == 1

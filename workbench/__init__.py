@@ -5,7 +5,7 @@ The rooms, in the order a model passes through them:
     subjects     data, models, training: what is compressed
     methods      one way of compressing a file; each returns a new model and leaves the caller's as it was
     deployment   export to ONNX; any model as a callable session
-    measures     accuracy, cost, equivalence, latency, sensitivity: each a DataFrame or a verdict with its limit
+    measures     accuracy, cost, equivalence, latency, retrieval, sensitivity: each a DataFrame or a verdict with its limit
     reporting    runs the notebooks, draws DataFrames
 
 Beneath them stand `layers` (name, capture and replace a model's layers), `coupling` (channels that only go together),

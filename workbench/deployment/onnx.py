@@ -62,11 +62,14 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
                                         input_names=["tokens" if tokens else "images"],
                                         output_names=["logits"], verbose=False)
         proto = program.model_proto
+        if tokens:
+            del proto.graph.value_info[:]  # the exporter's own shapes are wrong behind shared weights
         _strip(proto)
         _fold_padding(proto)
         _four_bits(proto, packed)
         if quantised:
             _integer_biases(proto)
+            _fold_clips(proto)
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the exporter raises a dozen kinds, all of them about this model
         raise layers.UnsupportedModelError(f"{session.name} cannot be exported to ONNX: {layers.reason(error)}") from error
@@ -115,10 +118,10 @@ def quantize_dynamic(source: Path | str, path: Path | str) -> Path:
     """
     from onnxruntime import quantization
 
-    sessions.open(source)
+    words = sessions.open(source).input_name == "tokens"  # its symbolic shapes end at a text's free length
     with files.atomic(Path(path)) as new, tempfile.TemporaryDirectory() as folder, _quietly():
         prepared = Path(folder) / "prepared.onnx"
-        quantization.quant_pre_process(source, prepared)
+        quantization.quant_pre_process(source, prepared, skip_symbolic_shape=words)
         quantization.quantize_dynamic(prepared, new, weight_type=quantization.QuantType.QUInt8)
         sessions.open(new)
     return Path(path)
@@ -242,6 +245,29 @@ def _fold_padding(proto: onnx.ModelProto) -> None:
         conv.attribute.append(onnx.helper.make_attribute("pads", new))
         conv.input[0] = pad.input[0]
         graph.node.remove(pad)
+
+
+def _fold_clips(proto: onnx.ModelProto) -> None:
+    """Leave out a ReLU or ReLU6 whose result is only quantised, to a range that does not go beyond it: the integers end where it
+    would cut. ONNX Runtime does so too, but not where 255 * scale is 6 and a rounding error more."""
+    graph = proto.graph
+    values = {constant.name: onnx.numpy_helper.to_array(constant) for constant in graph.initializer}
+    readers: dict[str, list] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for clip in [node for node in graph.node if node.op_type in ("Relu", "Clip")]:
+        after = readers.get(clip.output[0], [])
+        ends = [values.get(name) for name in clip.input[1:3]] if clip.op_type == "Clip" else [np.zeros(1), np.full(1, np.inf)]
+        known = all(n.op_type == "QuantizeLinear" and {*n.input[1:]} <= values.keys() and len(n.input) == 3 for n in after)
+        if not after or not known or len(ends) < 2 or any(end is None for end in ends):
+            continue
+        scale, zero = (values[after[0].input[k]].astype(np.float64) for k in (1, 2))
+        whole = np.iinfo(values[after[0].input[2]].dtype)
+        low, high = (whole.min - zero) * scale, (whole.max - zero) * scale
+        if len(after) == 1 and (low >= ends[0] - 1e-6 * scale).all() and (high <= ends[1] + 1e-3 * scale).all():
+            after[0].input[0] = clip.input[0]
+            graph.node.remove(clip)
 
 
 def _hold_bias(graph, values: dict[str, np.ndarray], names, least: np.ndarray) -> None:

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench import files
-from workbench.coding import encode, entropy
 
 TILE = 2**18, 2**13  # similarities that a tile of the search holds, and codes at most: a megabyte of float32
 UPDATES = ("ema", "gradient")
@@ -294,29 +293,12 @@ def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, T
     return pd.DataFrame(rows)
 
 
-def usage(codes: Mapping[str, Tensor], size: int) -> pd.DataFrame:
-    """One row a modality and one over "all": vectors, used (share of the codes that occur), perplexity (2^entropy),
-    entropy_bits a code, coded_bits a vector (with the table of frequencies; decodes back bit for bit)."""
-    rows = []
-    for name, found in [*codes.items(), ("all", torch.cat(list(codes.values())))]:
-        symbols = found.numpy()
-        bits = entropy(symbols)
-        rows.append({"modality": name, "vectors": len(found), "used": len(np.unique(symbols)) / size, "perplexity": 2**bits,
-                     "entropy_bits": bits, "coded_bits": 8 * len(encode(symbols)) / len(found)})
-    return pd.DataFrame(rows)
+def stand_ins(books: nn.Module | Mapping[str, nn.Module],
+              vectors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By modality the codes (n, levels * heads) of unit vectors (n, width), and the unit vectors that stand for them.
 
-
-def overlap(codes: Mapping[str, Tensor], *, seed: int = 0) -> pd.DataFrame:
-    """One row a pair of modalities: same, the mean Jaccard index of the codes of one concept (row k of each), and other,
-    that of concepts put together by chance."""
-    rows = []
-    for one, two in combinations(codes, 2):
-        shuffled = torch.randperm(len(codes[two]), generator=torch.Generator().manual_seed(seed))
-        rows.append({"one": one, "two": two, "same": _jaccard(codes[one], codes[two]),
-                     "other": _jaccard(codes[one], codes[two][shuffled])})
-    return pd.DataFrame(rows)
-
-
-def _jaccard(one: Tensor, two: Tensor) -> float:
-    shared = [len(set(a) & set(b)) / len(set(a) | set(b)) for a, b in zip(one.tolist(), two.tolist(), strict=True)]
-    return float(np.mean(shared))
+    books: one for all modalities, or one each.
+    """
+    books = books if isinstance(books, Mapping) else dict.fromkeys(vectors, books)
+    codes = {name: books[name].encode(name, part) for name, part in vectors.items()}
+    return codes, {name: F.normalize(books[name].decode(name, found), dim=1) for name, found in codes.items()}

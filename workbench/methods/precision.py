@@ -18,6 +18,7 @@ from workbench.coding import decode, encode
 from workbench.quantizers import Scheme
 
 KINDS = ("uniform", "kmeans", "variable")
+FITTED = 200_000  # numbers that k-means levels are fitted to, evenly spread over all
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,16 @@ def rounded(vectors: Tensor, precision: Precision) -> Rounded:
         raise ValueError("precision: there are no vectors, or one is NaN or infinite")
     if precision.kind == "variable":
         widths = allocated(vectors, precision.bits, precision.most)
-        parts = [_uniform(vectors[:, k:k + 1], int(b)) for k, b in enumerate(widths)]
-        values, integers = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-        bits, table = float(widths.sum()), 4 * vectors.shape[1] + vectors.shape[1]  # scales, widths
-        streams = [encode(integers[:, (widths == b)].numpy()) for b in widths.unique()]
-        back = [decode(stream) for stream in streams]
-        exact = all((a == integers[:, widths == b].numpy().ravel()).all() for a, b in zip(back, widths.unique(), strict=True))
+        tried = {b: _uniform(vectors, b, each=True) for b in widths.unique().tolist()}
+        values, integers = (sum(torch.where(widths == b, found[i], 0) for b, found in tried.items()) for i in (0, 1))
+        bits, table = float(widths.sum()), 5 * len(widths)  # a float32 scale and a byte for the width of each dimension
+        parts = [integers[:, widths == b].numpy() for b in tried]
     else:
         values, integers = (_uniform if precision.kind == "uniform" else _kmeans)(vectors, precision.bits)
         bits, table = float(precision.bits * vectors.shape[1]), 4 if precision.kind == "uniform" else 4 * 2**precision.bits
-        streams = [encode(integers.numpy())]
-        exact = (decode(streams[0]) == integers.numpy().ravel()).all()
+        parts = [integers.numpy()]
+    streams = [encode(part) for part in parts]
+    exact = all((decode(stream) == part.ravel()).all() for stream, part in zip(streams, parts, strict=True))
     if not exact:
         raise ValueError("precision: the coded integers do not decode to themselves")
     return Rounded(values, integers, bits, 8 * (sum(map(len, streams)) + table) / len(vectors))
@@ -82,9 +82,7 @@ def rounded(vectors: Tensor, precision: Precision) -> Rounded:
 def allocated(vectors: Tensor, least: int, most: int) -> Tensor:
     """Bits of each dimension, int64 (d,), `least` to `most`, (least + most) / 2 in the mean: the next bit goes to the dimension
     whose measured squared error it lowers most."""
-    columns = vectors.split(1, 1)
-    errors = torch.tensor([[(column - _uniform(column, bits)[0]).pow(2).sum() for column in columns]
-                           for bits in range(least, most + 1)])
+    errors = torch.stack([(vectors - _uniform(vectors, bits, each=True)[0]).pow(2).sum(0) for bits in range(least, most + 1)])
     gains = errors[:-1] - errors[1:]
     widths = torch.full((vectors.shape[1],), least)
     for _ in range(round(vectors.shape[1] * (most - least) / 2)):
@@ -117,9 +115,9 @@ def uniform_for(names: Sequence[str], bits: int) -> dict[str, Precision]:
     return {name: Precision("uniform", bits) for name in names}
 
 
-def _uniform(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _uniform(values: Tensor, bits: int, *, each: bool = False) -> tuple[Tensor, Tensor]:  # each: a scale for each column
     scheme = Scheme(bits)
-    scale = grid.fit(values.reshape(1, -1), scheme, by="mse")[0]
+    scale = grid.fit(values.T if each else values.reshape(1, -1), scheme, by="mse")[0].T
     low, high = scheme.limits
     integers = (values / scale).round().clamp(low, high)
     return integers * scale, (integers - low).long()
@@ -127,6 +125,6 @@ def _uniform(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _kmeans(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows = values.reshape(1, -1)
-    levels = grid.kmeans(rows, bits)
+    levels = grid.kmeans(rows[:, ::-(-rows.shape[1] // FITTED)], bits)
     places = grid.nearest(rows, levels)
     return levels.gather(1, places).reshape(values.shape), places.reshape(values.shape)

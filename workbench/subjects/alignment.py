@@ -209,10 +209,12 @@ def save(encoders: nn.ModuleDict, path: Path | str, told: Mapping) -> None:
 
 
 def load(encoders: nn.ModuleDict, path: Path | str) -> nn.ModuleDict:
-    """`encoders`, itself, with the weights that `save` wrote, in eval mode. Raises ValueError where they do not fit."""
+    """`encoders`, itself, with the weights that `save` wrote, of these modalities or more, in eval mode. Raises ValueError where
+    they do not fit."""
     try:
         with safe_open(path, framework="pt") as stored:
-            tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+            mine = [key for key in stored.keys() if key.split(".")[0] in encoders]  # noqa: SIM118
+            tensors = {key: stored.get_tensor(key) for key in mine}
         tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
         encoders.load_state_dict(tensors)
     except (SafetensorError, RuntimeError, OSError) as error:

@@ -172,9 +172,10 @@ def sentence_features(texts: Sequence[str], source: str = "package") -> Tensor:
 
 
 class Pixels(nn.Module):
-    """EfficientNet-Lite0 before its classifier, at `sizes` of the picture within 224 x 224 pixels of white, side by side."""
+    """EfficientNet-Lite0 before its classifier: the picture scaled to each of `sizes`, the smaller ones within a frame of white
+    of the largest size, features side by side."""
 
-    def __init__(self, network: nn.Module, preprocessing: data.Preprocessing, *, sizes: Sequence[int] = (224, 192)):
+    def __init__(self, network: nn.Module, preprocessing: data.Preprocessing, *, sizes: Sequence[int] = (192,)):
         super().__init__()
         self.network, self.sizes, self.side = network, tuple(sizes), max(sizes)
         self.network._fc, self.network._dropout = nn.Identity(), nn.Identity()
@@ -190,7 +191,7 @@ class Pixels(nn.Module):
         return torch.cat(found, 1)
 
 
-def efficientnet(*, sizes: Sequence[int] = (224, 192)) -> Pixels:
+def efficientnet(*, sizes: Sequence[int] = (192,)) -> Pixels:
     """EfficientNet-Lite0 with its ImageNet weights as an encoder of pictures. Raises ModuleNotFoundError without its package."""
     network = models.load("efficientnet_lite0", None)
     return Pixels(network, models.preprocessing("efficientnet_lite0"), sizes=sizes).eval()
@@ -198,7 +199,7 @@ def efficientnet(*, sizes: Sequence[int] = (224, 192)) -> Pixels:
 
 @torch.inference_mode()
 def picture_features(pictures: Tensor, network: Pixels | None = None) -> Tensor:
-    """Features (n, 2560) of uint8 pictures (n, 3, H, W) by `efficientnet`."""
+    """Features (n, 1280 a size) of uint8 pictures (n, 3, H, W) by `efficientnet`."""
     network = network or efficientnet()
     return torch.cat([network(part.float()) for part in files.progress(pictures.split(32), title="features", unit="batch")])
 
