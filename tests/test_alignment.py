@@ -132,8 +132,8 @@ def test_chance_is_what_drawing_gives():
 
 
 def test_intervals_resample_groups():
-    hits = np.repeat([0.0, 1.0], 50)
-    narrow, wide = retrieval.interval(hits, np.arange(100)), retrieval.interval(hits, np.repeat(range(10), 10))
+    hits = np.repeat([0.0, 1.0], 50)[:, None]
+    (narrow,), (wide,) = retrieval.interval(hits, np.arange(100)), retrieval.interval(hits, np.repeat(range(10), 10))
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
     assert narrow[0] < 0.5 < narrow[1]
 

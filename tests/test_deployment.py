@@ -129,6 +129,7 @@ def test_an_activation_that_the_integers_end_at_is_left_out_and_any_other_is_kep
     import onnx as format
 
     from workbench.methods import quantization
+    from workbench.quantizers import quantizers
 
     torch.manual_seed(0)
     images = 20 * torch.randn(40, 3, 8, 8)  # far beyond 6 on both sides
@@ -142,6 +143,6 @@ def test_an_activation_that_the_integers_end_at_is_left_out_and_any_other_is_kep
             torch.testing.assert_close(sessions.open(path)(images), small(images), atol=0.2, rtol=0.02)
     narrow = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.Conv2d(6, 4, 3), nn.Flatten()).eval()
     small = quantization.quantize(narrow, [(images, None)])
-    next(q for name, q in small.named_modules() if name == "quantizer__1").scale.data.mul_(2)  # to 12: the cut at 6 is needed
+    list(dict(quantizers(small)).values())[1].scale.data.mul_(2)  # to 12: the cut at 6 is needed
     kinds = [node.op_type for node in format.load(onnx.export(small, images[:1], tmp_path / "wide.onnx")).graph.node]
     assert kinds.count("Clip") == 1

@@ -90,20 +90,20 @@ def answered(vectors: Mapping[str, Tensor], items: Mapping[str, Items], groups: 
 def summary(found: pd.DataFrame, seed: int = 0) -> dict:
     """Recalls with their 95 % bootstrap intervals, median rank and chance of the queries in `found` (see `answered`)."""
     row = {"queries": len(found), "gallery_size": round(found.gallery_size.mean())}
-    for k in KS:
-        hits = (found["rank"] <= k).to_numpy(float)
-        low, high = interval(hits, found.group.to_numpy(), seed)
-        row |= {f"recall_at_{k}": hits.mean(), f"recall_at_{k}_low": low, f"recall_at_{k}_high": high}
+    hits = (found["rank"].to_numpy()[:, None] <= np.array(KS)).astype(float)
+    for k, mean, (low, high) in zip(KS, hits.mean(0), interval(hits, found.group.to_numpy(), seed), strict=True):
+        row |= {f"recall_at_{k}": mean, f"recall_at_{k}_low": low, f"recall_at_{k}_high": high}
     luck = found.chance_at_10.mean()
     return row | {"median_rank": found["rank"].median(), "chance_at_10": luck, "times_chance": row["recall_at_10"] / luck}
 
 
-def interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (n,), resampling whole `groups` (n,)."""
+def interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> np.ndarray:
+    """95 % percentile intervals of the means of `values` (n, m), resampling whole `groups` (n,): (m, 2), low and high."""
     _, place = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(place, values), np.bincount(place)
+    counts, sums = np.bincount(place), np.zeros((place.max() + 1, values.shape[1]))
+    np.add.at(sums, place, values)
     drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), SAMPLES)
-    return tuple(np.percentile(drawn @ sums / (drawn @ counts), [2.5, 97.5]))
+    return np.percentile((drawn @ sums) / (drawn @ counts)[:, None], [2.5, 97.5], axis=0).T
 
 
 def _in(rows: pd.DataFrame, language: str) -> np.ndarray:

