@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -256,15 +255,15 @@ class SharedCodebook(nn.Module):
 
 
 def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, Tensor], *, steps: int = 300, batch: int = 256,
-        learning_rate: float = 1e-3, between=None, seed: int = 0) -> pd.DataFrame:
+        learning_rate: float = 1e-3, teaching=None, seed: int = 0) -> pd.DataFrame:
     """Train `book`, itself, on aligned unit vectors (n_m, width) of each modality and the concept int64 (n_m,) of each; leaves it
     in eval mode and returns step, loss, used (share of the codes chosen in the step).
 
     A step draws concepts that all modalities have, and of each modality one vector. The loss: 1 - cosine of a vector and
-    what stands for it, the book's own, and of every two modalities' stand-ins between(one, other, concepts) -> scalar, such
-    as a contrastive loss. Raises ValueError where the modalities share no concept.
+    what stands for it, the book's own, and teaching(stand-ins, vectors) -> scalar, of dicts by modality, row k of one concept in
+    all, such as distillation.embeddings, which keeps their similarities. Raises ValueError where the modalities share no concept.
 
-    Example: `codebook.fit(book, {"image": a, "speech": b}, {"image": of_a, "speech": of_b}, between=alignment.between(meanings))`
+    Example: `codebook.fit(book, {"image": a, "speech": b}, {"image": of_a, "speech": of_b}, steps=300)`
     """
     places = {name: pd.Series(range(len(c))).groupby(c.numpy()).indices for name, c in concepts.items()}
     shared = np.array(sorted(set.intersection(*(set(found) for found in places.values()))))
@@ -280,8 +279,8 @@ def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, T
         found = book(chosen)
         values = {name: F.normalize(part, dim=1) for name, part in found.values.items()}
         loss = found.loss + sum((1 - (values[name] * chosen[name]).sum(1)).mean() for name in values)
-        if between:
-            loss = loss + sum(between(values[one], values[two], drawn) for one, two in combinations(values, 2))
+        if teaching:
+            loss = loss + teaching(values, chosen)
         if not math.isfinite(loss.item()):
             raise ValueError(f"codebook: the loss became {loss.item()} at step {step}; lower learning_rate")
         optimizer.zero_grad()

@@ -83,11 +83,6 @@ def contrastive(one: Tensor, other: Tensor, scale: Tensor | float, groups: Tenso
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
-def between(groups: Tensor, *, temperature: float = 0.07):
-    """A loss (one, other, concepts) -> scalar for codebook.fit: `contrastive` of unit vectors, row k of concepts[k]."""
-    return lambda one, other, concepts: contrastive(one, other, 1 / temperature, groups[torch.as_tensor(concepts)])
-
-
 def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, *, recipe: Recipe | None = None,
           teacher: Mapping[str, Tensor] | None = None, teaching=None, seed: int = 0,
           state: Path | str | None = None) -> tuple[nn.ModuleDict, pd.DataFrame]:
@@ -154,7 +149,7 @@ class _Run:
         drawn = self._draw(np.random.default_rng([self.seed, step]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
-            found = {name: self.encoders[name](self.items[name].values[places]) for name, (_, places) in drawn.items()}
+            found = {name: self.encoders[name](_trimmed(self.items[name].values[places])) for name, (_, places) in drawn.items()}
             losses = []
             for one, other in combinations(found, 2):
                 shared, a, b = np.intersect1d(drawn[one][0], drawn[other][0], return_indices=True)
@@ -197,8 +192,19 @@ class _Run:
 
 @torch.inference_mode()
 def embed(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], *, batch: int = 256) -> dict[str, Tensor]:
-    """Unit vectors (n, dim) of all items, by modality."""
-    return {name: torch.cat([encoders[name](part) for part in items[name].values.split(batch)]) for name in items}
+    """Unit vectors (n, dim) of all items, by modality; texts of like length go together."""
+    found = {}
+    for name, part in items.items():
+        values = part.values
+        order = (values > 0).sum(1).argsort() if values.dtype == torch.int64 else torch.arange(len(values))
+        parts = [encoders[name](_trimmed(values[places])) for places in order.split(batch)]
+        found[name] = torch.cat(parts)[order.argsort()]
+    return found
+
+
+def _trimmed(values: Tensor) -> Tensor:
+    """Texts (n, L) without the padding that all of them end in; other values as they are."""
+    return values[:, :int((values > 0).any(0).sum())] if values.dtype == torch.int64 else values
 
 
 def save(encoders: nn.ModuleDict, path: Path | str, told: Mapping) -> None:

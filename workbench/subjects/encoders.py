@@ -187,13 +187,14 @@ class Pixels(nn.Module):
         for size in self.sizes:
             view = F.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=False)
             view = F.pad(view, [(self.side - size) // 2] * 4, value=255.0)
-            found.append(self.network((view / 255 - self.mean) / self.std))
+            view = ((view / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            found.append(self.network(view))
         return torch.cat(found, 1)
 
 
 def efficientnet(*, sizes: Sequence[int] = (192,)) -> Pixels:
     """EfficientNet-Lite0 with its ImageNet weights as an encoder of pictures. Raises ModuleNotFoundError without its package."""
-    network = models.load("efficientnet_lite0", None)
+    network = models.load("efficientnet_lite0", None).to(memory_format=torch.channels_last)
     return Pixels(network, models.preprocessing("efficientnet_lite0"), sizes=sizes).eval()
 
 
