@@ -178,4 +178,4 @@ def test_meanings_are_the_codes_that_name_concepts_in_all_modalities():
     concepts = {"image": torch.tensor([7, 8, 9]), "text": torch.tensor([8, 9, 7, 5])}
     best = codes_of.meanings(codes, concepts).iloc[0]
     assert (best.place, best.code, best.shared, best.share, best.concepts) == (0, 1, 2, 1.0, [8, 9])
-    assert best.text.tolist() == [0, 1]
+    assert best.text == [0, 1]

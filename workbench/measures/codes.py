@@ -36,7 +36,8 @@ def overlap(codes: Mapping[str, Tensor], *, seed: int = 0) -> pd.DataFrame:
 
 def meanings(codes: Mapping[str, Tensor], concepts: Mapping[str, Tensor], *, count: int = 6) -> pd.DataFrame:
     """What single codes stand for: the (place, code) pairs that name the most concepts in all modalities at once, at most one
-    a place. Columns: place, code, shared (concepts that all modalities put there), and by modality the rows that use it.
+    a place. Columns: place, code, shared (how many concepts all modalities put there), share (of all that any does), concepts,
+    and by modality the rows that use it, those of shared concepts first.
     """
     rows = []
     for place in range(next(iter(codes.values())).shape[1]):
@@ -48,7 +49,11 @@ def meanings(codes: Mapping[str, Tensor], concepts: Mapping[str, Tensor], *, cou
             rows.append({"place": place, "code": int(code), "shared": len(shared), "share": len(shared) / len(set.union(*named)),
                          "concepts": sorted(shared)} | there)
     table = pd.DataFrame(rows).sort_values(["shared", "share", "place"], ascending=[False, False, True])
-    return table.drop_duplicates("place").head(count).reset_index(drop=True)
+    table = table.drop_duplicates("place").head(count).reset_index(drop=True)
+    for name in codes:
+        table[name] = [sorted(users, key=lambda row, of=concepts[name], shared=shared: int(of[row]) not in shared)
+                       for users, shared in zip(table[name], table.concepts, strict=True)]
+    return table
 
 
 def _jaccard(one: Tensor, two: Tensor) -> float:

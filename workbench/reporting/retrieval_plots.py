@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from workbench.reporting.plots import BLUE, GREY, RED
 
-COLOURS = (BLUE, RED, "#2e7d32", "#b26a00", "#6a1b9a", GREY)
+COLOURS = (BLUE, RED, "#2e7d32", "#b26a00", "#6a1b9a", "#5d4037", "#00838f", "#d81b60")
 
 
 def recalls(table: pd.DataFrame) -> Figure:
@@ -29,7 +29,7 @@ def recalls(table: pd.DataFrame) -> Figure:
         axes.plot(100 * rows.chance_at_10, np.arange(len(rows))[::-1], "|", color=GREY, markersize=14, label="chance")
         axes.set_yticks(np.arange(len(rows))[::-1], [f"{r.query} to {r.gallery}" for r in rows.itertuples()])
         axes.set(xlabel="recall at 10, %", title=f"{part}: about {rows.gallery_size.mean():.0f} to choose from", xlim=(0, None))
-    grid[0, -1].legend(frameon=False, fontsize=8, loc="best")
+    grid[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
