@@ -79,3 +79,15 @@ def test_pictures_are_those_of_the_contact_sheet():
 
     sheet = np.array(Image.open(data.folder() / "stamps" / "pictures.webp"))
     assert torch.equal(KNOWN.pictures[32], torch.from_numpy(sheet[64:128, 64:128].copy()).permute(2, 0, 1))
+
+
+def test_a_subset_keeps_what_belongs_together():
+    few = KNOWN.subset(50, seed=3)
+    assert len(few.concepts) == len(few.pictures) == 50
+    assert set(few.texts.concept) == set(range(50))
+    old = KNOWN.concepts.name.tolist().index(few.concepts.name[17])
+    assert torch.equal(few.pictures[17], KNOWN.pictures[old])
+    assert few.texts[few.texts.concept == 17].text.tolist() == KNOWN.texts[KNOWN.texts.concept == old].text.tolist()
+    assert len(KNOWN.subset(2000).concepts) == 925
+    with pytest.raises(ValueError, match="at least 1 concept"):
+        KNOWN.subset(0)

@@ -92,7 +92,8 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
     A step draws concepts, for each a language, and of every modality an item in that language, or else any. A concept that
     a modality lacks is left out of that modality's pairs. teacher: a teacher's vectors of the same items, by modality;
     teaching(student, teacher) -> scalar, of dicts of the step's vectors of both (row k of one concept in all), is then added
-    to the loss (distillation.embeddings). Every draw follows from (seed, step), so that a run that is
+    to the loss (distillation.embeddings): of what all modalities have together, and of each modality alone, for a teacher
+    also tells what a single picture or sentence is. Every draw follows from (seed, step), so that a run that is
     killed and called again with the same `state` goes on to the same weights.
 
     Raises ValueError for names that differ, or a loss that is no longer finite.
@@ -159,8 +160,10 @@ class _Run:
             if self.teaching:
                 shared = set.intersection(*(set(concepts) for concepts, _ in drawn.values()))
                 rows = {name: np.isin(concepts, list(shared)) for name, (concepts, _) in drawn.items()}
+                wanted = {name: self.teacher[name][places] for name, (_, places) in drawn.items()}
                 loss = loss + self.teaching({name: found[name][rows[name]] for name in found},
-                                            {name: self.teacher[name][drawn[name][1][rows[name]]] for name in found})
+                                            {name: wanted[name][rows[name]] for name in found})
+                loss = loss + sum(self.teaching({name: found[name]}, {name: wanted[name]}) for name in found)
             if not math.isfinite(loss.item()):
                 raise ValueError(f"alignment: the loss became {loss.item()} at step {step}; lower learning_rate")
             self.optimizer.zero_grad()

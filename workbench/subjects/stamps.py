@@ -53,6 +53,17 @@ class Stamps:
         frames = [self.speech[row.language][row.start:row.start + min(row.frames, longest)] for row in rows.itertuples()]
         return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True).transpose(1, 2).float() / LOUDEST
 
+    def subset(self, count: int, *, seed: int = 0) -> "Stamps":
+        """`count` of the concepts (all, if there are fewer), drawn by `seed`, numbered anew in their old order."""
+        if count < 1:
+            raise ValueError(f"a subset of stamps needs at least 1 concept, found {count}")
+        kept = np.sort(np.random.default_rng(seed).permutation(len(self.concepts))[:count])
+        number = {old: new for new, old in enumerate(kept)}
+        texts, clips = (rows[rows.concept.isin(number)].reset_index(drop=True) for rows in (self.texts, self.clips))
+        texts, clips = (rows.assign(concept=rows.concept.map(number)) for rows in (texts, clips))
+        return replace(self, pictures=self.pictures[kept.tolist()], concepts=self.concepts.iloc[kept].reset_index(drop=True),
+                       texts=texts, clips=clips)
+
     def spoken(self, languages: tuple[str, ...]) -> "Stamps":
         """The texts and clips of these languages only. Raises ValueError for one that is not there."""
         known = set(self.texts.language)
