@@ -50,6 +50,14 @@ def decode(stream: bytes) -> np.ndarray:
         raise ValueError(f"coding: these bytes are cut or were not written by encode ({error})") from error
 
 
+def coded_bytes(symbols: np.ndarray) -> int:
+    """How many bytes `encode` needs, once they have been decoded and found the same. Raises ValueError where they are not."""
+    stream = encode(symbols)
+    if not np.array_equal(decode(stream), np.ascontiguousarray(symbols).ravel()):
+        raise ValueError("coding: the coded numbers do not decode to themselves")
+    return len(stream)
+
+
 def entropy(symbols: np.ndarray) -> float:
     """Bits a symbol: -sum p log2 p of the frequencies."""
     share = np.bincount(np.ascontiguousarray(symbols).ravel())

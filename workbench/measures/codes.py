@@ -8,18 +8,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench.coding import encode, entropy
+from workbench.coding import coded_bytes, entropy
 
 
 def usage(codes: Mapping[str, Tensor], size: int) -> pd.DataFrame:
     """One row a modality and one over "all": vectors, used (share of the codes that occur), perplexity (2^entropy),
-    entropy_bits a code, coded_bits a vector (with the table of frequencies; decodes back bit for bit)."""
+    entropy_bits a code, coded_bits a vector (with the table of frequencies; decoded to see that they come back)."""
     rows = []
     for name, found in [*codes.items(), ("all", torch.cat(list(codes.values())))]:
         symbols = found.numpy()
         bits = entropy(symbols)
         rows.append({"modality": name, "vectors": len(found), "used": len(np.unique(symbols)) / size, "perplexity": 2**bits,
-                     "entropy_bits": bits, "coded_bits": 8 * len(encode(symbols)) / len(found)})
+                     "entropy_bits": bits, "coded_bits": 8 * coded_bytes(symbols) / len(found)})
     return pd.DataFrame(rows)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench import grid
-from workbench.coding import decode, encode
+from workbench.coding import coded_bytes
 from workbench.quantizers import Scheme
 
 KINDS = ("uniform", "kmeans", "variable")
@@ -72,11 +72,7 @@ def rounded(vectors: Tensor, precision: Precision) -> Rounded:
         values, integers = (_uniform if precision.kind == "uniform" else _kmeans)(vectors, precision.bits)
         bits, table = float(precision.bits * vectors.shape[1]), 4 if precision.kind == "uniform" else 4 * 2**precision.bits
         parts = [integers.numpy()]
-    streams = [encode(part) for part in parts]
-    exact = all((decode(stream) == part.ravel()).all() for stream, part in zip(streams, parts, strict=True))
-    if not exact:
-        raise ValueError("precision: the coded integers do not decode to themselves")
-    return Rounded(values, integers, bits, 8 * (sum(map(len, streams)) + table) / len(vectors))
+    return Rounded(values, integers, bits, 8 * (sum(map(coded_bytes, parts)) + table) / len(vectors))
 
 
 def allocated(vectors: Tensor, least: int, most: int) -> Tensor:
