@@ -89,6 +89,21 @@ def test_a_taught_student_comes_nearer_to_its_teacher():
         distillation.embeddings({"image": torch.eye(4)}, {"image": torch.eye(5)})
 
 
+def test_one_modality_is_taught_by_itself_in_half_precision_too_and_not_without_a_teacher():
+    teacher = alignment.embed(encoded(recipe=Recipe(steps=60, batch=20, learning_rate=0.02))[0], TRAIN)
+    texts = {"text": TRAIN["text"]}
+    for precision in ("fp32", "bf16"):
+        recipe = Recipe(steps=60, batch=20, learning_rate=0.02, precision=precision)
+        student, history = alignment.align({"text": Linear(10, 8)}, texts, EACH, recipe=recipe, teacher=teacher,
+                                           teaching=distillation.embeddings)
+        assert history.loss.iloc[-1] < history.loss.iloc[0] / 2
+        assert (alignment.embed(student, texts)["text"] * teacher["text"]).sum(1).mean() > 0.8
+    with pytest.raises(ValueError, match="or with a teacher one, of the same names"):
+        alignment.align({"text": Linear(10)}, texts, EACH)
+    with pytest.raises(ValueError, match="precision is 'int8', expected fp32 or bf16"):
+        Recipe(precision="int8")
+
+
 def test_bad_items_and_recipes_get_one_line():
     rows = ITEMS["image"].rows
     with pytest.raises(ValueError, match="3 inputs and 40 rows"):

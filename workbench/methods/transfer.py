@@ -57,8 +57,9 @@ class FactoredTable(nn.Module):
         return self.outward(self.table(tokens))
 
 
-def smaller(encoder: nn.Module, *, layers: Sequence[int], rank: int, positions: int = 64) -> nn.Module:
-    """A copy of a sentence encoder with these of its layers, its token table at `rank`, and `positions` places.
+def smaller(encoder: nn.Module, *, layers: Sequence[int], rank: int, positions: int = 64, dropout: float = 0.1) -> nn.Module:
+    """A copy of a sentence encoder with these of its layers, its token table at `rank`, and `positions` places; `dropout`
+    while it is trained, 0 for one that has a teacher and much to read.
 
     Raises ValueError for a layer that is not there or a rank above the table's width.
     """
@@ -77,4 +78,7 @@ def smaller(encoder: nn.Module, *, layers: Sequence[int], rank: int, positions: 
     bert.embeddings.position_embeddings = nn.Embedding.from_pretrained(
         bert.embeddings.position_embeddings.weight[:positions].detach().clone(), freeze=False)
     bert.pooler = None
+    for module in new.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     return new

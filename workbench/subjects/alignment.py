@@ -48,18 +48,22 @@ class Items:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to align. batch: concepts a step, one item of each modality for each. temperature: the first; it is learned."""
+    """How to align. batch: concepts a step, one item of each modality for each. temperature: the first; it is learned.
+    precision: "fp32", or "bf16" (autocast of the encoders)."""
 
     steps: int = 600
     batch: int = 256
     learning_rate: float = 2e-3
     weight_decay: float = 0.03
     temperature: float = 0.07
+    precision: str = "fp32"
 
     def __post_init__(self):
         for name in ("steps", "batch", "learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}, expected more than 0")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"recipe: precision is {self.precision!r}, expected fp32 or bf16")
 
     def rate(self, progress: float) -> float:
         """Learning rate: a tenth of the steps to climb, then a cosine to zero."""
@@ -93,14 +97,14 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
     a modality lacks is left out of that modality's pairs. teacher: a teacher's vectors of the same items, by modality;
     teaching(student, teacher) -> scalar, of dicts of the step's vectors of both (row k of one concept in all), is then added
     to the loss (distillation.embeddings): of what all modalities have together, and of each modality alone, for a teacher
-    also tells what a single picture or sentence is. Every draw follows from (seed, step), so that a run that is
-    killed and called again with the same `state` goes on to the same weights.
+    also tells what a single picture or sentence is; with it, one modality will do. Every draw follows from (seed, step), so
+    that a run that is killed and called again with the same `state` goes on to the same weights.
 
     Raises ValueError for names that differ, or a loss that is no longer finite.
 
     Example: `encoders, history = alignment.align({"image": ..., "text": ...}, items, known.meanings, recipe=Recipe(steps=600))`
     """
-    run = _Run(encoders, items, groups, recipe or Recipe(), seed)
+    run = _Run(encoders, items, groups, recipe or Recipe(), seed, bool(teacher))
     run.teacher, run.teaching = teacher, teaching if teacher else None
     run.identity["teacher"] = files.fingerprint(teacher.values()) if teacher else None
     state = Path(state) if state else None
@@ -122,10 +126,12 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
 class _Run:
     """All that an alignment consists of between two steps."""
 
-    def __init__(self, encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, recipe: Recipe, seed: int):
-        if set(encoders) != set(items) or len(encoders) < 2:
+    def __init__(self, encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, recipe: Recipe, seed: int,
+                 taught: bool = False):
+        least = 1 if taught else 2
+        if set(encoders) != set(items) or len(encoders) < least:
             raise ValueError(f"align: encoders of {', '.join(encoders)} and items of {', '.join(items)}; expected two or more, "
-                             "of the same names")
+                             "or with a teacher one, of the same names")
         self.encoders = copy.deepcopy(nn.ModuleDict(encoders)).train()
         self.scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(-math.log(recipe.temperature)))})
         self.items, self.groups, self.recipe, self.seed = dict(items), groups, recipe, seed
@@ -150,7 +156,9 @@ class _Run:
         drawn = self._draw(np.random.default_rng([self.seed, step]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
-            found = {name: self.encoders[name](_trimmed(self.items[name].values[places])) for name, (_, places) in drawn.items()}
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                found = {name: self.encoders[name](_trimmed(self.items[name].values[places])).float()
+                         for name, (_, places) in drawn.items()}
             losses = []
             for one, other in combinations(found, 2):
                 shared, a, b = np.intersect1d(drawn[one][0], drawn[other][0], return_indices=True)

@@ -166,9 +166,11 @@ def _tokens(tokenizer, texts: Sequence[str]) -> Tensor:
 
 @torch.inference_mode()
 def sentence_features(texts: Sequence[str], source: str = "package") -> Tensor:
-    """Unit vectors (n, 384) of texts by `minilm`."""
+    """Unit vectors (n, 384) of texts by `minilm`; those of like length go together."""
     encoder, tokenize = minilm(source)
-    return torch.cat([encoder(tokenize(texts[k:k + 64])) for k in range(0, len(texts), 64)])
+    order = torch.tensor([len(text) for text in texts]).argsort()
+    parts = files.progress(order.split(128), title="sentences", unit="batch")
+    return torch.cat([encoder(tokenize([texts[k] for k in part])) for part in parts])[order.argsort()]
 
 
 class Pixels(nn.Module):
