@@ -193,16 +193,34 @@ def test_scales_and_integers_reach_the_file_unchanged(four, integer_file):
     assert all(quantizer.scale.detach().numpy().tobytes() in scales for _, quantizer in quantizers(four))
 
 
-def test_the_runtime_computes_with_integers(integer_file, tmp_path):
+def operators(path, folder) -> list[str]:
+    """What ONNX Runtime makes of a file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnxruntime.InferenceSession(integer_file, options, providers=["CPUExecutionProvider"])
-    kinds = [node.op_type for node in onnx_library.load(tmp_path / "optimized.onnx").graph.node]
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx_library.load(folder / "optimized.onnx").graph.node]
+
+
+def test_the_runtime_computes_with_integers(integer_file, tmp_path):
+    kinds = operators(integer_file, tmp_path)
     assert kinds.count("QLinearConv") == 19
     assert "Conv" not in kinds
     assert kinds.count("QLinearAdd") >= 7, "all but the two padded shortcuts"
+
+
+@pytest.mark.parametrize("pooling", [nn.AdaptiveAvgPool2d(1), nn.Identity()])
+def test_a_linear_layer_behind_a_reshape_computes_with_integers_too(tmp_path, pooling):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU6(), pooling, nn.Flatten(), nn.LazyLinear(5)).eval()
+    images = torch.randn(20, 3, 8, 8)
+    net(images)
+    rough = quantization.quantize(net, [(images, None)])
+    path = onnx.export(rough, images, tmp_path / "net.onnx")
+    assert set(operators(path, tmp_path)) & {"Gemm", "QGemm", "Conv", "QLinearConv"} == {"QGemm", "QLinearConv"}
+    with torch.no_grad():
+        torch.testing.assert_close(sessions.open(path)(images), rough(images), atol=0.02, rtol=0.02)
 
 
 def test_sensitivity_by_bits_needs_nothing_new(folded, tiny):

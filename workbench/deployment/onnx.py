@@ -68,6 +68,7 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
         _fold_padding(proto)
         _four_bits(proto, packed)
         if quantised:
+            _reshape_integers(proto)
             _integer_biases(proto)
             _fold_clips(proto)
         onnx.checker.check_model(proto, full_check=True)
@@ -199,6 +200,24 @@ def _four_bits(proto: onnx.ModelProto, packed: dict[str, tuple[Tensor, Tensor]])
         graph.node.insert(place, new)
     if packed:
         proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def _reshape_integers(proto: onnx.ModelProto) -> None:
+    """Flatten integers, not what they stand for: a linear layer that does not find them next to it has its weights made float
+    anew in every run."""
+    graph = proto.graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    scalars = {constant.name for constant in graph.initializer if not constant.dims}
+    for view in [node for node in graph.node if node.op_type in ("Reshape", "Flatten")]:
+        source = made_by.get(view.input[0])
+        if source is None or source.op_type != "DequantizeLinear" or readers[view.input[0]] > 1 or source.input[1] not in scalars:
+            continue
+        name = view.output[0]
+        view.input[0], view.output[0] = source.input[0], f"{name}_integers"
+        source.input[0], source.output[0] = view.output[0], name
+        graph.node.remove(source)
+        graph.node.insert(list(graph.node).index(view) + 1, source)
 
 
 def _integer_biases(proto: onnx.ModelProto) -> None:
