@@ -104,7 +104,7 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
 
     Example: `encoders, history = alignment.align({"image": ..., "text": ...}, items, known.meanings, recipe=Recipe(steps=600))`
     """
-    run = _Run(encoders, items, groups, recipe or Recipe(), seed, bool(teacher))
+    run = _Run(encoders, items, groups, recipe or Recipe(), seed, taught=bool(teacher and teaching))
     run.teacher, run.teaching = teacher, teaching if teacher else None
     run.identity["teacher"] = files.fingerprint(teacher.values()) if teacher else None
     state = Path(state) if state else None
