@@ -61,8 +61,9 @@ def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     at = np.arange(len(table))[::-1]
     ax.barh(at, table.latency_ms, color=BLUE, height=0.6)
     ax.plot(table.p95_ms, at, "|", color=RED, markersize=12, label="95th percentile")
-    for y, value in zip(at, table.latency_ms, strict=True):
-        ax.text(value, y, f" {value:.2f} ", va="center", ha="right", color="white", fontsize=9)
+    for y, value, high in zip(at, table.latency_ms, table.p95_ms, strict=True):
+        ax.text(max(value, high), y, f"  {value:.2f}", va="center", fontsize=9)
+    ax.margins(x=0.18)
     ax.set_yticks(at, names)
     ax.set(xlabel="latency of one batch, ms (median)", title=table.attrs.get("machine", ""))
     ax.title.set_fontsize(9)
