@@ -70,7 +70,7 @@ class Difference:
                 f"p = {self.p_value:.2g} ({self.gained} gained, {self.lost} lost of {self.n:,})")
 
 
-def evaluate(model, split: Split, *, batch_size: int = 256) -> Accuracy:
+def evaluate(model, split: Split, *, batch_size: int = 64) -> Accuracy:
     """Top-1 of anything that sessions.open takes, on all images of `split`.
 
     Raises ValueError for an empty split, for NaN in the images or in the outputs, and for a batch the model refuses.

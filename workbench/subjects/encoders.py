@@ -204,7 +204,7 @@ def efficientnet(*, sizes: Sequence[int] = (192,)) -> Pixels:
 def picture_features(pictures: Tensor, network: Pixels | None = None) -> Tensor:
     """Features (n, 1280 a size) of uint8 pictures (n, 3, H, W) by `efficientnet`."""
     network = network or efficientnet()
-    return torch.cat([network(part.float()) for part in files.progress(pictures.split(32), title="features", unit="batch")])
+    return torch.cat([network(part.float()) for part in files.progress(pictures.split(8), title="features", unit="batch")])
 
 
 def items(known: stamps.Stamps, *, pretrained: bool = True) -> dict[str, Items]:
