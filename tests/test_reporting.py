@@ -208,7 +208,7 @@ def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
 
 
 def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(tmp_path):
-    done = command("report", "--profile", "smoke", "--jobs", 2, "--out", tmp_path / "reports")  # no time is judged here
+    done = command("report", "--profile", "smoke", "--jobs", 2, "--out", tmp_path / "reports")
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
     assert {path.parent.name for path in (tmp_path / "reports").glob("*/run.json")} == names

@@ -104,9 +104,7 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
 
     Example: `encoders, history = alignment.align({"image": ..., "text": ...}, items, known.meanings, recipe=Recipe(steps=600))`
     """
-    run = _Run(encoders, items, groups, recipe or Recipe(), seed, taught=bool(teacher and teaching))
-    run.teacher, run.teaching = teacher, teaching if teacher else None
-    run.identity["teacher"] = files.fingerprint(teacher.values()) if teacher else None
+    run = _Run(encoders, items, groups, recipe or Recipe(), seed, teacher, teaching if teacher else None)
     state = Path(state) if state else None
     if state and state.exists():
         run.progress = states.restore(state, run.parts, run.optimizer, run.identity)
@@ -127,14 +125,15 @@ class _Run:
     """All that an alignment consists of between two steps."""
 
     def __init__(self, encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, recipe: Recipe, seed: int,
-                 taught: bool = False):
-        least = 1 if taught else 2
+                 teacher: Mapping[str, Tensor] | None, teaching):
+        least = 1 if teaching else 2
         if set(encoders) != set(items) or len(encoders) < least:
             raise ValueError(f"align: encoders of {', '.join(encoders)} and items of {', '.join(items)}; expected two or more, "
                              "or with a teacher one, of the same names")
         self.encoders = copy.deepcopy(nn.ModuleDict(encoders)).train()
         self.scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(-math.log(recipe.temperature)))})
         self.items, self.groups, self.recipe, self.seed = dict(items), groups, recipe, seed
+        self.teacher, self.teaching = teacher, teaching
         self.parts = {"encoders": self.encoders, "scale": self.scale}
         self.optimizer = torch.optim.AdamW([*self.encoders.parameters(), *self.scale.parameters()], recipe.learning_rate,
                                            weight_decay=recipe.weight_decay)
@@ -145,6 +144,7 @@ class _Run:
                                   for language in self.languages[name][places[c]] if language}) for c in self.concepts}
         self.progress = {"step": 0, "rows": []}
         self.identity = asdict(recipe) | {"seed": seed, "modalities": sorted(items),
+                                          "teacher": files.fingerprint(teacher.values()) if teacher else None,
                                           "items": files.fingerprint(found.values for found in self.items.values()),
                                           "start": files.fingerprint(self.encoders.state_dict().values())}
 
