@@ -20,7 +20,7 @@ def minilm():
 def test_sentences_that_mean_alike_lie_near(minilm):
     vectors = encoders.sentence_features(TEXTS)
     assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
-    assert vectors[1] @ vectors[2] > 0.1 + vectors[0] @ vectors[2]
+    assert vectors[1] @ vectors[2] > 1.5 * vectors[0] @ vectors[2]
 
 
 def test_the_length_that_a_batch_is_padded_to_changes_nothing(minilm):
