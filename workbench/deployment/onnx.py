@@ -4,6 +4,7 @@ Source: torch.onnx.export (the torch.export based exporter), which folds each ba
 each fake quantisation as QuantizeLinear and DequantizeLinear.
 """
 
+import ast
 import contextlib
 import copy
 import io
@@ -64,6 +65,7 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
         proto = program.model_proto
         if tokens:
             del proto.graph.value_info[:]  # the exporter's own shapes are wrong behind shared weights
+        _name_weights(proto)
         _strip(proto)
         _fold_padding(proto)
         _four_bits(proto, packed)
@@ -301,6 +303,21 @@ def _hold_bias(graph, values: dict[str, np.ndarray], names, least: np.ndarray) -
         values[name] = array
         stored = next(constant for constant in graph.initializer if constant.name == name)
         stored.CopyFrom(onnx.numpy_helper.from_array(array, name))
+
+
+def _name_weights(proto: onnx.ModelProto) -> None:
+    """Call the stored integers of a layer LAYER.weight, as its floats would be, by the modules that the exporter tells of."""
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    stored = {constant.name: constant for constant in proto.graph.initializer}
+    for node in proto.graph.node:
+        told = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
+        source = made_by.get(node.input[1]) if len(node.input) > 1 else None
+        if not told or node.op_type not in ("Conv", "Gemm") or source is None or source.op_type != "DequantizeLinear":
+            continue
+        name = f"{ast.literal_eval(told)[-2]}.weight"
+        if source.input[0] in stored and name not in stored:
+            stored[name] = stored.pop(source.input[0])
+            stored[name].name = source.input[0] = name
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -88,6 +88,25 @@ def grid(candidates: Mapping[str, object], image: Tensor, *, threads: Sequence[i
     return frame
 
 
+def by_layer(candidates: Mapping[str, object], images: Tensor, *, threads: int = 1, runs: int = 50) -> pd.DataFrame:
+    """One row per candidate and layer, from ONNX Runtime's own profile: candidate, layer, threads, latency_ms.
+
+    candidates: ONNX files. Under the layer "(rest)" stands what is no layer's: additions, pooling, changes of layout and of
+    number format. A profile's clock ticks in microseconds, and watching costs a few of them for each node.
+
+    Raises as sessions.open does.
+
+    Example: `latency.by_layer({"float32": "a.onnx", "int8": "b.onnx"}, task.example)`
+    """
+    rows = []
+    for name, path in candidates.items():
+        sessions.open(path, threads=threads)  # what is wrong with it is said here
+        found = sessions.times(path, images, threads=threads, runs=runs)
+        rows += [{"candidate": name, "layer": layer or "(rest)", "threads": threads, "latency_ms": ms}
+                 for layer, ms in found.items()]
+    return pd.DataFrame(rows)
+
+
 def under_load(model, images: Tensor, *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,
                seconds: float = 2.0, threads: int | None = None) -> pd.DataFrame:
     """One row per number of clients in a closed loop: each sends one image, waits for its answer and sends the next.

@@ -4,7 +4,8 @@ All but the first go through the layers in their order. With x the input of a la
 quantised one so far, they need only second moments: E|W x - W' x'|^2, the bias chosen best, is the quadratic form
 (W' - W*) G (W' - W*)^T plus a constant, with G = Cov(x'), W* = W Cov(x, x') G^-1. So a layer's rounding is found on K x K
 matrices, K inputs a channel, and memory does not grow with the images. Convolutions give patches at places drawn at
-random.
+random. Where K is large and images are few, W* would fit those images and no others: a ridge draws it back to W, as far as
+images held out ask for.
 
 Sources: equalisation and bias correction Nagel et al. 2019 (arXiv 1906.04721); AdaRound Nagel et al. 2020
 (arXiv 2004.10568), here without the ReLU behind the layer; AdaQuant Hubara et al. 2020 (arXiv 2006.10518).
@@ -27,7 +28,9 @@ from workbench.quantizers import WeightQuantizer, fake_quantize, fit, round_bias
 PLACES = (16, 256)  # patches of each image that a convolution's moments take, least and most
 ROWS = 10  # patches in all for each input of a channel: with fewer, second moments fit the images and not the data
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
-DAMPING = 1e-2  # of the mean variance, added to Cov(x') before it is inverted
+FOLDS = 5  # every fifth image is held out to choose, by layer, the ridge of W* from these shares of the mean variance
+SHARES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+SHRINKAGE, DAMPING = 0.2, 1e-2  # of each variance, and of their mean, added to Cov(x') where weights are rounded
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
 STEPS = 1000
 
@@ -221,20 +224,45 @@ def _spread(value: Tensor, quantizer: WeightQuantizer, weight: Tensor, moments: 
 
 
 def _moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor], seed: int) -> _Moments:
-    sums, count, inputs_each = None, 0, layer.weight[0].numel()
+    inputs_each = layer.weight[0].numel()
     places = min(max(-(-ROWS * inputs_each // sum(map(len, inputs))), PLACES[0]), PLACES[1])
+    fitted, apart, seen = None, None, 0
     for k, pair in enumerate(zip(inputs, inputs_quantised, strict=True)):
-        x, y = (patches(layer, values, seed=1000 * seed + k, places=places) for values in pair)  # (g, N, K)
-        found = [v.double() for v in (x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y)]
-        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
-        count += x.shape[1]
-    mean, mean_quantised, cross, own = (value / count for value in sums)
-    cross = cross - mean[:, :, None] * mean_quantised[:, None]
-    own = own - mean_quantised[:, :, None] * mean_quantised[:, None]
-    damping = DAMPING * own.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None] * torch.eye(own.shape[1]).double()
-    weight = layer.weight.detach().double().reshape(len(mean), -1, own.shape[1])
-    target = torch.linalg.solve(own + damping, (weight @ (cross + damping)).transpose(1, 2)).transpose(1, 2)
-    return _Moments(mean.float(), mean_quantised.float(), target.float(), (own + damping).float())
+        x, y = (patches(layer, values, seed=1000 * seed + k, places=places).unflatten(1, (len(values), -1)) for values in pair)
+        held_out = torch.arange(seen, seen + len(pair[0])) % FOLDS == FOLDS - 1
+        fitted, apart = _added(fitted, x[:, ~held_out], y[:, ~held_out]), _added(apart, x[:, held_out], y[:, held_out])
+        seen += len(pair[0])
+    weight = layer.weight.detach().double().reshape(len(fitted[1]), -1, inputs_each)
+    share, both = 1.0, fitted
+    if seen >= FOLDS:  # each share's target from four fifths of the images, judged on the fifth
+        (_, _, *few), (_, _, cross, own) = _centred(fitted), _centred(apart)
+        targets = {share: _target(weight, *few, share) for share in SHARES}
+        share = min(SHARES, key=lambda share: float(((targets[share] @ own - 2 * weight @ cross) * targets[share]).sum()))
+        both = [a + b for a, b in zip(fitted, apart, strict=True)]
+    mean, mean_quantised, cross, own = _centred(both)
+    variances = own.diagonal(dim1=1, dim2=2)
+    ridge = torch.diag_embed(min(share, SHRINKAGE) * variances + DAMPING * variances.mean(1, keepdim=True).clamp_min(1e-12))
+    return _Moments(mean.float(), mean_quantised.float(), _target(weight, cross, own, share).float(), (own + ridge).float())
+
+
+def _added(sums: list | None, x: Tensor, y: Tensor) -> list:
+    """Sums with those of x and y (g, n, P, K) added: how many rows, x, y, x y^T, y y^T."""
+    x, y = x.flatten(1, 2), y.flatten(1, 2)
+    found = [x.shape[1], *(v.double() for v in (x.sum(1), y.sum(1), x.transpose(1, 2) @ y, y.transpose(1, 2) @ y))]
+    return found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+
+
+def _centred(sums: list) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means of x and x', Cov(x, x') and Cov(x')."""
+    mean, mean_quantised, cross, own = (value / sums[0] for value in sums[1:])
+    return (mean, mean_quantised, cross - mean[:, :, None] * mean_quantised[:, None],
+            own - mean_quantised[:, :, None] * mean_quantised[:, None])
+
+
+def _target(weight: Tensor, cross: Tensor, own: Tensor, share: float) -> Tensor:
+    """W* = (W Cov(x, x') + d W) (Cov(x') + d I)^-1, d = share of the mean variance: W itself where d is large."""
+    ridge = share * own.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None] * torch.eye(own.shape[1]).double()
+    return torch.linalg.solve(own + ridge, (weight @ (cross + ridge)).transpose(1, 2)).transpose(1, 2)
 
 
 def _walk(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
