@@ -44,6 +44,11 @@ def test_batches_hold_every_image_once_in_order(tiny):
     assert torch.equal(labels, tiny.test.labels)
 
 
+def test_a_task_is_shown_in_a_few_lines_without_its_pixels(task):
+    assert "Split('fashion_mnist test', 10,000 images" in repr(task)
+    assert len(repr(task)) < 1000
+
+
 def test_a_subset_is_the_same_for_the_same_seed_and_another_for_another(task):
     one, same, other = (task.test.subset(100, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.images, same.images)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from workbench import machine
+from workbench import layers, machine
 from workbench.deployment import onnx, sessions
 from workbench.measures import latency
+from workbench.methods import quantization, reparameterization
 
 
 def sleeper(milliseconds: float):
@@ -63,6 +64,20 @@ def test_the_table_states_threads_batch_and_machine(exported):
     frame = latency.paired({"m": exported}, torch.zeros(3, 1, 28, 28), threads=1, blocks=5, block_ms=1)
     assert frame.loc[0, ["threads", "batch", "runtime"]].tolist() == [1, 3, "onnxruntime"]
     assert "torch" in frame.attrs["machine"]
+
+
+def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported, model, task, tmp_path):
+    made = quantization.quantize(reparameterization.fold_batchnorm(model), list(task.validation.subset(50).batches(50)))
+    paths = {"float32": exported, "int8": onnx.export(made, task.example, tmp_path / "int8.onnx")}
+    frame = latency.by_layer(paths, task.example, runs=10)
+    for name, path in paths.items():
+        found = frame[frame.candidate == name].set_index("layer").latency_ms
+        assert set(found.index) == {*layers.named(model), "(rest)"}
+        assert (found.drop("(rest)") > 0).all()
+        whole = latency.paired({name: path}, task.example, threads=1, blocks=5).latency_ms[0]
+        assert found.sum() < 5 * whole, "watching costs, but not that much"
+    with pytest.raises(TypeError, match="mine is ResNet, expected an ONNX file"):
+        latency.by_layer({"mine": model}, task.example)
 
 
 def test_the_settling_runs_are_discarded():

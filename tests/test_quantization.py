@@ -193,6 +193,14 @@ def test_scales_and_integers_reach_the_file_unchanged(four, integer_file):
     assert all(quantizer.scale.detach().numpy().tobytes() in scales for _, quantizer in quantizers(four))
 
 
+def test_an_integer_graph_shows_its_layers_by_name(four, integer_file, tiny):
+    images, _ = next(tiny.test.batches(50))
+    found, expected = sessions.open(integer_file).activations(images), sessions.open(four).activations(images)
+    assert list(found) == list(expected) == list(named(four))
+    for name, values in found.items():
+        assert (values - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
 def operators(path, folder) -> list[str]:
     """What ONNX Runtime makes of a file."""
     import onnxruntime
@@ -326,6 +334,27 @@ def test_adaround_fits_its_scales_to_the_outputs():
     with torch.no_grad():
         errors = [(m(x) - net(x)).pow(2).mean() for m in (fixed, rough)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_with_few_images_rounding_fits_what_images_held_out_bear_out(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)).eval()
+    few, others = torch.randn(60, 64), torch.randn(1000, 64)  # 60 images, 256 inputs: the second layer fits anything
+    rough = quantization.quantize(net, [(few, None)], weights=Scheme(3, granularity="channel"))
+    errors = {}
+    for shares in (rounding.SHARES, *((share,) for share in rounding.SHARES)):
+        monkeypatch.setattr(rounding, "SHARES", shares)
+        errors[shares] = logit_error(rounding.adaround(rough, net, [(few, None)], steps=200), net, others)
+    chosen, *fixed = errors.values()
+    assert chosen < 0.95 * fixed[0], "than with next to no ridge"
+    assert chosen < 1.05 * min(fixed), "than with the best ridge for all layers"
+
+
+def test_fewer_images_than_folds_still_give_a_rounding():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    rough = quantization.quantize(net, [(x, None)], weights=FOUR)
+    assert logit_error(rounding.adaround(rough, net, [(x[:1], None), (x[1:], None)], steps=20), net, x) < 0.2
 
 
 def test_a_peer_that_is_not_installed_is_named(folded, tiny, tmp_path, monkeypatch):

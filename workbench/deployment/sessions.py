@@ -15,6 +15,7 @@ from workbench import layers, machine
 
 FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # operators with a weight
+NAMELESS = "no node has a weight called LAYER.weight, so its layers have no names"
 _PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity")  # nodes through which a weight keeps its name
 
 
@@ -176,7 +177,7 @@ def _with_layer_outputs(path: str) -> tuple:
                 normed = len(behind) == 1 and behind[0].op_type == "BatchNormalization"
                 values[layer] = (behind[0] if normed else node).output[0]
     if not values:
-        raise layers.UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its layers have no names")
+        raise layers.UnsupportedModelError(f"{path}: {NAMELESS}")
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
     return model, values
@@ -218,6 +219,8 @@ def _with_layer_names(path: str):
         for k, link in enumerate(chain if layer else []):
             link.name = f"layer={layer}={k}"
             new |= {link.output[0]: link.name} if link.output[0] not in fixed else {}
+    if not any(node.name.startswith("layer=") for node in graph.node):
+        raise layers.UnsupportedModelError(f"{path}: {NAMELESS}")
     for node in graph.node:
         for names in (node.input, node.output):
             names[:] = [new.get(name, name) for name in names]

@@ -9,7 +9,7 @@ from math import sqrt
 
 import pandas as pd
 import torch
-from scipy.stats import binomtest, t
+from scipy.special import bdtr, stdtrit  # scipy.stats takes 0.7 s to import
 from torch import Tensor
 
 from workbench import files
@@ -106,9 +106,9 @@ def difference(reference: Accuracy, candidate: Accuracy) -> Difference:
                          f"the candidate {candidate.n}, and their labels must agree")
     gained = int((candidate.correct & ~reference.correct).sum())
     lost = int((reference.correct & ~candidate.correct).sum())
-    p_value = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    p_value = min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
     low, high = paired_interval(gained, lost, reference.n)
-    return Difference((gained - lost) / reference.n, low, high, float(p_value), gained, lost, reference.n)
+    return Difference((gained - lost) / reference.n, low, high, p_value, gained, lost, reference.n)
 
 
 def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -121,16 +121,18 @@ def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         n, row = len(part), dict(zip(by, key, strict=True))
         for column in ("top1", "top1_change"):
             mean = part[column].mean()
-            half = t.ppf(0.975, n - 1) * part[column].std() / sqrt(n) if n > 1 else float("nan")
+            half = stdtrit(n - 1, 0.975) * part[column].std() / sqrt(n) if n > 1 else float("nan")
             row |= {column: mean, f"{column}_low": mean - half, f"{column}_high": mean + half}
         rows.append(row | {"runs": n})
     return pd.DataFrame(rows)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of hits / n."""
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    """95 % Wilson interval of p = hits / n: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
+    share, more = hits / n, _Z**2 / n
+    half = _Z * sqrt(share * (1 - share) / n + more / (4 * n))
+    low, high = ((share + more / 2 + sign * half) / (1 + more) for sign in (-1, 1))
+    return (low if hits else 0.0), (high if hits < n else 1.0)
 
 
 def paired_interval(gained: int, lost: int, n: int, *, z: float = _Z, population: int | None = None) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -94,17 +95,21 @@ def by_layer(candidates: Mapping[str, object], images: Tensor, *, threads: int =
     candidates: ONNX files. Under the layer "(rest)" stands what is no layer's: additions, pooling, changes of layout and of
     number format. A profile's clock ticks in microseconds, and watching costs a few of them for each node.
 
-    Raises as sessions.open does.
+    Raises TypeError for what is no file, UnsupportedModelError where a file names no layers, and as sessions.open does.
 
     Example: `latency.by_layer({"float32": "a.onnx", "int8": "b.onnx"}, task.example)`
     """
     rows = []
     for name, path in candidates.items():
-        sessions.open(path, threads=threads)  # what is wrong with it is said here
+        if not isinstance(path, str | Path):
+            raise TypeError(f"{name} is {type(path).__name__}, expected an ONNX file: only ONNX Runtime tells its layers' times")
+        sessions.open(path, threads=threads)(images)  # what is wrong with either is said here
         found = sessions.times(path, images, threads=threads, runs=runs)
         rows += [{"candidate": name, "layer": layer or "(rest)", "threads": threads, "latency_ms": ms}
                  for layer, ms in found.items()]
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs["machine"] = machine.describe()
+    return frame
 
 
 def under_load(model, images: Tensor, *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,

@@ -225,7 +225,7 @@ def _recover(out: Path) -> None:
 
 def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
     """Run the jobs as processes, at most `workers` at a time; yield each with the reason, if it left no report."""
-    waiting, running = list(jobs), {}
+    waiting, running = list(jobs if workers == 1 else reversed(jobs)), {}  # the last take longest: side by side they go first
     try:
         while waiting or running:
             while waiting and len(running) < workers:

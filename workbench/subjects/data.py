@@ -91,6 +91,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"Split({self.name!r}, {len(self):,} images, {self.preprocessing})"
+
     def normalise(self, images: Tensor) -> Tensor:
         """Network input float32 (n, C, H, W), channels-last, of uint8 images (n, C, H, W)."""
         mean = torch.tensor(self.preprocessing.mean).view(1, -1, 1, 1)
