@@ -1,5 +1,6 @@
 """Fake quantisation of whole networks, its repairs, and the integer graph that ONNX Runtime runs."""
 
+import copy
 import itertools
 import sys
 from collections import OrderedDict
@@ -199,6 +200,22 @@ def test_an_integer_graph_shows_its_layers_by_name(four, integer_file, tiny):
     assert list(found) == list(expected) == list(named(four))
     for name, values in found.items():
         assert (values - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
+def test_float_weights_beside_quantised_ones_stay_float_on_the_runtime(folded, seen, tiny, tmp_path):
+    """ONNX Runtime rounds them to 8 bits per tensor, unasked, wherever integers stand around the layer."""
+    network = copy.deepcopy(folded)
+    named(network)["layer2.1.conv1"].weight.data[0] *= 40.0  # then one scale for all channels is much too coarse
+    chosen = [name for name in named(network) if name != "layer2.1.conv1"]
+    mixed = quantization.quantize(network, seen, weights=dict.fromkeys(chosen, quantization.INT8_WEIGHTS))
+    path = onnx.export(mixed, tiny.example, tmp_path / "mixed.onnx")
+    images, _ = next(tiny.test.batches(50))
+    found = sessions.open(path)
+    assert (found(images) - mixed(images)).norm() < 0.03 * mixed(images).norm()
+    import onnxruntime
+
+    plain = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})[0]
+    assert (torch.from_numpy(plain) - mixed(images)).norm() > 2 * (found(images) - mixed(images)).norm()
 
 
 def operators(path, folder) -> list[str]:

@@ -24,9 +24,14 @@ def hardware() -> dict[str, str | int | list[str]]:
     }
 
 
+def processors() -> list[int]:
+    """The processors that this process may run on, by number."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def cores() -> int:
     """How many processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(processors())
 
 
 def resident(field: str = "VmRSS") -> float:

@@ -39,7 +39,9 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
     then free as well. The weights of a model of
     quantization.quantize are stored as int8, fewer bits in the same, its biases as int32, its scales as they are; those of
     a linear layer with 4 bits by groups of 16, 32, 64, ... inputs really as 4 bits (ONNX Runtime's MatMulNBits, which also
-    rounds what it multiplies them with to 8 bits, by groups).
+    rounds what it multiplies them with to 8 bits, by groups). Where only some layers are quantised, ONNX Runtime would round the
+    float weights of the others itself, coarsely, and say nothing: the file tells `sessions.open` to leave them, and anyone else
+    opens it with InferenceSession(path, disabled_optimizers=["WeightBiasQuantization"]).
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something else.
 
@@ -73,6 +75,8 @@ def export(model: nn.Module, example: Tensor, path: Path | str) -> Path:
             _reshape_integers(proto)
             _integer_biases(proto)
             _fold_clips(proto)
+            if any(not parametrize.is_parametrized(layer, "weight") for layer in layers.named(whole).values()):
+                onnx.helper.set_model_props(proto, {sessions.DISABLED: "WeightBiasQuantization"})
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the exporter raises a dozen kinds, all of them about this model
         raise layers.UnsupportedModelError(f"{session.name} cannot be exported to ONNX: {layers.reason(error)}") from error

@@ -16,6 +16,7 @@ from workbench import layers, machine
 FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # operators with a weight
 NAMELESS = "no node has a weight called LAYER.weight, so its layers have no names"
+DISABLED = "disabled_optimizers"  # in a file's metadata: what ONNX Runtime is not to do with it, by commas
 _PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity")  # nodes through which a weight keeps its name
 
 
@@ -248,7 +249,10 @@ def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        disabled = session.get_modelmeta().custom_metadata_map.get(DISABLED)
+        return session if not disabled else onnxruntime.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled.split(","))
     except _runtime_errors() as error:
         reason = re.sub(r"/onnxruntime_src.*\) ", "", layers.reason(error))  # without its C++ signature
         raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({reason}); export it again") from error

@@ -16,7 +16,9 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from workbench import files, machine
@@ -37,16 +39,16 @@ class Job:
     folder: str
 
 
-def start(job: Job, out: Path, scratch: Path, *, threads: int) -> subprocess.Popen:
-    """A process that executes `job` on `threads` cores and leaves its report in `out`; it dies with this one."""
+def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int]) -> subprocess.Popen:
+    """A process that executes `job` on `cores` alone and leaves its report in `out`; it dies with this one."""
     out.mkdir(parents=True)
     (out / "job.json").write_text(json.dumps(asdict(job)))
     environment = os.environ | {"WORKBENCH_REPORT": str(out.resolve()), "WORKBENCH_SCRATCH": str(scratch.resolve()),
                                 "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore",
-                                "OMP_NUM_THREADS": str(threads)}
+                                "OMP_NUM_THREADS": str(len(cores))}
     command = [sys.executable, "-m", "workbench.reporting.execution", str((out / "job.json").resolve())]
     with open(out / ERRORS, "wb") as errors:
-        return subprocess.Popen(command, cwd=job.folder, env=environment, preexec_fn=_die_with_parent,
+        return subprocess.Popen(command, cwd=job.folder, env=environment, preexec_fn=partial(_settle, cores),
                                 stdout=subprocess.DEVNULL, stderr=errors)
 
 
@@ -55,7 +57,7 @@ def packed(job: Job) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / job.name
         here = job if Path(job.folder).is_dir() else replace(job, folder=str(Path.cwd()))  # the worker's own clone
-        process = start(here, out, Path(folder) / "scratch", threads=machine.cores())
+        process = start(here, out, Path(folder) / "scratch", cores=machine.processors())
         if process.wait():
             raise RuntimeError(reason(out))
         archive = io.BytesIO()
@@ -128,9 +130,10 @@ def _commit(folder: str) -> str | None:
     return shown.stdout.strip() or None
 
 
-def _die_with_parent() -> None:
-    """In the child: be killed when the runner is (Linux), so that no orphan goes on computing."""
+def _settle(cores: Sequence[int]) -> None:
+    """In the child, on Linux: keep to its cores, and be killed when the runner is, so that no orphan goes on computing."""
     if sys.platform == "linux":
+        os.sched_setaffinity(0, cores)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

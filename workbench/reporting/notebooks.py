@@ -224,22 +224,26 @@ def _recover(out: Path) -> None:
 
 
 def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
-    """Run the jobs as processes, at most `workers` at a time; yield each with the reason, if it left no report."""
-    waiting, running = list(jobs if workers == 1 else reversed(jobs)), {}  # the last take longest: side by side they go first
+    """Run the jobs as processes, at most `workers` at a time, each on cores of its own as far as they go; yield each with the
+    reason, if it left no report."""
+    waiting = list(jobs if workers == 1 else reversed(jobs))  # the last take longest: side by side they go first
+    cores, running = machine.processors(), {}
+    free = [cores[k::workers] or [cores[k % len(cores)]] for k in range(workers)]
     try:
         while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop(0)
+            while waiting and free:
+                job, share = waiting.pop(0), free.pop(0)
                 print(f"{job.name}: running", flush=True)
-                running[job] = start(job, _partial(out, job), _scratch(out, job), threads=max(1, machine.cores() // workers))
-            for job, process in [(j, p) for j, p in running.items() if p.poll() is not None]:
+                running[job] = start(job, _partial(out, job), _scratch(out, job), cores=share), share
+            for job, (process, share) in [(j, found) for j, found in running.items() if found[0].poll() is not None]:
                 del running[job]
+                free.append(share)
                 _clear_line()
                 yield job, reason(_partial(out, job)) if process.returncode else None
             _show([(job, _partial(out, job)) for job in running])
             time.sleep(0.2)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.kill()
 
 
