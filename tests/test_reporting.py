@@ -1,6 +1,7 @@
 """The runner on small notebooks: what is kept, skipped, refused; the real notebooks in the smoke profile."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from workbench import machine
 from workbench.reporting import notebooks
 from workbench.reporting.report import Report
 
@@ -216,7 +218,10 @@ def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_ne
         text = page.read_text()
         assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text), page
         assert not re.search(r"<script|@import|url\(http", text), page
+    half = machine.cores() / 2
     for name in names:
+        ran = json.loads((tmp_path / "reports" / name / "run.json").read_text())
+        assert ran["hardware"]["cores"] in (max(1, int(half)), math.ceil(half)), "each of two has cores of its own"
         assert list((tmp_path / "reports" / name / "figures").glob("*.png"))
         assert list((tmp_path / "reports" / name / "tables").glob("*.csv"))
 

@@ -30,7 +30,7 @@ ROWS = 10  # patches in all for each input of a channel: with fewer, second mome
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
 FOLDS = 5  # every fifth image is held out to choose, by layer, the ridge of W* from these shares of the mean variance
 SHARES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-SHRINKAGE, DAMPING = 0.2, 1e-2  # of each variance, and of their mean, added to Cov(x') where weights are rounded
+SHRINKAGE, DAMPING = 0.2, 1e-2  # of each variance (or the share, if less) and of their mean: added to Cov(x') to round with
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
 STEPS = 1000
 
