@@ -212,6 +212,7 @@ def test_float_weights_beside_quantised_ones_stay_float_on_the_runtime(folded, s
     images, _ = next(tiny.test.batches(50))
     found = sessions.open(path)
     assert (found(images) - mixed(images)).norm() < 0.03 * mixed(images).norm()
+    assert set(sessions.times(path, tiny.example, threads=1, runs=5)) == {*named(network), ""}, "its profile can be read too"
     import onnxruntime
 
     plain = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})[0]

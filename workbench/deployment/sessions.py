@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from workbench import layers, machine
 
 FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # operators with a weight
-NAMELESS = "no node has a weight called LAYER.weight, so its layers have no names"
 DISABLED = "disabled_optimizers"  # in a file's metadata: what ONNX Runtime is not to do with it, by commas
 _PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity")  # nodes through which a weight keeps its name
 
@@ -163,25 +161,29 @@ def _with_layer_outputs(path: str) -> tuple:
     import onnx
 
     model = onnx.load(path)
-    made_by = {value: node for node in model.graph.node for value in node.output}
-    stored = {tensor.name for tensor in model.graph.initializer}
-    used_by: dict[str, list] = {}
-    for node in model.graph.node:
-        for value in node.input:
-            used_by.setdefault(value, []).append(node)
     values: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type in LAYERS:
-            layer = _layer_name(node, made_by, stored)
-            if layer:
-                behind = used_by.get(node.output[0], [])
-                normed = len(behind) == 1 and behind[0].op_type == "BatchNormalization"
-                values[layer] = (behind[0] if normed else node).output[0]
-    if not values:
-        raise layers.UnsupportedModelError(f"{path}: {NAMELESS}")
+    for layer, node, behind in _layers_of(model, path):
+        normed = len(behind) == 1 and behind[0].op_type == "BatchNormalization"
+        values[layer] = (behind[0] if normed else node).output[0]
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
     return model, values
+
+
+def _layers_of(model, path: str) -> list[tuple]:
+    """Name, node and readers of each weighted layer of an ONNX model. Raises UnsupportedModelError where none has a name."""
+    made_by = {value: node for node in model.graph.node for value in node.output}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    readers: dict[str, list] = {}
+    for node in model.graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    named = [(_layer_name(node, made_by, stored), node, readers.get(node.output[0], []))
+             for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    found = [entry for entry in named if entry[0]]
+    if not found:
+        raise layers.UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its layers have no names")
+    return found
 
 
 def times(path: Path | str, images: Tensor, *, threads: int, runs: int) -> dict[str, float]:
@@ -210,19 +212,13 @@ def _with_layer_names(path: str):
     import onnx
 
     model = onnx.load(path)
-    graph, stored = model.graph, {tensor.name for tensor in model.graph.initializer}
-    made_by = {value: node for node in graph.node for value in node.output}
-    fixed, new = {output.name for output in graph.output}, {}
-    for node in graph.node:
-        layer = _layer_name(node, made_by, stored) if node.op_type in LAYERS else None
-        behind = [other for other in graph.node if node.output[0] in other.input]
+    fixed, new = {output.name for output in model.graph.output}, {}
+    for layer, node, behind in _layers_of(model, path):
         chain = [node, *(behind if len(behind) == 1 and behind[0].op_type in ("Relu", "Clip") else [])]
-        for k, link in enumerate(chain if layer else []):
+        for k, link in enumerate(chain):
             link.name = f"layer={layer}={k}"
             new |= {link.output[0]: link.name} if link.output[0] not in fixed else {}
-    if not any(node.name.startswith("layer=") for node in graph.node):
-        raise layers.UnsupportedModelError(f"{path}: {NAMELESS}")
-    for node in graph.node:
+    for node in model.graph.node:
         for names in (node.input, node.output):
             names[:] = [new.get(name, name) for name in names]
     return model
@@ -251,8 +247,11 @@ def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         disabled = session.get_modelmeta().custom_metadata_map.get(DISABLED)
-        return session if not disabled else onnxruntime.InferenceSession(
-            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled.split(","))
+        if disabled:
+            del session  # its profile, if it has one, is closed before the next is opened
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"],
+                                                   disabled_optimizers=disabled.split(","))
+        return session
     except _runtime_errors() as error:
         reason = re.sub(r"/onnxruntime_src.*\) ", "", layers.reason(error))  # without its C++ signature
         raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({reason}); export it again") from error
