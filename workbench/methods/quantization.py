@@ -41,7 +41,7 @@ def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[s
     """A copy of `model` with fake-quantised weights and activations, in eval mode, calibrated on `batches`.
 
     batches: (images, labels) pairs; labels are not looked at. weights, activations: their schemes, None for float; weights
-    also by layer (mixed precision), those not named staying float.
+    also by layer (mixed precision): those not named stay float, and so does what no rounded layer reads or puts out.
     calibrator: how the range of activations is read from what passes: "minmax", "moving_average", "percentile", "mse" or
     "entropy" (KL divergence); that of the images is always min-max. by: how the scales of weights are fitted, "minmax" or
     "mse". layers: globs of the layers whose weights are quantised. Trained on (training.fit), weights and scales learn
@@ -53,16 +53,37 @@ def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[s
 
     Example: `quantization.quantize(folded, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
     """
-    new = prepare(model, weights=None, activations=activations, layers=layers)
+    schemes = _schemes(model, weights, by, layers)
+    new = _traced(model, activations, schemes)
     if activations:
         calibrate(new, batches, calibrator)
-    return round_biases(_round_weights(new, model, weights, by, layers))
+    return round_biases(_round_weights(new, schemes, by))
 
 
 def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
             activations: Scheme | None = UINT8_ACTIVATIONS, by: str = "minmax",
             layers: str | Sequence[str] = "*") -> fx.GraphModule:
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are."""
+    schemes = _schemes(model, weights, by, layers)
+    return _round_weights(_traced(model, activations, schemes), schemes, by)
+
+
+def _schemes(model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by: str,
+             layers: str | Sequence[str]) -> dict[str, Scheme] | None:
+    """The scheme of each layer that is rounded; None where no weights are."""
+    if by not in ("minmax", "mse"):
+        raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
+    chosen = named(model, layers)
+    if not isinstance(weights, Mapping):
+        return dict.fromkeys(chosen, weights) if weights else None
+    odd = [name for name in weights if name not in chosen]
+    if odd:
+        raise ValueError(f"weights: no layer is called {odd[0]!r}; the layers are {', '.join(list(chosen)[:6])}, ...")
+    return {name: scheme for name, scheme in weights.items() if scheme}
+
+
+def _traced(model: nn.Module, activations: Scheme | None, schemes: Mapping[str, Scheme] | None) -> fx.GraphModule:
+    """A traced copy with the activation quantisers that these layers need; all there can be, where no weights are rounded."""
     source = copy.deepcopy(model).eval()
     try:
         traced = fx.GraphModule(source, Tracer().trace(source))
@@ -70,25 +91,18 @@ def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None =
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to place quantisers "
                                     f"({reason(error)}); write its forward without branches on values") from error
     if activations:
-        _insert(traced, activations)
+        _insert(traced, activations, set(named(model)) if schemes is None else set(schemes))
     if hasattr(model, "origin"):
         traced.origin = model.origin
-    return _round_weights(traced.eval(), model, weights, by, layers)
+    return traced.eval()
 
 
-def _round_weights(traced: fx.GraphModule, model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by: str,
-                   layers: str | Sequence[str]) -> fx.GraphModule:
+def _round_weights(traced: fx.GraphModule, schemes: Mapping[str, Scheme] | None, by: str) -> fx.GraphModule:
     """Put quantisers before the weights of `traced`, itself."""
-    if by not in ("minmax", "mse"):
-        raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
-    chosen = named(model, layers)
-    schemes = weights if isinstance(weights, Mapping) else dict.fromkeys(chosen, weights)
-    odd = [name for name in schemes if name not in chosen]
-    if odd:
-        raise ValueError(f"weights: no layer is called {odd[0]!r}; the layers are {', '.join(list(chosen)[:6])}, ...")
-    for name, scheme in schemes.items():
-        if scheme and name in named(traced):  # without what eval mode leaves out
-            layer = traced.get_submodule(name)
+    present = named(traced)  # without what eval mode leaves out
+    for name, scheme in (schemes or {}).items():
+        if name in present:
+            layer = present[name]
             parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, scheme, by=by, layer=name))
     return traced
 
@@ -162,48 +176,6 @@ def quantizing(model: nn.Module, *, granularity: str = "channel", by: str = "min
     return method
 
 
-def choices(curves: pd.DataFrame, model: nn.Module) -> pd.DataFrame:
-    """What `allocate` chooses from: layer, bits, loss, size_bytes (of the packed weights), one row per layer and width.
-
-    curves: sensitivity.scan with `quantizing` as its method. loss: the distance of the logits that the layer alone causes;
-    errors of many layers add up nearly, which lost answers do not.
-    """
-    sizes = {name: layer.weight.numel() for name, layer in named(model).items()}
-    bits = (8 * curves.level).round().astype(int)
-    return pd.DataFrame({"layer": curves.layer, "bits": bits, "loss": curves.distance,
-                         "size_bytes": curves.layer.map(sizes) * bits / 8})
-
-
-def allocate(choices: pd.DataFrame, budget: float, *, cost: str = "size_bytes") -> dict[str, int]:
-    """Bits per layer: the least sum of `loss` whose sum of `cost` is at most `budget`, by an integer programme (HiGHS).
-
-    choices: layer, bits, loss and the column `cost` (bytes, or milliseconds measured), one row per layer and width. Of equal
-    losses the larger cost wins, for a measured loss of nothing is not nothing.
-
-    Raises ValueError where the budget is below the cheapest choice, or a loss or cost is NaN.
-
-    Example: `bits = quantization.allocate(quantization.choices(curves, model), budget=100_000)`
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    empty = choices[choices[["loss", cost]].isna().any(axis=1)]
-    if len(empty):
-        raise ValueError(f"allocate: the loss or {cost} of layer {empty.layer.iloc[0]} is NaN")
-    least = choices.groupby("layer")[cost].min().sum()
-    if budget < least:
-        raise ValueError(f"allocate: budget is {budget:g} {cost}, the cheapest widths need {least:g}; give at least that")
-    layers = list(dict.fromkeys(choices.layer))
-    one_each = np.array([(choices.layer == name).to_numpy(float) for name in layers])
-    share = [choices[column].to_numpy() / max(choices[column].max(), 1e-300) for column in ("loss", cost)]
-    objective = 1e6 * (share[0] - 1e-7 * share[1])  # far above the solver's absolute tolerances, small losses too
-    found = milp(objective, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
-                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(choices[cost].to_numpy()[None], 0, budget)])
-    if found.x is None:
-        raise ValueError(f"allocate: the programme has no solution ({found.message})")
-    chosen = choices[np.round(found.x) == 1]
-    return dict(zip(chosen.layer, chosen.bits.astype(int), strict=True))
-
-
 def coded(model: nn.Module) -> pd.DataFrame:
     """One row per quantised layer: layer, bits, size_bytes (packed), coded_bytes (Huffman-coded), entropy_bits a weight.
 
@@ -225,10 +197,13 @@ def coded(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _insert(traced: fx.GraphModule, scheme: Scheme) -> None:
+def _insert(traced: fx.GraphModule, scheme: Scheme, rounded: set[str]) -> None:
+    """Put quantisers behind all that an integer runtime stores; where some layers stay float, only behind what a rounded layer
+    puts out or reads, for each change of format takes time and precision."""
     modules, graph = dict(traced.named_modules()), traced.graph
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     behind: dict[fx.Node, fx.Node] = {}
+    needed = set()
     for node in list(graph.nodes):
         if _is_layer(node, modules) or _joins(node, modules) or node.op == "placeholder":
             behind.setdefault(_last_of(node, modules), node)
@@ -238,8 +213,10 @@ def _insert(traced: fx.GraphModule, scheme: Scheme) -> None:
             while source not in behind and _passes(source, modules):
                 source = source.args[0]
             behind.setdefault(source, source)
+            needed |= {source, _last_of(node, modules)} if node.target in rounded else set()
+    mixed = not set(named(traced)) <= rounded
     for place, node in behind.items():
-        if place is result:
+        if place is result or (mixed and place not in needed):
             continue
         name = f"quantizer_{node.name}"
         what = "the images" if node.op == "placeholder" else str(node.target)
@@ -255,14 +232,20 @@ def _last_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     while len(node.users) == 1:
         follower = next(iter(node.users))
         module = modules.get(follower.target) if follower.op == "call_module" else None
-        relu = (follower.op == "call_function" and follower.target in _RELUS) or \
-               (follower.op == "call_method" and follower.target in _RELU_METHODS)
+        relu = _cuts(follower, modules)
         if not (isinstance(module, _FOLLOWING) or relu) or follower.args[0] is not node:
             return node
         node = follower
-        if relu or isinstance(module, nn.ReLU | nn.ReLU6 | nn.Hardtanh):
+        if relu:
             return node
     return node
+
+
+def _cuts(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is a ReLU of some kind."""
+    return (node.op == "call_function" and node.target in _RELUS) or \
+           (node.op == "call_method" and node.target in _RELU_METHODS) or \
+           (node.op == "call_module" and isinstance(modules[node.target], nn.ReLU | nn.ReLU6 | nn.Hardtanh))
 
 
 def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -1,0 +1,139 @@
+"""Which layer gets which number format: the least harm within a budget of bytes or milliseconds, by an integer programme.
+
+The harm of each layer's own error is measured (sensitivity.scan with quantization.quantizing). A budget of time also has to
+pay where formats meet: what passes between a layer in 8 bits and one in float is converted, and laid out anew.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from workbench.layers import WEIGHTED, Stepper, named
+
+FLOAT = 32  # the bits of a layer that is not rounded
+
+
+def choices(curves: pd.DataFrame, model: nn.Module) -> pd.DataFrame:
+    """What `allocate` chooses from: layer, bits, loss, size_bytes (of the packed weights), one row per layer and width.
+
+    curves: sensitivity.scan with `quantization.quantizing` as its method. loss: the distance of the logits that the layer
+    alone causes; errors of many layers add up nearly, which lost answers do not.
+    """
+    sizes = {name: layer.weight.numel() for name, layer in named(model).items()}
+    bits = (8 * curves.level).round().astype(int)
+    return pd.DataFrame({"layer": curves.layer, "bits": bits, "loss": curves.distance,
+                         "size_bytes": curves.layer.map(sizes) * bits / 8})
+
+
+def borders(model: nn.Module, example: Tensor) -> pd.DataFrame:
+    """What passes from layer to layer for one image: layer, reader, numbers, one row per pair, readers in their order.
+
+    Besides layers there are "(images)" and the nodes where several values meet, "(add)", "(add_1)", ....
+
+    Raises UnsupportedModelError where the model cannot be traced.
+    """
+    graph = Stepper(model, remedy="write its forward without branches on values")
+    values, made_by, rows = {}, {}, []  # made_by: of each tensor the layer or joint that it comes from
+    with torch.no_grad():
+        for i, node in enumerate(graph.nodes[:-1]):
+            inputs = {read: values[read].numel() for read in node.all_input_nodes if read in made_by}
+            graph.step(i, values, example[:1])
+            layer = node.op == "call_module" and isinstance(graph.modules[node.target], WEIGHTED)
+            if layer or len(inputs) > 1:
+                made_by[node] = node.target if layer else f"({node.name})"
+                rows += [(made_by[read], made_by[node], numbers) for read, numbers in inputs.items()]
+            elif node.op == "placeholder":
+                made_by[node] = "(images)"
+            elif inputs and isinstance(values.get(node), Tensor):
+                made_by[node] = made_by[next(iter(inputs))]
+    return pd.DataFrame(rows, columns=["layer", "reader", "numbers"])
+
+
+def crossing(borders: pd.DataFrame, rounded: Collection[str]) -> int:
+    """How many numbers change format for one image where the layers `rounded` are in 8 bits and the others float.
+
+    What a rounded layer puts out or reads is stored as integers, as quantization.quantize has it; several values meet as
+    integers where they and their result are stored so.
+    """
+    rounded = set(rounded)
+    stored = rounded | set(borders.layer[borders.reader.isin(rounded)])  # what lies in memory as integers
+    joints = {name: set(part.layer) for name, part in borders.groupby("reader") if _joint(name)}
+    integer = rounded | {name for name, inputs in joints.items() if {name, *inputs} <= stored}  # what computes with them
+    made = borders[borders.layer.isin(stored - integer)].groupby("layer").numbers.max().sum()
+    read = borders[borders.layer.isin(stored) & ~borders.reader.isin(integer)].numbers.sum()
+    return int(made + read)
+
+
+def allocate(choices: pd.DataFrame, budget: float, *, cost: str = "size_bytes",
+             borders: pd.DataFrame | None = None) -> dict[str, int]:
+    """Bits per layer: the least sum of `loss` whose sum of `cost` is at most `budget`, by an integer programme (HiGHS).
+
+    choices: layer, bits, loss and the column `cost` (bytes, or milliseconds measured), one row per layer and width; 32 bits
+    are float. borders: those of the model, with the same column for what it costs to convert what passes; counted where it is
+    converted, as `crossing` does. Of equal losses the larger cost wins, for a measured loss of nothing is not nothing.
+
+    Raises ValueError where the budget is below the cheapest choice, or a loss or cost is NaN.
+
+    Example: `bits = allocation.allocate(allocation.choices(curves, model), budget=100_000)`
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    empty = choices[choices[["loss", cost]].isna().any(axis=1)]
+    if len(empty):
+        raise ValueError(f"allocate: the loss or {cost} of layer {empty.layer.iloc[0]} is NaN")
+    least = choices.groupby("layer")[cost].min().sum()
+    if budget < least:
+        raise ValueError(f"allocate: budget is {budget:g} {cost}, the cheapest widths need {least:g}; give at least that")
+    layers = list(dict.fromkeys(choices.layer))
+    one_each = np.array([(choices.layer == name).to_numpy(float) for name in layers])
+    converting, prices = _converting(choices, borders, cost)
+    extra = len(prices)
+    share = [choices[column].to_numpy() / max(choices[column].max(), 1e-300) for column in ("loss", cost)]
+    objective = 1e6 * (share[0] - 1e-7 * share[1])  # far above the solver's absolute tolerances, small losses too
+    spent = np.concatenate([choices[cost].to_numpy(), prices])
+    found = milp(np.pad(objective, (0, extra)), integrality=np.repeat([1, 0], [len(choices), extra]), bounds=Bounds(0, 1),
+                 options={"mip_rel_gap": 0.0}, constraints=[LinearConstraint(np.pad(one_each, ((0, 0), (0, extra))), 1, 1),
+                                                            LinearConstraint(spent[None], 0, budget), *converting])
+    if found.x is None:
+        raise ValueError(f"allocate: no choice of formats stays within {budget:g} {cost} ({found.message}); give more")
+    chosen = choices[np.round(found.x[:len(choices)]) == 1]
+    return dict(zip(chosen.layer, chosen.bits.astype(int), strict=True))
+
+
+def _converting(choices: pd.DataFrame, borders: pd.DataFrame | None, cost: str) -> tuple[list, np.ndarray]:
+    """The programme's further variables, their prices and what binds them: for each value whether it is stored as integers
+    and whether it is converted to them, for each joint whether it computes with them, for each border whether what passes is
+    converted back. Given the layers' formats they can only be 0 or 1, as in `crossing`."""
+    if borders is None or borders.empty:
+        return [], np.zeros(0)
+    from scipy.optimize import LinearConstraint
+
+    layers, names = set(choices.layer), list(dict.fromkeys([*borders.layer, *borders.reader]))
+    unknown = [name for name in names if not _joint(name) and name not in layers]
+    if unknown:
+        raise ValueError(f"allocate: borders name the layer {unknown[0]}, for which there is no choice")
+    n, v, rows = len(choices), len(names), []
+    size = n + 3 * v + len(borders)
+    one = np.eye(size)
+    stored, made, joint = ({name: one[n + k * v + i] for i, name in enumerate(names)} for k in range(3))
+    rounded = {name: np.pad(((choices.layer == name) & (choices.bits < FLOAT)).to_numpy(float), (0, size - n)) for name in names}
+    integer = {name: joint[name] if _joint(name) else rounded[name] for name in names}
+    prices = np.zeros(size - n)
+    for i, name in enumerate(names):
+        readers = borders.reader[borders.layer == name]
+        reasons = [rounded[name], *(rounded[reader] for reader in readers)]
+        rows += [stored[name] - reason for reason in reasons] + [sum(reasons) - stored[name]]
+        rows += [made[name] - stored[name] + integer[name], stored[name] - joint[name]]
+        rows += [-joint[name]] if name == "(images)" else []
+        prices[v + i] = borders[cost][borders.layer == name].max() if len(readers) else 0.0
+    for i, (layer, reader, price) in enumerate(zip(borders.layer, borders.reader, borders[cost], strict=True)):
+        rows += [one[n + 3 * v + i] - stored[layer] + integer[reader], stored[layer] - joint[reader]]
+        prices[3 * v + i] = price
+    return [LinearConstraint(np.array(rows), 0, np.inf)], prices
+
+
+def _joint(name: str) -> bool:
+    return name.startswith("(")
