@@ -125,10 +125,11 @@ def test_correcting_the_bias_brings_each_layers_mean_back(folded, four, seen):
     assert apart[1] < 0.3 * apart[0]
 
 
-@pytest.mark.parametrize("repair", [rounding.adaround, rounding.adaquant])
-def test_better_rounding_errs_less_on_other_images_and_stays_on_the_grid(folded, four, seen, tiny, repair):
+@pytest.mark.parametrize(("repair", "given"), [
+    (rounding.adaround, {"steps": 200}), (rounding.adaquant, {"steps": 200}), (rounding.descend, {})])
+def test_better_rounding_errs_less_on_other_images_and_stays_on_the_grid(folded, four, seen, tiny, repair, given):
     images, _ = next(tiny.test.batches(200))
-    fixed = repair(four, folded, seen, steps=200)
+    fixed = repair(four, folded, seen, **given)
     assert logit_error(fixed, folded, images) < 0.8 * logit_error(rounding.correct_bias(four, folded, seen), folded, images)
     for name, integers in quantization.integers(fixed).items():
         layer = fixed.get_submodule(name)
@@ -138,7 +139,8 @@ def test_better_rounding_errs_less_on_other_images_and_stays_on_the_grid(folded,
         assert torch.allclose(integers.flatten(1) * quantizer.scale, layer.weight.flatten(1), atol=1e-6)
 
 
-def test_adaround_finds_the_best_rounding_of_a_layer_small_enough_to_try_all():
+@pytest.mark.parametrize("repair", [rounding.adaround, rounding.descend])
+def test_rounding_finds_the_best_of_a_layer_small_enough_to_try_all(repair):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 1))
     batches = [(torch.randn(500, 6) @ torch.randn(6, 6), torch.zeros(500))]
@@ -150,7 +152,7 @@ def test_adaround_finds_the_best_rounding_of_a_layer_small_enough_to_try_all():
     for choice in range(64):
         up = torch.tensor([[choice >> k & 1 for k in range(6)]])
         errors.append((centred @ ((down + up).clamp(-4, 3) * scale - net[0].weight).T).pow(2).mean().item())
-    fixed = rounding.adaround(rough, net, batches)
+    fixed = repair(rough, net, batches)
     found = (centred @ (fixed.get_submodule("0").weight - net[0].weight).T).pow(2).mean().item()
     assert sorted(errors).index(min(errors, key=lambda e: abs(e - found))) <= 2, "among the three best of 64"
 
@@ -263,7 +265,8 @@ def test_sensitivity_by_bits_needs_nothing_new(folded, tiny):
     (lambda m: quantization.quantize(m, [], calibrator="median"), "unknown calibrator 'median'"),
     (lambda m: quantization.prepare(m, by="best"), "unknown way to fit weights 'best'"),
     (lambda m: quantization.prepare(m, layers="layer9"), "no layer matches 'layer9'"),
-    (lambda m: rounding.adaround(m, m, []), "AdaRound saw no images")])
+    (lambda m: rounding.adaround(m, m, []), "AdaRound saw no images"),
+    (lambda m: rounding.descend(m, m, []), "coordinate descent saw no images")])
 def test_bad_input_gets_one_line(folded, call, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call(folded)
@@ -316,17 +319,38 @@ def test_coded_weights_are_no_larger_than_their_entropy_allows(folded):
     assert len(layer.weight.unique()) <= 16
 
 
-def test_adaround_fits_its_scales_to_the_outputs():
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("repair", "given"), [(rounding.adaround, {"steps": 100}), (rounding.descend, {})])
+def test_rounding_fits_its_scales_to_the_outputs(repair, given, symmetric):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 4, bias=False)).eval()
     net[0].weight.data[:, 0] = 1.0  # one large weight, on an input that is always nothing
     x = torch.randn(400, 8)
     x[:, 0] = 0
-    rough = quantization.quantize(net, [(x, None)], weights=Scheme(3, granularity="channel"))
-    fixed = rounding.adaround(rough, net, [(x, None)], steps=100)
+    rough = quantization.quantize(net, [(x, None)], weights=Scheme(3, symmetric=symmetric, granularity="channel"))
+    fixed = repair(rough, net, [(x, None)], **given)
     with torch.no_grad():
         errors = [(m(x) - net(x)).pow(2).mean() for m in (fixed, rough)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_zero_points_hold_lopsided_weights_and_reach_the_int8_kernels(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval(), torch.randn(60, 3, 10, 10)
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight.abs_()  # all of them on one side of zero
+    made = {}
+    for symmetric in (True, False):
+        rough = quantization.quantize(net, [(x, None)], weights=Scheme(3, symmetric=symmetric, granularity="channel"))
+        made[symmetric] = rounding.descend(rough, net, [(x, None)])
+    assert logit_error(made[False], net, x) < 0.8 * logit_error(made[True], net, x)
+    path = onnx.export(made[False], x, tmp_path / "zero.onnx")
+    stored = {constant.name: constant for constant in onnx_library.load(path).graph.initializer}
+    assert all(stored[f"{k}.weight"].data_type == onnx_library.TensorProto.INT8 for k in (0, 2))
+    assert operators(path, tmp_path).count("QLinearConv") >= 1
+    with torch.no_grad():
+        assert (sessions.open(path)(x) - made[False](x)).norm() < 0.02 * made[False](x).norm()
 
 
 def test_with_few_images_rounding_fits_what_images_held_out_bear_out(monkeypatch):

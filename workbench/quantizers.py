@@ -67,9 +67,13 @@ class WeightQuantizer(nn.Module):
         if self.scheme.levels == "kmeans" or self.scheme.granularity == "group":
             what = "k-means levels" if self.scheme.levels == "kmeans" else f"groups of {self.scheme.group} inputs"
             raise UnsupportedModelError(f"layer {self.layer}: the runtime has no kernel for {what}; use granularity 'channel'")
-        kind = torch.int8 if self.scheme.symmetric else torch.uint8
         shape = (-1,) if self.scheme.granularity == "channel" else ()
-        self.frozen = (self.integers(weight).to(kind), self.scale.detach().reshape(shape), self.zero.reshape(shape).to(kind))
+        integers, scale, zero = self.integers(weight), self.scale.detach().reshape(shape), self.zero.reshape(shape)
+        if not self.scheme.symmetric and self.scheme.bits < 8:  # less its zero point it fits int8, for which kernels are faster
+            rows = self.scheme.rows(integers)
+            integers, zero = (rows - self.zero.int()).reshape(weight.shape), torch.zeros_like(zero)
+        kind = torch.int8 if self.scheme.symmetric or self.scheme.bits < 8 else torch.uint8
+        self.frozen = integers.to(kind), scale, zero.to(kind)
 
 
 class ActivationQuantizer(nn.Module):

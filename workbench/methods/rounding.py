@@ -1,4 +1,4 @@
-"""Repairs of a quantised model without labels or training: equalisation, bias correction, AdaRound, AdaQuant.
+"""Repairs of a quantised model without labels or training: equalisation, bias correction, AdaRound, AdaQuant, descent.
 
 All but the first go through the layers in their order. With x the input of a layer in the float model, x' that in the
 quantised one so far, they need only second moments: E|W x - W' x'|^2, the bias chosen best, is the quadratic form
@@ -8,10 +8,12 @@ random. Where K is large and images are few, W* would fit those images and no ot
 images held out ask for.
 
 Sources: equalisation and bias correction Nagel et al. 2019 (arXiv 1906.04721); AdaRound Nagel et al. 2020
-(arXiv 2004.10568), here without the ReLU behind the layer; AdaQuant Hubara et al. 2020 (arXiv 2006.10518).
+(arXiv 2004.10568), here without the ReLU behind the layer; AdaQuant Hubara et al. 2020 (arXiv 2006.10518); coordinate
+descent Behdin et al. 2023 (QuantEase, arXiv 2309.01885), here with the target W*.
 """
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from workbench import files
 from workbench.layers import WEIGHTED, Stepper, UnsupportedModelError, named, patches, reason
-from workbench.quantizers import WeightQuantizer, fake_quantize, fit, round_biases
+from workbench.quantizers import WeightQuantizer, affine, fake_quantize, round_biases
 
 PLACES = (16, 256)  # patches of each image that a convolution's moments take, least and most
 ROWS = 10  # patches in all for each input of a channel: with fewer, second moments fit the images and not the data
@@ -33,6 +35,7 @@ SHARES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 SHRINKAGE, DAMPING = 0.2, 1e-2  # of each variance (or the share, if less) and of their mean: added to Cov(x') to round with
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
 STEPS = 1000
+SWEEPS = 8  # of coordinate descent at most; it ends where none of a layer's weights moves any more
 
 
 @dataclass
@@ -113,6 +116,18 @@ def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable, *, steps
     return _repair(model, reference, batches, lambda *layer: _adaquant(*layer, steps), "AdaQuant", seed)
 
 
+def descend(model: nn.Module, reference: nn.Module, batches: Iterable, *, sweeps: int = SWEEPS, seed: int = 0) -> nn.Module:
+    """A copy of the quantised `model` whose weights were put, one input of a channel after the other, where each layer's output
+    errs least given all others, until none moves: AdaRound's problem over the whole grid, and no steps of training.
+
+    The scales (and zero points) are first chosen as by `adaround`. With P = (W' - W*) G, weight k goes to the level nearest
+    to w'_k - P_k / G_kk. The biases are corrected. Raises as `correct_bias`.
+
+    Example: `rounding.descend(quantised, folded, list(task.validation.subset(500).batches()))`
+    """
+    return _repair(model, reference, batches, lambda *layer: _descended(*layer, sweeps), "coordinate descent", seed)
+
+
 def _repair(model: nn.Module, reference: nn.Module, batches: Iterable, change, title: str, seed: int) -> nn.Module:
     new, reference = copy.deepcopy(model).eval(), copy.deepcopy(reference).eval()
     batches = [images for images, _ in batches]
@@ -169,22 +184,45 @@ def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, ste
         return _best([rounded, nearest, plain], moments).reshape(weight.shape)
 
 
+def _descended(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, sweeps: int) -> Tensor:
+    _fit_scale(quantizer, weight, moments)
+    scale, zero = (_spread(value, quantizer, weight, moments) for value in (quantizer.scale.detach(), quantizer.zero))
+    low, high = ((limit - zero) * scale for limit in quantizer.scheme.limits)
+    values = fake_quantize(moments.target, scale, zero, quantizer.scheme)
+    own, pull = moments.covariance.diagonal(dim1=1, dim2=2)[:, None], (values - moments.target) @ moments.covariance
+    for _ in range(sweeps):
+        moved = False
+        for k in range(values.shape[2]):
+            best = (values[..., k] - pull[..., k] / own[..., k]) / scale[..., k]
+            change = (best.round() * scale[..., k]).clamp(low[..., k], high[..., k]) - values[..., k]
+            if change.any():
+                moved = True
+                values[..., k] += change
+                pull += change[..., None] * moments.covariance[:, None, k]
+        if not moved:
+            break
+    return values.reshape(weight.shape)
+
+
 def _fit_scale(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments) -> None:
-    """Of 36 scales from 0.3 to 1 of the one that holds all weights, and the present one, take what errs least in the
-    layer's output: by channel, or for the layer where it has a single scale. Groups keep theirs."""
+    """Of 36 ranges from 0.3 to 1 of the one that holds all weights (of 100, each end by itself, where there is a zero point),
+    and the present one, take what errs least in the layer's output: by channel, or for the layer where it has a single scale.
+    Groups keep theirs."""
     scheme = quantizer.scheme
-    if scheme.granularity == "group" or not scheme.symmetric:
+    if scheme.granularity == "group":
         return
-    widest, best, found = fit(scheme.rows(weight), scheme)[0], None, quantizer.scale.detach().clone()
-    zero = _spread(quantizer.zero, quantizer, weight, moments)
-    for scale in (found, *(widest * share for share in torch.linspace(1.0, 0.3, 36).tolist())):
-        rounded = fake_quantize(moments.target, _spread(scale, quantizer, weight, moments), zero, scheme)
+    rows = scheme.rows(weight)
+    least, most = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    shares = [(share, share) for share in torch.linspace(1.0, 0.3, 36).tolist()] if scheme.symmetric else \
+        itertools.product(torch.linspace(1.0, 0.4, 10).tolist(), repeat=2)
+    best, found = torch.full_like(quantizer.scale.detach(), torch.inf), (quantizer.scale.detach(), quantizer.zero)
+    for trial in (found, *(affine(least * below, most * above, scheme) for below, above in shares)):
+        rounded = fake_quantize(moments.target, *(_spread(value, quantizer, weight, moments) for value in trial), scheme)
         error = moments.loss(rounded).reshape(-1, 1)
         error = error.sum(0, keepdim=True) if scheme.granularity == "tensor" else error
-        better = error < best if best is not None else torch.ones_like(error, dtype=torch.bool)
-        best = torch.where(better, error, best) if best is not None else error
-        found = torch.where(better, scale, found)
-    quantizer.scale.data = found
+        better = error < best
+        best, found = torch.where(better, error, best), [torch.where(better, *pair) for pair in zip(trial, found, strict=True)]
+    quantizer.scale.data, quantizer.zero.data = found
 
 
 def _adaquant(quantizer: WeightQuantizer, weight: Tensor, moments: _Moments, steps: int) -> Tensor:
