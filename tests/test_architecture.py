@@ -14,11 +14,11 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workbench"
 BELOW = {  # what each room may import of the package
-    "files": set(), "machine": set(), "states": {"files"}, "layers": set(), "coupling": {"layers"},
+    "files": set(), "machine": set(), "states": {"files"}, "layers": set(), "kernels": {"layers"}, "coupling": {"layers"},
     "coding": set(), "grid": {"layers"}, "quantizers": {"layers", "grid"}, "": set(),
     "subjects": {"files", "layers", "machine", "states"},
-    "methods": {"files", "layers", "machine", "coupling", "coding", "grid", "quantizers"},
-    "deployment": {"files", "layers", "machine", "quantizers", "subjects"},
+    "methods": {"files", "layers", "kernels", "machine", "coupling", "coding", "grid", "quantizers"},
+    "deployment": {"files", "layers", "kernels", "machine", "quantizers", "subjects"},
     "measures": {"files", "layers", "machine", "coding", "quantizers", "subjects", "deployment"},
     "reporting": {"files", "machine"},
     "__main__": {"reporting", "measures", "subjects", "layers"},

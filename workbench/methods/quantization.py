@@ -9,30 +9,22 @@ Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krish
 """
 
 import copy
-import operator
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import WEIGHTED, Change, Tracer, UnsupportedModelError, evaluating, named, reason
+from workbench.kernels import is_layer, joins, last_of, passes
+from workbench.layers import Change, Tracer, UnsupportedModelError, evaluating, named, reason
 from workbench.quantizers import CALIBRATORS, ActivationQuantizer, Scheme, WeightQuantizer, quantizers, round_biases
 
 INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
 UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
-_FOLLOWING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh)  # one node with its layer
-_JOINING = {operator.add, operator.iadd, torch.add, torch.cat, torch.mean, F.adaptive_avg_pool2d, F.avg_pool2d}
-_RELUS = {F.relu, F.relu6, F.hardtanh, torch.relu}
-_RELU_METHODS, _JOINING_METHODS = {"relu", "relu_", "clamp"}, {"add", "add_", "mean"}
-_PASSING = (nn.Flatten, nn.MaxPool2d, nn.Identity, nn.Dropout, nn.ZeroPad2d)  # values on a grid stay on it
-_PASSING_FUNCTIONS = {torch.flatten, F.max_pool2d, F.pad, operator.getitem, F.dropout}
-_PASSING_METHODS = {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "size"}
 
 
 def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
@@ -205,15 +197,15 @@ def _insert(traced: fx.GraphModule, scheme: Scheme, rounded: set[str]) -> None:
     behind: dict[fx.Node, fx.Node] = {}
     needed = set()
     for node in list(graph.nodes):
-        if _is_layer(node, modules) or _joins(node, modules) or node.op == "placeholder":
-            behind.setdefault(_last_of(node, modules), node)
+        if is_layer(node, modules) or joins(node, modules) or node.op == "placeholder":
+            behind.setdefault(last_of(node, modules), node)
     for node in list(graph.nodes):  # what else a layer reads
-        if _is_layer(node, modules):
+        if is_layer(node, modules):
             source = node.args[0]
-            while source not in behind and _passes(source, modules):
+            while source not in behind and passes(source, modules):
                 source = source.args[0]
             behind.setdefault(source, source)
-            needed |= {source, _last_of(node, modules)} if node.target in rounded else set()
+            needed |= {source, last_of(node, modules)} if node.target in rounded else set()
     mixed = not set(named(traced)) <= rounded
     for place, node in behind.items():
         if place is result or (mixed and place not in needed):
@@ -225,43 +217,6 @@ def _insert(traced: fx.GraphModule, scheme: Scheme, rounded: set[str]) -> None:
             new = graph.call_module(name, (place,))
         place.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     traced.recompile()
-
-
-def _last_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
-    """The last of the chain that one kernel computes: each followed by the next alone, up to a ReLU."""
-    while len(node.users) == 1:
-        follower = next(iter(node.users))
-        module = modules.get(follower.target) if follower.op == "call_module" else None
-        relu = _cuts(follower, modules)
-        if not (isinstance(module, _FOLLOWING) or relu) or follower.args[0] is not node:
-            return node
-        node = follower
-        if relu:
-            return node
-    return node
-
-
-def _cuts(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it is a ReLU of some kind."""
-    return (node.op == "call_function" and node.target in _RELUS) or \
-           (node.op == "call_method" and node.target in _RELU_METHODS) or \
-           (node.op == "call_module" and isinstance(modules[node.target], nn.ReLU | nn.ReLU6 | nn.Hardtanh))
-
-
-def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return node.op == "call_module" and isinstance(modules[node.target], WEIGHTED)
-
-
-def _joins(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return (node.op == "call_function" and node.target in _JOINING) or \
-           (node.op == "call_method" and node.target in _JOINING_METHODS) or \
-           (node.op == "call_module" and isinstance(modules[node.target], nn.AvgPool2d | nn.AdaptiveAvgPool2d))
-
-
-def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return (node.op == "call_module" and isinstance(modules[node.target], _PASSING)) or \
-           (node.op == "call_function" and node.target in _PASSING_FUNCTIONS) or \
-           (node.op == "call_method" and node.target in _PASSING_METHODS)
 
 
 def integers(model: nn.Module) -> dict[str, Tensor]:

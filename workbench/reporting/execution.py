@@ -23,6 +23,7 @@ from pathlib import Path
 
 from workbench import files, machine
 
+sys.modules.setdefault("rfc3987_syntax", None)  # a grammar of addresses: papermill's imports build it, in 1.5 s, and nobody asks
 CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
 ERRORS = "errors.txt"
 

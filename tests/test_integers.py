@@ -1,0 +1,90 @@
+"""Integer arithmetic in PyTorch against ONNX Runtime's kernels, and against sums of integers written out."""
+
+import pytest
+import torch
+from torch import nn
+
+from workbench import machine
+from workbench.deployment import integers, onnx, sessions
+from workbench.layers import UnsupportedModelError
+from workbench.methods import quantization, reparameterization
+from workbench.quantizers import Scheme, quantizers
+
+SATURATES = not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(machine.hardware()["formats"])
+exactly = pytest.mark.skipif(SATURATES, reason="this processor's kernels saturate sums of two products at 16 bits")
+
+
+def apart(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@exactly
+@pytest.mark.parametrize("weights", [quantization.INT8_WEIGHTS, Scheme(8), Scheme(4, granularity="channel"),
+                                     Scheme(4, symmetric=False, granularity="channel")])
+def test_a_network_answers_as_the_runtime_does_to_the_bit(model, task, tiny, tmp_path, weights):
+    folded = reparameterization.fold_batchnorm(model)
+    made = quantization.quantize(folded, list(task.validation.subset(100).batches(50)), weights=weights)
+    session = sessions.open(onnx.export(made, task.example, tmp_path / "made.onnx"))
+    images = torch.cat([images for images, _ in tiny.test.batches(100)])
+    whole = integers.exact(made)
+    with torch.no_grad():
+        assert apart(whole(images), session(images)) < 1e-5
+        assert apart(made(images), session(images)) > 1e-3, "float sums go the other way now and then"
+    kept = [name for name, _ in whole.named_modules() if name.startswith("integer_")]
+    assert len(kept) == sum(1 for _ in quantizers(made)) - 3, "all but the average and the sums with a padded shortcut"
+
+
+@exactly
+def test_linear_layers_and_concatenations(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(24, 16), nn.Linear(24, 16, bias=False), nn.Linear(32, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.d(torch.relu(self.c(torch.cat([torch.relu(self.a(x)), self.b(x)], 1))))
+
+    torch.manual_seed(0)
+    model, x = Both().eval(), torch.randn(300, 24)
+    made = quantization.quantize(model, [(x, None)])
+    session = sessions.open(onnx.export(made, x, tmp_path / "both.onnx"))
+    with torch.no_grad():
+        assert apart(integers.exact(made)(x), session(x)) < 1e-5
+
+
+def test_a_convolution_is_the_sum_of_its_integers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval()
+    x = torch.randn(40, 2, 6, 6)
+    made = quantization.quantize(model, [(x, None)])
+    places = {node.name: made.get_submodule(node.target) for node in made.graph.nodes if node.name.startswith("quantizer_")}
+    first, second = list(places.values())[:2]
+    whole = integers.exact(made)
+    name = next(name for name, _ in whole.named_modules() if name.startswith("integer_") and "input" not in name)
+    layer, weights = made.get_submodule("0"), made.get_submodule("0").parametrizations.weight
+    counted = ((x / first.scale).round() + first.zero).clamp(0, 255).long() - first.zero.long()
+    windows = nn.functional.unfold(counted.double(), 3, padding=1, stride=2).long()  # (n, 18, places)
+    sums = torch.einsum("ok,nkp->nop", weights[0].integers(weights.original).flatten(1).long(), windows)
+    step = first.scale * weights[0].scale.flatten()
+    sums = sums + (layer.bias / step).round().long()[:, None]
+    expected = ((sums.float() * (step / second.scale)[:, None]).round() + second.zero).clamp(0, 255)
+    with torch.no_grad():
+        found = whole.get_submodule(name)(counted * first.scale) / second.scale + second.zero
+    assert torch.equal(found.flatten(2).round(), expected)
+
+
+@pytest.mark.parametrize("given", [{"activations": Scheme(8)}, {"weights": Scheme(4, levels="kmeans")},
+                                   {"weights": {"0": Scheme(8)}}, {"weights": None}])
+def test_what_no_integer_kernel_computes_stays_as_it_was(given):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(9, 1, 8, 8)
+    made = quantization.quantize(model, [(x, None)], **given)
+    with torch.no_grad():
+        assert apart(integers.exact(made)(x), made(x)) < 0.01
+
+
+@pytest.mark.parametrize("source", [nn.Linear(3, 2), quantization.prepare(nn.Sequential(nn.Linear(3, 2)))])
+def test_a_model_without_quantised_activations_is_refused(source):
+    with pytest.raises(UnsupportedModelError, match=r"has no quantised activations; give what quantization\.quantize returns"):
+        integers.exact(source)

@@ -1,0 +1,144 @@
+"""The arithmetic of integer kernels in PyTorch: a quantised model that answers as ONNX Runtime does, to the last bit.
+
+A fake-quantised module multiplies and adds floats that lie on the grids. Its sums round, a value between two integers then
+goes either way, and a deep network carries that on. Integer kernels add products of integers exactly and round once,
+
+    q = clamp(round(M (sum q_x q_w + q_b)) + z),  M = s_x s_w / s_y in float32, half to even,
+
+and add two values a and b as q = clamp(round(b s_b / s_y + (a s_a / s_y + c))), c what the zero points come to. Here the same
+is done with integers held in floats, exact below 2^24 in float32, else in float64.
+
+Source: MLAS, the kernels of ONNX Runtime (requantisation, QLinearAdd). Processors without VNNI or the like saturate sums of
+two products at 16 bits, and then answer otherwise.
+"""
+
+import copy
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from workbench.kernels import cuts, is_layer, passes
+from workbench.layers import UnsupportedModelError
+from workbench.quantizers import ActivationQuantizer, quantizers
+
+_ADDING = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ENDS = {nn.ReLU: (0.0, float("inf")), F.relu: (0.0, float("inf")), torch.relu: (0.0, float("inf")), "relu": (0.0, float("inf")),
+         "relu_": (0.0, float("inf")), nn.ReLU6: (0.0, 6.0), F.relu6: (0.0, 6.0)}
+
+
+def exact(model: nn.Module) -> fx.GraphModule:
+    """A copy of a model of quantization.quantize that computes as integer kernels do: the input, convolutions and linear layers
+    whose results are quantised, additions. What else there is stays fake-quantised, as do layers with group or k-means levels.
+
+    Raises UnsupportedModelError for a model that is not traced or has no quantised activations.
+
+    Example: `accuracy.evaluate(integers.exact(quantised), task.test)  # what the exported file will score`
+    """
+    if not isinstance(model, fx.GraphModule) or not any(q.settled for _, q in quantizers(model)):
+        raise UnsupportedModelError(f"{type(model).__name__} has no quantised activations; give what quantization.quantize "
+                                    "returns")
+    new = copy.deepcopy(model).eval()
+    modules, grids = dict(new.named_modules()), {}  # grids: of each node whose values lie on one
+    for node in list(new.graph.nodes):
+        quantizer = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(quantizer, ActivationQuantizer):
+            grids |= {node: grids[node.args[0]]} if node.args and node.args[0] in grids and passes(node, modules) else {}
+            continue
+        kernel, inputs = _kernel(node.args[0], quantizer, modules, grids)
+        if kernel:
+            modules[name := f"integer_{node.name}"] = kernel
+            new.add_submodule(name, kernel)
+            with new.graph.inserting_before(node):
+                made = new.graph.call_module(name, tuple(inputs))
+            node.replace_all_uses_with(made)
+        grids[made if kernel else node] = quantizer
+    new.graph.eliminate_dead_code()
+    new.recompile()
+    return new
+
+
+def _kernel(node: fx.Node, out: ActivationQuantizer, modules: dict, grids: dict) -> tuple[nn.Module | None, list[fx.Node]]:
+    """What computes the values behind `node` as integers, and of which nodes; None where no integer kernel does."""
+    if node.op == "placeholder":
+        return _Images(out), [node]
+    while cuts(node, modules) or (node.op == "call_module" and isinstance(modules[node.target], nn.Identity | nn.Dropout)):
+        kind = type(modules[node.target]) if node.op == "call_module" else node.target
+        low, high = _ENDS.get(kind, (float("inf"), 0.0))
+        least, most = ((limit - out.zero.item()) * out.scale.item() for limit in out.scheme.limits)
+        if cuts(node, modules) and (least < low - 1e-6 * out.scale.item() or most > high + 1e-3 * out.scale.item()):
+            return None, []  # the range goes beyond where it cuts: it is computed for itself
+        node = node.args[0]
+    if is_layer(node, modules) and node.args[0] in grids and _whole(modules[node.target]):
+        return _Layer(modules[node.target], grids[node.args[0]], out), [node.args[0]]
+    pair = [part for part in node.args if part in grids] if node.op in ("call_function", "call_method") else []
+    if node.target in _ADDING and len(pair) == len(node.args) == 2 and not node.kwargs:
+        return _Sum(*(grids[part] for part in pair), out), pair
+    return None, []
+
+
+def _whole(layer: nn.Module) -> bool:
+    """Whether a kernel takes it: a plain layer with uniform levels, one scale for all or one a channel."""
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or not parametrize.is_parametrized(layer, "weight"):
+        return False
+    scheme = layer.parametrizations.weight[0].scheme
+    return scheme.levels == "uniform" and scheme.granularity != "group"
+
+
+class _Grid(nn.Module):
+    """The grid that a kernel's results lie on."""
+
+    def __init__(self, out: ActivationQuantizer):
+        super().__init__()
+        self.scale, self.zero = (value.detach().reshape(()) for value in (out.scale, out.zero))
+        self.low, self.high = (limit - self.zero for limit in out.scheme.limits)
+
+    def on(self, values: Tensor) -> Tensor:
+        """Values in steps from the zero point, clamped and rounded, half to even."""
+        return values.clamp(self.low, self.high).round() * self.scale
+
+
+class _Images(_Grid):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.on(images / self.scale)
+
+
+class _Layer(_Grid):
+    def __init__(self, layer: nn.Module, source: ActivationQuantizer, out: ActivationQuantizer):
+        super().__init__(out)
+        quantizer, weight = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+        rows = quantizer.scheme.rows(quantizer.integers(weight))
+        integers = (rows - quantizer.zero).reshape(weight.shape)
+        step = (source.scale * quantizer.scale.flatten()).detach()
+        shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        most = 2 ** source.scheme.bits * integers.abs().flatten(1).sum(1).max()
+        self.kind = torch.float32 if most < 2**24 else torch.float64
+        self.layer, self.source = layer, source.scale.detach().reshape(())
+        self.integers, self.factor = integers.to(self.kind), (step / self.scale).reshape(shape)
+        self.bias = (layer.bias.detach() / step).round().double().reshape(shape) if layer.bias is not None else 0.0
+
+    def forward(self, values: Tensor) -> Tensor:
+        counted = (values / self.source).round().to(self.kind)
+        if isinstance(self.layer, nn.Conv2d):
+            sums = self.layer._conv_forward(counted, self.integers, None)
+        else:
+            sums = F.linear(counted, self.integers)
+        return self.on((sums.double() + self.bias).float() * self.factor)
+
+
+class _Sum(_Grid):
+    def __init__(self, first: ActivationQuantizer, second: ActivationQuantizer, out: ActivationQuantizer):
+        super().__init__(out)
+        self.scales, self.zeros = ([v.detach().reshape(()) for v in pair] for pair in ((first.scale, second.scale),
+                                                                                          (first.zero, second.zero)))
+        self.factors = [scale / self.scale for scale in self.scales]
+        self.fixed = self.zero - (self.factors[0] * self.zeros[0] + self.factors[1] * self.zeros[1])
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        total = self.fixed
+        for values, scale, zero, factor in zip((first, second), self.scales, self.zeros, self.factors, strict=True):
+            counted = (values / scale).round() + zero
+            total = (counted.double() * factor.double() + total.double()).float()  # multiplied and added with one rounding
+        return (total.round() - self.zero).clamp(self.low, self.high) * self.scale
