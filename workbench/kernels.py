@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from workbench.layers import WEIGHTED
 
-FOLLOWING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh)  # one node with its layer
+_FOLLOWING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh)  # one node with its layer
 _JOINING = {operator.add, operator.iadd, torch.add, torch.cat, torch.mean, F.adaptive_avg_pool2d, F.avg_pool2d}
 _RELUS = {F.relu, F.relu6, F.hardtanh, torch.relu}
 _RELU_METHODS, _JOINING_METHODS = {"relu", "relu_", "clamp"}, {"add", "add_", "mean"}
@@ -50,7 +50,7 @@ def last_of(node: fx.Node, modules: Modules) -> fx.Node:
     while len(node.users) == 1:
         follower = next(iter(node.users))
         module = modules.get(follower.target) if follower.op == "call_module" else None
-        if not (isinstance(module, FOLLOWING) or cuts(follower, modules)) or follower.args[0] is not node:
+        if not (isinstance(module, _FOLLOWING) or cuts(follower, modules)) or follower.args[0] is not node:
             return node
         node = follower
         if cuts(node, modules):

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.layers import WEIGHTED, Stepper, named
+from workbench.kernels import is_layer
+from workbench.layers import Stepper, named
 
 FLOAT = 32  # the bits of a layer that is not rounded
 
@@ -41,7 +42,7 @@ def borders(model: nn.Module, example: Tensor) -> pd.DataFrame:
         for i, node in enumerate(graph.nodes[:-1]):
             inputs = {read: values[read].numel() for read in node.all_input_nodes if read in made_by}
             graph.step(i, values, example[:1])
-            layer = node.op == "call_module" and isinstance(graph.modules[node.target], WEIGHTED)
+            layer = is_layer(node, graph.modules)
             if layer or len(inputs) > 1:
                 made_by[node] = node.target if layer else f"({node.name})"
                 rows += [(made_by[read], made_by[node], numbers) for read, numbers in inputs.items()]
