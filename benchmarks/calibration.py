@@ -20,12 +20,12 @@ import torch
 
 from workbench import machine
 from workbench.deployment import onnx
-from workbench.measures import accuracy
+from workbench.measures import accuracy, peers
 from workbench.methods import quantization, reparameterization
 from workbench.subjects import data, models
 
 CANDIDATES = [(who, name) for name in ("minmax", "percentile", "mse", "entropy") for who in ("ours", "onnxruntime")
-              if who == "ours" or name in onnx.CALIBRATORS]
+              if who == "ours" or name in peers.CALIBRATORS]
 
 
 def split(count: int, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def run(who: str, calibrator: str, options: argparse.Namespace, folder: Path, ba
     """One candidate, in the process that this is."""
     torch.set_num_threads(options.threads)
     task = data.load(options.data, preprocessing=models.preprocessing(options.model))
-    model = reparameterization.fold_batchnorm(models.load(options.model, task))
+    model = reparameterization.fold_batchnorm(models.load(options.model, task), task.example)
     seen, rest = (task.test.take(part) for part in split(len(task.test), options))
     seen = list(seen.batches(options.batch))
     made = folder / f"{who}-{calibrator}.onnx"
@@ -49,7 +49,7 @@ def run(who: str, calibrator: str, options: argparse.Namespace, folder: Path, ba
         import onnxruntime.quantization  # noqa: F401  (part of the import, not of the work)
 
         before, started = machine.resident(), time.perf_counter()
-        onnx.quantize_static(folder / "prepared.onnx", seen, made, calibrator=calibrator, prepared=True)
+        peers.quantize_static(folder / "prepared.onnx", seen, made, calibrator=calibrator, prepared=True)
     seconds, peak = time.perf_counter() - started, machine.resident("VmHWM")
     top = accuracy.evaluate(made, rest)
     return {"candidate": who, "calibrator": calibrator, "seconds": seconds, "own_mb": peak - before, **top.row(),
@@ -74,7 +74,7 @@ def main() -> None:
         from onnxruntime import quantization as theirs
 
         task = data.load(options.data, preprocessing=models.preprocessing(options.model))
-        model = reparameterization.fold_batchnorm(models.load(options.model, task))
+        model = reparameterization.fold_batchnorm(models.load(options.model, task), task.example)
         theirs.quant_pre_process(onnx.export(model, task.example, folder / "float32.onnx"), folder / "prepared.onnx")
         base = accuracy.evaluate(model, task.test.take(split(len(task.test), options)[1]))
         for repeat in range(options.repeats):  # in turn, so that a slow minute falls on all

@@ -19,10 +19,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from workbench import layers, machine
+from workbench import machine
+from workbench.graph import layers
 from workbench.measures import sensitivity
 from workbench.methods import channels
 from workbench.subjects import data, models
+from workbench.subjects.tasks import Split
 
 LEVELS = [round(0.1 * k, 1) for k in range(1, 10)]
 
@@ -72,7 +74,7 @@ def main() -> None:
     table.round(3).to_csv(out, index=False)
 
 
-def fasterai(model: torch.nn.Module, test: data.Split) -> pd.DataFrame:
+def fasterai(model: torch.nn.Module, test: Split) -> pd.DataFrame:
     """Its own sweep: columns layer, level, top1."""
     from fasterai.analyze.sensitivity import SensitivityAnalyzer
     from fasterai.core.all import large_final

@@ -8,10 +8,11 @@ import torch
 os.environ.setdefault("WORKBENCH_PROGRESS", os.devnull)
 
 from workbench.subjects import data, models  # noqa: E402
+from workbench.subjects.tasks import Task  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def task() -> data.Task:
+def task() -> Task:
     return data.load("fashion_mnist")
 
 
@@ -21,7 +22,7 @@ def model(task):
 
 
 @pytest.fixture(scope="session")
-def tiny(task) -> data.Task:
+def tiny(task) -> Task:
     """The same task with 384 training images, 100 validation and 200 test images."""
     from dataclasses import replace
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from workbench.measures import retrieval
 from workbench.methods import distillation
-from workbench.subjects import alignment, encoders, stamps
+from workbench.subjects import alignment, encoders, stamps, training
 from workbench.subjects.alignment import Items, Recipe
 
 
@@ -48,7 +48,7 @@ def test_the_contrastive_loss_of_equal_and_of_random_vectors():
 
 
 def test_alignment_finds_concepts_that_it_has_not_seen():
-    encoders_, history = encoded(recipe=Recipe(steps=150, batch=20, learning_rate=0.02))
+    encoders_, history = encoded(recipe=Recipe(steps=150, batch_size=20, learning_rate=0.02))
     assert history.loss.iloc[-1] < history.loss.iloc[0]
     vectors = alignment.embed(encoders_, ITEMS)
     table = retrieval.directions(vectors, ITEMS, EACH, stamps.NEW_CONCEPT, whole=False, languages=("en", "fr"))
@@ -58,15 +58,15 @@ def test_alignment_finds_concepts_that_it_has_not_seen():
 
 
 def test_a_killed_alignment_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    recipe = Recipe(steps=12, batch=16)
+    recipe = Recipe(steps=12, batch_size=16)
     whole, _ = encoded(recipe=recipe)
-    monkeypatch.setattr(alignment, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(training, "SAVE_EVERY_S", 0.0)
     steps = iter(range(7))
-    advance = alignment._Run.advance
-    monkeypatch.setattr(alignment._Run, "advance", lambda run: (next(steps), advance(run)))
+    advance = training.Loop.advance
+    monkeypatch.setattr(training.Loop, "advance", lambda *given: (next(steps), advance(*given))[1])
     with pytest.raises(StopIteration):  # as a kill would come
         encoded(recipe=recipe, state=tmp_path / "state")
-    monkeypatch.setattr(alignment._Run, "advance", advance)
+    monkeypatch.setattr(training.Loop, "advance", advance)
     resumed, history = encoded(recipe=recipe, state=tmp_path / "state")
     assert len(history) == 12
     for one, two in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
@@ -76,11 +76,11 @@ def test_a_killed_alignment_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_a_taught_student_comes_nearer_to_its_teacher():
-    teacher = alignment.embed(encoded(recipe=Recipe(steps=60, batch=20, learning_rate=0.02))[0], TRAIN)
+    teacher = alignment.embed(encoded(recipe=Recipe(steps=60, batch_size=20, learning_rate=0.02))[0], TRAIN)
     apart = {}
     for taught in (None, teacher):
         student, _ = alignment.align({"image": Linear(12, 7), "text": Linear(10, 8)}, TRAIN, EACH, teacher=taught,
-                                     recipe=Recipe(steps=150, batch=20, learning_rate=0.02), teaching=distillation.embeddings)
+                                     recipe=Recipe(steps=150, batch_size=20, learning_rate=0.02), teaching=distillation.embeddings)
         found = alignment.embed(student, TRAIN)
         apart[taught is None] = sum((1 - (found[k] * teacher[k]).sum(1)).mean().item() for k in found)
     assert apart[False] < 0.5 * apart[True]
@@ -90,17 +90,17 @@ def test_a_taught_student_comes_nearer_to_its_teacher():
 
 
 def test_one_modality_is_taught_by_itself_in_half_precision_too_and_not_without_a_teacher():
-    teacher = alignment.embed(encoded(recipe=Recipe(steps=60, batch=20, learning_rate=0.02))[0], TRAIN)
+    teacher = alignment.embed(encoded(recipe=Recipe(steps=60, batch_size=20, learning_rate=0.02))[0], TRAIN)
     texts = {"text": TRAIN["text"]}
     for precision in ("fp32", "bf16"):
-        recipe = Recipe(steps=60, batch=20, learning_rate=0.02, precision=precision)
+        recipe = Recipe(steps=60, batch_size=20, learning_rate=0.02, precision=precision)
         student, history = alignment.align({"text": Linear(10, 8)}, texts, EACH, recipe=recipe, teacher=teacher,
                                            teaching=distillation.embeddings)
         assert history.loss.iloc[-1] < history.loss.iloc[0] / 2
         assert (alignment.embed(student, texts)["text"] * teacher["text"]).sum(1).mean() > 0.8
     with pytest.raises(ValueError, match="or with a teacher one, of the same names"):
         alignment.align({"text": Linear(10)}, texts, EACH)
-    with pytest.raises(ValueError, match="precision is 'int8', expected fp32 or bf16"):
+    with pytest.raises(ValueError, match="precision is 'int8', expected one of fp32, bf16, fp16, auto"):
         Recipe(precision="int8")
 
 
@@ -180,5 +180,5 @@ def test_small_encoders_learn_pictures_words_and_speech_end_to_end():
     few = {name: items.take(items.rows.concept < 24) for name, items in encoders.items(known, pretrained=False).items()}
     built = encoders.build(few, dim=32)
     assert set(built) == {"image", "text", "speech"}
-    _, history = alignment.align(built, few, known.meanings, recipe=Recipe(steps=4, batch=16))
+    _, history = alignment.align(built, few, known.meanings, recipe=Recipe(steps=4, batch_size=16))
     assert np.isfinite(history.loss).all()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.layers import UnsupportedModelError
-from workbench.methods import allocation, quantization
+from workbench.errors import UnsupportedModelError
+from workbench.methods import quantization
+from workbench.plans import allocation
 
 
 def options(rows):
@@ -67,7 +68,7 @@ def places():
 
 def test_borders_are_what_layers_read_through_relus_and_means(places):
     assert list(places.itertuples(index=False, name=None)) == [
-        ("(images)", "a", 64), ("a", "b", 256), ("a", "(add)", 256), ("b", "(add)", 256), ("(add)", "c", 256), ("c", "head", 4)]
+        ("(inputs)", "a", 64), ("a", "b", 256), ("a", "(add)", 256), ("b", "(add)", 256), ("(add)", "c", 256), ("c", "head", 4)]
 
 
 @pytest.mark.parametrize(("rounded", "numbers"), [

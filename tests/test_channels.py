@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.layers import UnsupportedModelError, macs_of
+from workbench.errors import UnsupportedModelError
+from workbench.graph.layers import macs_of
 from workbench.methods import channels
 from workbench.subjects import models
 
@@ -195,7 +196,7 @@ def test_a_model_that_cannot_be_traced_is_refused():
 
 @pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.3}])
 def test_a_cut_meets_its_target_and_not_by_much(target):
-    from workbench.layers import macs_of
+    from workbench.graph.layers import macs_of
 
     model, example = zoo("resnet20")
     small = channels.cut_to(model, channels.score(model, "l1", example=example), example=example, scope="layer", **target)

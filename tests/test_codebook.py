@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench import coding
 from workbench.measures import codes as codes_of
 from workbench.methods import codebook
 from workbench.methods.codebook import SharedCodebook, search
+from workbench.numbers import coding
 
 
 def cloud(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_usage_and_overlap_of_known_codes():
 
 def test_the_peer_chooses_the_same_codes_from_the_same_table():
     pytest.importorskip("vector_quantize_pytorch")
-    from workbench.methods.peers import VectorQuantizePytorch
+    from workbench.measures.peers import VectorQuantizePytorch
 
     book = made(kmeans=False)
     with warnings.catch_warnings():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from workbench.subjects import data
+from workbench.subjects import data, embedded
+from workbench.subjects.tasks import Pictures, Preprocessing
 
 
 def picture(value: int, side: int = 8) -> Image.Image:
@@ -28,7 +29,7 @@ def parquet(path, count: int, side: int = 8) -> None:
 
 def test_fashion_mnist_is_whole_and_its_splits_are_disjoint(task):
     assert (len(task.train), len(task.validation), len(task.test)) == (55_000, 5_000, 10_000)
-    counts = task.train.labels.bincount() + task.validation.labels.bincount()
+    counts = task.train.targets.bincount() + task.validation.targets.bincount()
     assert counts.tolist() == [6_000] * 10
     assert task.example.shape == (1, 1, 28, 28)
 
@@ -41,22 +42,22 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(task):
 
 def test_batches_hold_every_image_once_in_order(tiny):
     labels = torch.cat([labels for _, labels in tiny.test.batches(64)])
-    assert torch.equal(labels, tiny.test.labels)
+    assert torch.equal(labels, tiny.test.targets)
 
 
 def test_a_task_is_shown_in_a_few_lines_without_its_pixels(task):
-    assert "Split('fashion_mnist test', 10,000 images" in repr(task)
+    assert "10,000 test; 10 classes" in repr(task)
     assert len(repr(task)) < 1000
 
 
 def test_a_subset_is_the_same_for_the_same_seed_and_another_for_another(task):
     one, same, other = (task.test.subset(100, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one.images, same.images)
-    assert not torch.equal(one.images, other.images)
+    assert torch.equal(one.inputs, same.inputs)
+    assert not torch.equal(one.inputs, other.inputs)
 
 
 def test_a_damaged_embedded_file_is_named(tmp_path, monkeypatch):
-    stored = data.folder() / "fashion_mnist"
+    stored = embedded.folder() / "fashion_mnist"
     (tmp_path / "fashion_mnist").mkdir()
     for path in stored.iterdir():
         (tmp_path / "fashion_mnist" / path.name).write_bytes(path.read_bytes()[:1000])
@@ -75,7 +76,7 @@ def test_an_image_folder_becomes_a_task(tmp_path):
     task = data.load(f"folder:{tmp_path}")
     assert task.classes == ("cat", "dog")
     assert (len(task.train), len(task.validation), len(task.test)) == (23, 3, 26)
-    assert set(task.test.images[task.test.labels == 1].unique().tolist()) == set(range(200, 213))
+    assert set(task.test.inputs[task.test.targets == 1].unique().tolist()) == set(range(200, 213))
 
 
 def test_parquet_in_the_hubs_layout_becomes_a_task(tmp_path):
@@ -84,7 +85,7 @@ def test_parquet_in_the_hubs_layout_becomes_a_task(tmp_path):
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", 6)
     task = data.load(f"folder:{tmp_path}")
     assert (len(task.train), len(task.validation), len(task.test)) == (22, 2, 6)
-    assert task.test.images[:, 0, 0, 0].tolist() == list(range(6))
+    assert task.test.inputs[:, 0, 0, 0].tolist() == list(range(6))
 
 
 def test_a_set_with_one_split_is_all_test(tmp_path):
@@ -100,17 +101,17 @@ def test_large_sets_decode_batch_by_batch_to_the_same_pixels(tmp_path, monkeypat
     whole = data.load(f"folder:{tmp_path / 'photos.parquet'}")
     monkeypatch.setattr(data, "DECODE_WHOLE_BELOW", 0)
     lazy = data.load(f"folder:{tmp_path / 'photos.parquet'}")
-    assert isinstance(lazy.test.images, data.Pictures)
+    assert isinstance(lazy.test.inputs, Pictures)
     for (a, _), (b, _) in zip(whole.test.batches(3), lazy.test.batches(3), strict=True):
         assert torch.equal(a, b)
     assert len(lazy.test.subset(3)) == 3
-    assert torch.equal(lazy.test.images[2:4], whole.test.images[2:4])
-    assert torch.equal(lazy.test.subset(3, seed=1).images[:], whole.test.subset(3, seed=1).images)
+    assert torch.equal(lazy.test.inputs[2:4], whole.test.inputs[2:4])
+    assert torch.equal(lazy.test.subset(3, seed=1).inputs[:], whole.test.subset(3, seed=1).inputs)
 
 
 def test_preprocessing_resizes_and_crops(tmp_path):
     parquet(tmp_path / "photos.parquet", 3, side=40)
-    how = data.Preprocessing(size=16, crop=0.875)
+    how = Preprocessing(size=16, crop=0.875)
     assert data.load(f"folder:{tmp_path / 'photos.parquet'}", preprocessing=how).example.shape == (1, 3, 16, 16)
 
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from workbench import layers, machine
+from workbench import machine
 from workbench.deployment import onnx, sessions
+from workbench.errors import UnsupportedModelError
+from workbench.graph import layers
+from workbench.measures import peers
 
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
@@ -31,7 +34,7 @@ def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
         def forward(self, x):
             return x * float(x.sum().item() > 0) if x.sum() > 0 else x.flatten(1)
 
-    with pytest.raises(layers.UnsupportedModelError, match="Odd cannot be exported to ONNX"):
+    with pytest.raises(UnsupportedModelError, match="Odd cannot be exported to ONNX"):
         onnx.export(Odd(), EXAMPLE, tmp_path / "odd.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -57,7 +60,7 @@ def test_what_is_no_model_is_refused(tmp_path):
         sessions.open(3)
     with pytest.raises(ValueError, match=f"expected 1 to {machine.cores()}"):
         sessions.open(torch.nn.Identity(), threads=machine.cores() + 1)
-    with pytest.raises(ValueError, match=r"put out torch.Size\(\[1\]\) for 2 images"):
+    with pytest.raises(ValueError, match=r"put out torch.Size\(\[1\]\) for 2 examples"):
         sessions.open(lambda x: x.sum().view(1))(torch.zeros(2, 3))
 
 
@@ -70,7 +73,7 @@ def test_a_file_without_layer_names_is_refused(network, exported):
             node.input[:] = [f"w_{tensor.name.replace('.', '_')}" if i == tensor.name else i for i in node.input]
         tensor.name = f"w_{tensor.name.replace('.', '_')}"
     standard.save(stored, str(exported))
-    with pytest.raises(layers.UnsupportedModelError, match="no node has a weight called LAYER.weight"):
+    with pytest.raises(UnsupportedModelError, match="no node has a weight called LAYER.weight"):
         sessions.open(exported).activations(EXAMPLE)
 
 
@@ -100,9 +103,9 @@ def trained(model, task, tmp_path_factory):
     return onnx.export(model, task.example, tmp_path_factory.mktemp("onnx") / "resnet20.onnx")
 
 
-@pytest.mark.parametrize("calibrator", list(onnx.CALIBRATORS))
+@pytest.mark.parametrize("calibrator", list(peers.CALIBRATORS))
 def test_the_runtimes_own_static_quantisation_answers_as_float_does(trained, tiny, tmp_path, calibrator):
-    path = onnx.quantize_static(trained, tiny.validation.batches(50), tmp_path / "static.onnx", calibrator=calibrator)
+    path = peers.quantize_static(trained, tiny.validation.batches(50), tmp_path / "static.onnx", calibrator=calibrator)
     images, _ = next(tiny.test.batches(200))
     same = sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(1)
     assert same.float().mean() > 0.85
@@ -110,18 +113,18 @@ def test_the_runtimes_own_static_quantisation_answers_as_float_does(trained, tin
 
 
 def test_the_runtimes_own_dynamic_quantisation_answers_as_float_does(trained, tiny, tmp_path):
-    path = onnx.quantize_dynamic(trained, tmp_path / "dynamic.onnx")
+    path = peers.quantize_dynamic(trained, tmp_path / "dynamic.onnx")
     images, _ = next(tiny.test.batches(200))
     assert (sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(1)).float().mean() > 0.95
 
 
 def test_static_quantisation_refuses_what_it_cannot_use(trained, tmp_path):
     with pytest.raises(ValueError, match="unknown calibrator 'mse'; ONNX Runtime has minmax, entropy, percentile"):
-        onnx.quantize_static(trained, [], tmp_path / "s.onnx", calibrator="mse")
-    with pytest.raises(ValueError, match="calibration saw no images"):
-        onnx.quantize_static(trained, [], tmp_path / "s.onnx")
+        peers.quantize_static(trained, [], tmp_path / "s.onnx", calibrator="mse")
+    with pytest.raises(ValueError, match="calibration saw no examples"):
+        peers.quantize_static(trained, [], tmp_path / "s.onnx")
     with pytest.raises(FileNotFoundError):
-        onnx.quantize_dynamic(tmp_path / "none.onnx", tmp_path / "s.onnx")
+        peers.quantize_dynamic(tmp_path / "none.onnx", tmp_path / "s.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -129,7 +132,7 @@ def test_an_activation_that_the_integers_end_at_is_left_out_and_any_other_is_kep
     import onnx as format
 
     from workbench.methods import quantization
-    from workbench.quantizers import quantizers
+    from workbench.numbers.quantizers import quantizers
 
     torch.manual_seed(0)
     images = 20 * torch.randn(40, 3, 8, 8)  # far beyond 6 on both sides

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.layers import UnsupportedModelError
+from workbench.batches import Batch
+from workbench.errors import UnsupportedModelError
 from workbench.measures import accuracy, diagnosis
 from workbench.methods import quantization, reparameterization
 from workbench.subjects import data, models
@@ -22,8 +23,8 @@ def model(task):
 
 
 @pytest.fixture(scope="module")
-def folded(model):
-    return reparameterization.fold_batchnorm(model)
+def folded(model, task):
+    return reparameterization.fold_batchnorm(model, task.example)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_a_healthy_candidate_has_no_fault_and_its_effects_add_up(folded, healthy
 
 
 def test_the_effect_of_a_layer_is_that_of_the_network_with_it_alone_changed(folded, healthy, look):
-    from workbench.layers import replaced
+    from workbench.graph.layers import replaced
 
     found = diagnosis.diagnose(folded, healthy, look).table.set_index("layer")
     name = "layer2.0.conv2"  # no ReLU before its quantiser
@@ -75,7 +76,7 @@ def test_a_planted_fault_is_the_first_suspect(folded, healthy, look, fault, laye
 
 def test_stale_statistics_are_found_and_their_repair_brings_the_accuracy_back(model, with_norms, look, task):
     val = task.validation.subset(300, seed=2)
-    dark = [(val.normalise(val.images // 3), val.labels)]
+    dark = [val.prepare(Batch(val.inputs // 3, val.targets))]
     sick = diagnosis.plant(with_norms, "layer2.1.conv1", "stale_norm", batches=dark)
     found = diagnosis.diagnose(model, sick, look)
     assert found.table.layer[0] == "layer2.1.conv1"
@@ -121,7 +122,7 @@ def test_a_changed_bias_and_weights_that_were_zeroed_before_rounding_are_found(f
 
 
 def test_what_cannot_be_diagnosed_says_why(folded, healthy, look, task):
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no examples"):
         diagnosis.diagnose(folded, healthy, [])
     with pytest.raises(ValueError, match="NaN"):
         diagnosis.diagnose(folded, healthy, [(look[0][0] * float("nan"), None)])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from workbench.layers import named
+from workbench.graph.layers import named
 from workbench.methods import drift
 
 
@@ -102,6 +102,6 @@ def test_bad_input_gets_one_line(model, seen, options, words):
 
 
 def test_a_monitor_without_images_is_refused_and_leaves_no_hook(model):
-    with pytest.raises(ValueError, match="the baseline saw no images"):
+    with pytest.raises(ValueError, match="the baseline saw no examples"):
         drift.Monitor(model, [])
     assert not any(layer._forward_hooks for layer in named(model).values())

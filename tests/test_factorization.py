@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.layers import UnsupportedModelError
+from workbench.errors import UnsupportedModelError
 from workbench.methods import factorization
 
 
@@ -55,7 +55,7 @@ def test_energy_keeps_at_least_that_energy_and_no_rank_more(net):
 
 @pytest.mark.parametrize("cost", ["params", "macs"])
 def test_a_budget_is_kept_and_used(net, images, cost):
-    from workbench.layers import macs_of
+    from workbench.graph.layers import macs_of
 
     for budget in (0.3, 0.6, 0.95):
         small = factorization.factorize(net, budget=budget, cost=cost, example=images)
@@ -94,7 +94,7 @@ def test_what_cannot_be_factored_says_why(net, images):
                              ({"energy": 1.2}, "more than 0 and at most 1"), ({"budget": 0.001}, "too little even for rank 1"),
                              ({"budget": 0.5, "cost": "macs"}, "needs an example"), ({"rank": 0}, "rank 0 is not possible"),
                              ({"rank": {"9": 1}}, "layer 9"), ({"rank": 2, "layers": "x*"}, "no layer matches"),
-                             ({"budget": 0.5, "cost": "hours"}, "unknown cost"), ({"rank": 2, "batches": []}, "no images")):
+                             ({"budget": 0.5, "cost": "hours"}, "unknown cost"), ({"rank": 2, "batches": []}, "no examples")):
         with pytest.raises(ValueError, match=message):
             factorization.factorize(net, **options)
     with pytest.raises(UnsupportedModelError, match="can be factored"):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from workbench import layers, machine
+from workbench import machine
 from workbench.deployment import onnx, sessions
+from workbench.graph import layers
 from workbench.measures import latency
 from workbench.methods import quantization, reparameterization
 
@@ -67,7 +68,7 @@ def test_the_table_states_threads_batch_and_machine(exported):
 
 
 def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported, model, task, tmp_path):
-    made = quantization.quantize(reparameterization.fold_batchnorm(model), list(task.validation.subset(50).batches(50)))
+    made = quantization.quantize(reparameterization.fold_batchnorm(model, task.example), list(task.validation.subset(50).batches(50)))
     paths = {"float32": exported, "int8": onnx.export(made, task.example, tmp_path / "int8.onnx")}
     frame = latency.by_layer(paths, task.example, runs=10)
     for name, path in paths.items():

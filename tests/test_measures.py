@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from workbench import layers
 from workbench.deployment import onnx, sessions
+from workbench.errors import UnsupportedModelError
+from workbench.graph import layers
 from workbench.measures import accuracy, cost, equivalence
 from workbench.methods import reparameterization
 from workbench.subjects import data, models
@@ -22,8 +23,8 @@ def test_the_interval_is_wilsons(hits, n):
     labels = torch.zeros(n, dtype=torch.int64)
     found = accuracy.from_predictions((torch.arange(n) >= hits).long(), labels)
     expected = binomtest(hits, n).proportion_ci(method="wilson")
-    assert found.top1_low == pytest.approx(expected.low, abs=1e-6)
-    assert found.top1_high == pytest.approx(expected.high, abs=1e-6)
+    assert found.low == pytest.approx(expected.low, abs=1e-6)
+    assert found.high == pytest.approx(expected.high, abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
@@ -129,7 +130,7 @@ def test_the_damaged_layer_is_the_first_that_parts(layer, seed):
 
 
 def test_folding_batch_norm_changes_no_layer(task, model):
-    folded = reparameterization.fold_batchnorm(model)
+    folded = reparameterization.fold_batchnorm(model, task.example)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert equivalence.compare(model, folded, task.test.subset(300)).passed
     frame = equivalence.by_layer(model, folded, task.test.subset(50))
@@ -155,14 +156,14 @@ def test_the_export_is_compared_layer_by_layer(task, model, tmp_path):
 def test_outputs_of_different_sizes_and_nan_are_refused(network):
     images = torch.randn(4, 1, 28, 28)
     wide = layers.replaced(network, "5", torch.nn.Linear(network[5].in_features, 11))
-    with pytest.raises(ValueError, match="puts out 10 numbers an image, Sequential 11"):
+    with pytest.raises(ValueError, match="puts out 10 numbers an example, Sequential 11"):
         equivalence.compare(network, wide, images)
     images[2] = float("nan")
-    with pytest.raises(ValueError, match="images hold NaN or infinity .first in row 2"):
+    with pytest.raises(ValueError, match="inputs hold NaN or infinity .first in row 2"):
         equivalence.compare(network, network, images)
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="there are no examples"):
         equivalence.compare(network, network, images[:0])
-    with pytest.raises(layers.UnsupportedModelError, match="shows no layers"):
+    with pytest.raises(UnsupportedModelError, match="shows no layers"):
         equivalence.by_layer(network, lambda x: x, torch.randn(2, 1, 28, 28))
 
 
@@ -178,7 +179,7 @@ def test_sessions_of_every_kind_agree(task, model, tmp_path):
 
     path = onnx.export(model, task.example, tmp_path / "m.onnx")
     kinds = [model, path, str(path), onnxruntime.InferenceSession(path), lambda x: model(x), sessions.open(model)]
-    images = task.test.normalise(task.test.images[:5])
+    images = task.test.batch(slice(5)).inputs
     outputs = [sessions.open(kind)(images) for kind in kinds]
     assert all(torch.allclose(output, outputs[0], atol=1e-4) for output in outputs)
     assert all(output.shape == (5, 10) for output in outputs)

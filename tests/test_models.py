@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workbench.subjects import data, models
+from workbench.subjects.tasks import Preprocessing, Split, Task
 
 
 def test_the_embedded_resnet20_reaches_its_stated_accuracy_on_a_sample(task, model):
     sample = task.test.subset(1000)
     with torch.inference_mode():
-        top1 = (model(sample.normalise(sample.images)).argmax(1) == sample.labels).float().mean()
+        top1 = (model(sample.batch().inputs).argmax(1) == sample.targets).float().mean()
     assert top1 > 0.92  # 94 % on all 10,000; 0.92 is four standard errors of 1,000 below
 
 
@@ -65,7 +66,7 @@ def test_a_random_start_follows_from_its_seed_and_leaves_the_global_state(task):
 
 
 def test_torchvision_models_take_the_classes_of_the_task(task):
-    colour = data.Task("t", *(task.test,) * 3, classes=("a", "b", "c"), source="")
+    colour = Task("t", *(task.test,) * 3, classes=("a", "b", "c"), source="")
     assert models.load("torchvision:resnet18", colour, pretrained=False).fc.out_features == 3
 
 
@@ -76,8 +77,8 @@ def test_timm_loads_a_local_folder_in_the_hubs_layout(tmp_path):
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     config = {"architecture": "resnet10t", "num_classes": 4, "pretrained_cfg": {"input_size": [3, 64, 64], "num_classes": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    task = data.Task("t", None, None, data.Split(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1).long(),
-                                                data.Preprocessing()), classes=tuple("abcd"), source="")
+    task = Task("t", None, None, Split(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1).long(),
+                                                Preprocessing()), classes=tuple("abcd"), source="")
     model = models.load(f"timm:local-dir:{tmp_path}", task)
     images = torch.randn(2, 3, 64, 64)
     assert torch.allclose(model(images), source.eval()(images), atol=1e-5)

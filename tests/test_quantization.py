@@ -8,20 +8,25 @@ import pytest
 import torch
 from torch import nn
 
-from workbench import layers
 from workbench.deployment import onnx, sessions
-from workbench.layers import UnsupportedModelError, named
-from workbench.measures import accuracy, equivalence, sensitivity
-from workbench.methods import allocation, quantization, reparameterization, rounding
-from workbench.quantizers import CALIBRATORS, Scheme, quantizers
+from workbench.errors import UnsupportedModelError
+from workbench.graph import layers, moments
+from workbench.graph.layers import named
+from workbench.measures import accuracy, equivalence, peers, sensitivity
+from workbench.methods import quantization, reparameterization, rounding
+from workbench.numbers.grid import Scheme
+from workbench.numbers.histograms import CALIBRATORS
+from workbench.numbers.quantizers import quantizers
+from workbench.plans import allocation
 from workbench.subjects import training
 
 FOUR = Scheme(4, granularity="channel")
+EXAMPLE = torch.randn(2, 1, 28, 28)
 
 
 @pytest.fixture(scope="module")
-def folded(model):
-    return reparameterization.fold_batchnorm(model)
+def folded(model, task):
+    return reparameterization.fold_batchnorm(model, task.example)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def test_eight_bits_answer_as_float_does_and_the_model_is_left_as_it_was(model, 
 
 def test_a_quantiser_stands_behind_whatever_the_runtime_stores(eight):
     places = [quantizer.place for _, quantizer in quantizers(eight)]
-    assert places[0] == "the images"
+    assert places[0] == "input x"
     assert len(places) == 1 + 19 + 9 + 1, "the images, 19 convolutions with their ReLUs, 9 additions, the average"
 
 
@@ -66,14 +71,14 @@ def test_every_calibrator_keeps_the_answers(folded, seen, tiny, calibrator):
 
 def test_weights_alone_or_some_layers_alone_can_be_quantised(folded, tiny):
     images, _ = next(tiny.test.batches(50))
-    only = quantization.quantize(folded, [], weights=FOUR, activations=None, layers="layer3.*")
+    only = quantization.quantize(folded, [], weights=FOUR, activations=None, layers="layer3.*", example=images)
     assert set(quantization.integers(only)) == {name for name in named(folded) if name.startswith("layer3")}
     assert 0 < logit_error(only, folded, images) < 0.5
 
 
 def test_a_prepared_model_passes_values_on_until_it_is_calibrated(folded, tiny, tmp_path):
     images, _ = next(tiny.test.batches(20))
-    ready = quantization.prepare(folded, weights=None)
+    ready = quantization.prepare(folded, images, weights=None)
     assert torch.equal(ready(images), folded(images))
     with pytest.raises(UnsupportedModelError, match="its range is not known yet; call quantization.calibrate"):
         onnx.export(ready, tiny.example, tmp_path / "x.onnx")
@@ -101,7 +106,7 @@ def test_trained_through_the_grid_it_gets_better(folded, tiny, seen):
 
 def test_equalising_changes_ranges_and_nothing_else(folded, tiny):
     images, _ = next(tiny.test.batches(50))
-    equal = rounding.equalize(folded)
+    equal = reparameterization.equalize(folded, images)
     assert logit_error(equal, folded, images) < 1e-5
     first, second = equal.layer1[0].conv1.weight, equal.layer1[0].conv2.weight
     assert torch.allclose(first.abs().flatten(1).amax(1), second.abs().transpose(0, 1).flatten(1).amax(1), rtol=1e-3)
@@ -112,7 +117,7 @@ def test_a_depthwise_layer_is_equalised_too():
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     net[0].weight.data *= torch.logspace(-2, 2, 8).view(-1, 1, 1, 1)
     images = torch.randn(4, 3, 6, 6)
-    equal = rounding.equalize(net)
+    equal = reparameterization.equalize(net, images)
     assert torch.allclose(equal(images), net(images), rtol=1e-3, atol=1e-3)
     assert equal[0].weight.abs().flatten(1).amax(1).log().std() < net[0].weight.abs().flatten(1).amax(1).log().std()
 
@@ -217,7 +222,7 @@ def test_float_weights_beside_quantised_ones_stay_float_on_the_runtime(tmp_path)
     assert set(sessions.times(path, images[:1], threads=1, runs=5)) == {"0", "2", "4", ""}, "its profile can be read too"
     import onnxruntime
 
-    plain = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})[0]
+    plain = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": images.numpy()})[0]
     assert (torch.from_numpy(plain) - expected).norm() > 2 * (found(images) - expected).norm()
 
 
@@ -259,14 +264,14 @@ def test_sensitivity_by_bits_needs_nothing_new(folded, tiny):
 
 
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda m: quantization.quantize(m, []), "calibration saw no images"),
-    (lambda m: quantization.quantize(m, [(torch.ones(4, 1, 28, 28), None)]), "every pixel of every image is 1; give real"),
-    (lambda m: quantization.quantize(m, [(torch.full((1, 1, 28, 28), float("nan")), None)]), "the images hold NaN"),
-    (lambda m: quantization.quantize(m, [], calibrator="median"), "unknown calibrator 'median'"),
-    (lambda m: quantization.prepare(m, by="best"), "unknown way to fit weights 'best'"),
-    (lambda m: quantization.prepare(m, layers="layer9"), "no layer matches 'layer9'"),
-    (lambda m: rounding.adaround(m, m, []), "AdaRound saw no images"),
-    (lambda m: rounding.descend(m, m, []), "coordinate descent saw no images")])
+    (lambda m: quantization.quantize(m, []), "calibration saw no examples"),
+    (lambda m: quantization.quantize(m, [(torch.ones(4, 1, 28, 28), None)]), "every number of input x is 1 in every example; give real"),
+    (lambda m: quantization.quantize(m, [(torch.full((1, 1, 28, 28), float("nan")), None)]), "of input x hold NaN"),
+    (lambda m: quantization.quantize(m, [(EXAMPLE, None)], calibrator="median"), "unknown calibrator 'median'"),
+    (lambda m: quantization.prepare(m, EXAMPLE, by="best"), "unknown way to fit weights 'best'"),
+    (lambda m: quantization.prepare(m, EXAMPLE, layers="layer9"), "no layer matches 'layer9'"),
+    (lambda m: rounding.adaround(m, m, []), "AdaRound saw no examples"),
+    (lambda m: rounding.descend(m, m, []), "coordinate descent saw no examples")])
 def test_bad_input_gets_one_line(folded, call, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call(folded)
@@ -282,13 +287,13 @@ def test_what_cannot_be_traced_or_repaired_is_refused(network, folded, four, see
         def forward(self, x):
             return self.layer(x) if x.sum() > 0 else x
 
-    with pytest.raises(UnsupportedModelError, match="Branching cannot be traced to place quantisers"):
-        quantization.prepare(Branching())
+    with pytest.raises(UnsupportedModelError, match="Branching cannot be traced"):
+        quantization.prepare(Branching(), torch.zeros(2, 4))
     with pytest.raises(UnsupportedModelError, match="has no two layers with only a ReLU between them"):
-        rounding.equalize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 3)))
+        reparameterization.equalize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 3)), EXAMPLE)
     named_relu = nn.Sequential(OrderedDict(a=nn.Conv2d(1, 4, 3), relu=nn.Hardswish(), b=nn.Conv2d(4, 2, 3)))
     with pytest.raises(UnsupportedModelError, match="has no two layers with only a ReLU between them"):
-        rounding.equalize(named_relu)
+        reparameterization.equalize(named_relu, EXAMPLE)
     with pytest.raises(UnsupportedModelError, match="give the float model that was quantised"):
         rounding.correct_bias(four, network, seen)
 
@@ -309,7 +314,7 @@ def test_mixed_precision_quantises_each_layer_to_its_own_width(folded, seen, tin
 
 
 def test_coded_weights_are_no_larger_than_their_entropy_allows(folded):
-    shared = quantization.quantize(folded, [], weights=Scheme(4, levels="kmeans"), activations=None)
+    shared = quantization.quantize(folded, [], weights=Scheme(4, levels="kmeans"), activations=None, example=EXAMPLE)
     sizes = quantization.coded(shared)
     floor = sizes.entropy_bits * sizes.params / 8
     assert (sizes.coded_bytes >= floor).all()
@@ -359,8 +364,8 @@ def test_with_few_images_rounding_fits_what_images_held_out_bear_out(monkeypatch
     few, others = torch.randn(60, 64), torch.randn(1000, 64)  # 60 images, 256 inputs: the second layer fits anything
     rough = quantization.quantize(net, [(few, None)], weights=Scheme(3, granularity="channel"))
     errors = {}
-    for shares in (rounding.SHARES, *((share,) for share in rounding.SHARES)):
-        monkeypatch.setattr(rounding, "SHARES", shares)
+    for shares in (moments.SHARES, *((share,) for share in moments.SHARES)):
+        monkeypatch.setattr(moments, "SHARES", shares)
         errors[shares] = logit_error(rounding.adaround(rough, net, [(few, None)], steps=200), net, others)
     chosen, *fixed = errors.values()
     assert chosen < 0.95 * fixed[0], "than with next to no ridge"
@@ -377,11 +382,11 @@ def test_fewer_images_than_folds_still_give_a_rounding():
 def test_a_peer_that_is_not_installed_is_named(folded, tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(ValueError, match="NNCF is not installed; pip install"):
-        onnx.quantize_nncf(tmp_path / "x.onnx", [], tmp_path / "y.onnx")
+        peers.quantize_nncf(tmp_path / "x.onnx", [], tmp_path / "y.onnx")
 
 
 def test_images_that_two_models_answer_differently_are_explained_or_named(folded, tiny):
-    images = tiny.test.normalise(tiny.test.images[:60])
+    images = tiny.test.batch(slice(60)).inputs
     with torch.no_grad():
         logits = folded(images)
     closest = int((logits.topk(2).values @ torch.tensor([1.0, -1.0])).argmin())
@@ -399,7 +404,7 @@ def test_images_that_two_models_answer_differently_are_explained_or_named(folded
     assert rows.explained[closest]
     assert not rows.explained[0]
     assert torch.allclose(equivalence.shifts(folded, nudged, [images]).sort().values[:-2], torch.zeros(58), atol=1e-4)
-    with pytest.raises(ValueError, match="puts out 10 numbers an image, function 7"):
+    with pytest.raises(ValueError, match="puts out 10 numbers an example, function 7"):
         equivalence.disagreements(folded, sessions.open(lambda x: logits[:, :7], name="function"), [images], limit=1.0)
     with pytest.raises(ValueError, match="limit is 0"):
         equivalence.disagreements(folded, folded, [images], limit=0)
@@ -420,8 +425,8 @@ def test_a_dead_channel_keeps_its_bias_in_the_integer_graph(tmp_path):
 def test_four_bits_by_groups_are_stored_as_four_bits_and_answer_the_same(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10, bias=False)).eval()
-    four = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None)
     x = torch.randn(50, 64)
+    four = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None, example=x)
     path = onnx.export(four, x, tmp_path / "four.onnx")
     nodes = [node.op_type for node in onnx_library.load(path).graph.node]
     assert nodes.count("MatMulNBits") == 2
@@ -432,6 +437,7 @@ def test_four_bits_by_groups_are_stored_as_four_bits_and_answer_the_same(tmp_pat
 
 def test_groups_without_a_kernel_are_refused(tmp_path):
     net = nn.Sequential(nn.Conv2d(32, 4, 1)).eval()
-    grouped = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None)
+    images = torch.randn(4, 32, 4, 4)
+    grouped = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None, example=images)
     with pytest.raises(UnsupportedModelError, match="no kernel for groups of 32"):
-        onnx.export(grouped, torch.randn(2, 32, 4, 4), tmp_path / "x.onnx")
+        onnx.export(grouped, images, tmp_path / "x.onnx")

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench import grid, quantizers
-from workbench.layers import UnsupportedModelError
-from workbench.quantizers import ActivationQuantizer, Histogram, Scheme, WeightQuantizer
+from workbench.errors import UnsupportedModelError
+from workbench.numbers import grid, histograms
+from workbench.numbers.grid import Scheme
+from workbench.numbers.histograms import Histogram
+from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,7 +76,7 @@ def test_a_histogram_counts_every_value_once_whatever_the_order_of_ranges(batche
     edges = (histogram.first + np.arange(len(histogram.counts) + 1)) * histogram.width
     expected, _ = np.histogram(values.astype(np.float64), edges)
     assert histogram.counts.sum() == len(values)
-    assert len(histogram.counts) <= quantizers.BINS
+    assert len(histogram.counts) <= histograms.BINS
     assert np.abs(histogram.counts.numpy() - expected).sum() <= 4, "but for values on an edge"
     assert histogram.range("minmax", Scheme(8)) == (min(values.min(), 0), max(values.max(), 0))
 
@@ -102,7 +104,7 @@ def test_mse_finds_the_clipping_that_errs_least():
 
 
 def test_entropy_finds_the_threshold_that_a_naive_loop_finds(monkeypatch):
-    monkeypatch.setattr(quantizers, "BINS", 128)
+    monkeypatch.setattr(histograms, "BINS", 128)
     histogram, scheme = Histogram(), Scheme(4)
     histogram.add(torch.cat([torch.randn(20_000, generator=torch.Generator().manual_seed(3)), torch.tensor([9.0, -12.0])]))
     reach = max(histogram.first + len(histogram.counts), -histogram.first)

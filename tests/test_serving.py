@@ -125,7 +125,7 @@ def test_the_grid_has_every_thread_and_batch(path, net, images):
     threads = sorted({1, machine.cores()})
     table = latency.grid({"onnx": path, "torch": net}, images[:1], threads=threads, batches=[1, 4], blocks=5)
     assert len(table) == 2 * len(threads) * 2
-    assert (table.images_per_s == 1e3 * table.batch / table.latency_ms).all()
+    assert (table.examples_per_s == 1e3 * table.batch / table.latency_ms).all()
 
 
 def test_words_are_said_where_int8_does_not_pay(path, net, images, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from workbench.layers import UnsupportedModelError
+from workbench.errors import UnsupportedModelError
 from workbench.methods import sparsity
 from workbench.subjects import training
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.subjects import data, models, stamps
+from workbench.subjects import data, embedded, models, stamps
+from workbench.subjects.tasks import Preprocessing
 
 KNOWN = stamps.load()
 
@@ -67,17 +68,17 @@ def test_as_a_task_new_concepts_are_the_test_images():
     task = data.load("stamps", preprocessing=models.preprocessing("resnet20"))
     assert len(task.test) == (KNOWN.concepts.part == stamps.NEW_CONCEPT).sum()
     assert len(task.train) + len(task.validation) + len(task.test) == 925
-    assert task.classes[int(task.test.labels[0])] == KNOWN.concepts.category[KNOWN.concepts.part == stamps.NEW_CONCEPT].iloc[0]
-    large = data.load("stamps", preprocessing=data.Preprocessing(size=96))
+    assert task.classes[int(task.test.targets[0])] == KNOWN.concepts.category[KNOWN.concepts.part == stamps.NEW_CONCEPT].iloc[0]
+    large = data.load("stamps", preprocessing=Preprocessing(size=96))
     assert large.example.shape == (1, 3, 96, 96)
     with pytest.raises(ValueError, match="RGB"):
-        data.load("stamps", preprocessing=data.Preprocessing(mean=(0.5,), std=(0.5,)))
+        data.load("stamps", preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
 
 
 def test_pictures_are_those_of_the_contact_sheet():
     from PIL import Image
 
-    sheet = np.array(Image.open(data.folder() / "stamps" / "pictures.webp"))
+    sheet = np.array(Image.open(embedded.folder() / "stamps" / "pictures.webp"))
     assert torch.equal(KNOWN.pictures[32], torch.from_numpy(sheet[64:128, 64:128].copy()).permute(2, 0, 1))
 
 

@@ -52,11 +52,11 @@ def check_resuming(start, tiny, recipe, whole, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(training, "SAVE_EVERY_S", 0)
     steps = []
 
-    def interrupted(model, images, labels, progress):
+    def interrupted(model, batch, objective, progress):
         steps.append(1)
         if len(steps) > stop:
             raise KeyboardInterrupt
-        return torch.nn.functional.cross_entropy(model(images).float(), labels)
+        return torch.nn.functional.cross_entropy(model(batch.inputs).float(), batch.targets)
 
     with pytest.raises(KeyboardInterrupt):
         training.fit(start, tiny, recipe=recipe, state=tmp_path / "state.safetensors", loss=interrupted)
@@ -105,7 +105,7 @@ def test_a_damaged_state_is_refused(start, tiny, tmp_path):
 
 
 def test_a_loss_that_explodes_stops_the_training_and_says_where(start, tiny):
-    with pytest.raises(ValueError, match=r"the loss became nan at step \d+ of epoch 1; lower learning_rate"):
+    with pytest.raises(ValueError, match=r"training: the loss became nan at step \d+ of 12; lower learning_rate"):
         training.fit(start, tiny, recipe=replace(RECIPE, learning_rate=1e6))
 
 

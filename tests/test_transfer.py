@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from workbench.deployment import onnx, sessions
+from workbench.measures import peers
 from workbench.methods import transfer
 from workbench.subjects import encoders
 
@@ -80,7 +81,7 @@ def test_a_tower_of_words_serves_any_length_and_quantises(minilm, tmp_path):
     with torch.no_grad():
         for texts in (TEXTS, TEXTS[:1], ["one"]):
             torch.testing.assert_close(sessions.open(path)(tokenize(texts)), tower(tokenize(texts)), atol=1e-4, rtol=1e-3)
-    small = onnx.quantize_dynamic(path, tmp_path / "small.onnx")
+    small = peers.quantize_dynamic(path, tmp_path / "small.onnx")
     assert small.stat().st_size < 0.5 * path.stat().st_size
     with torch.no_grad():
         assert (sessions.open(small)(tokenize(TEXTS)) * tower(tokenize(TEXTS))).sum(1).min() > 0.95

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench.subjects import data, wordnet
+from workbench.subjects import embedded, wordnet
 
 ROOT = Path(__file__).parent.parent
 SYNSET = ('02012849 05 n 01 heron 0 002 @ 02005790 n 0000 #m 02012602 n 0000 | grey or white wading bird; "it waded"  \n')
@@ -28,7 +28,7 @@ def test_words_are_each_there_once_and_follow_the_seed():
 def test_an_unknown_topic_and_a_changed_file_get_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"unknown topic 'noun.animals'; there are adj.all"):
         wordnet.load(("noun.animals",))
-    monkeypatch.setattr(data, "folder", lambda: tmp_path)
+    monkeypatch.setattr(embedded, "folder", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"wordnet/SHA256SUMS is missing; install"):
         wordnet.load()
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import click
 
-PROBLEMS = (ValueError, OSError, ImportError)  # and UnsupportedModelError, which needs torch to be named
+from workbench.errors import UnsupportedModelError
+
+PROBLEMS = (ValueError, OSError, ImportError, UnsupportedModelError)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,13 +43,13 @@ def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) ->
 @cli.command()
 @click.argument("reference")
 @click.argument("candidate")
-@click.option("--data", "source", default="fashion_mnist", show_default=True, help="fashion_mnist, hub:ID or folder:PATH")
-@click.option("--images", type=click.IntRange(min=1), help="how many test images, drawn by --seed  [default: all]")
+@click.option("--data", "source", default="fashion_mnist", show_default=True, help="an embedded set, hub:ID or folder:PATH")
+@click.option("--examples", type=click.IntRange(min=1), help="how many test examples, drawn by --seed  [default: all]")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--cosine", default=0.995, show_default=True, help="least cosine of any image's outputs")
-@click.option("--l2", default=1e-4, show_default=True, help="largest L2 distance of any image's outputs")
+@click.option("--cosine", default=0.995, show_default=True, help="least cosine of any example's outputs")
+@click.option("--l2", default=1e-4, show_default=True, help="largest L2 distance of any example's outputs")
 @click.option("--agreement", default=1.0, show_default=True, help="least share of equal top-1 answers")
-def compare(reference, candidate, source, images, seed, cosine, l2, agreement) -> None:
+def compare(reference, candidate, source, examples, seed, cosine, l2, agreement) -> None:
     """Do REFERENCE and CANDIDATE compute the same? Each a model's name, a checkpoint or an .onnx file.
 
     Exit code 0: equivalent; 1: not; 2: bad input.
@@ -57,23 +59,22 @@ def compare(reference, candidate, source, images, seed, cosine, l2, agreement) -
 
     known = next((models.preprocessing(m) for m in (reference, candidate) if not m.endswith(".onnx")), None)
     task = data.load(source, preprocessing=known)
-    test = task.test.subset(images, seed=seed) if images else task.test
+    test = task.test.subset(examples, seed=seed) if examples else task.test
     both = [m if m.endswith(".onnx") else models.load(m, task) for m in (reference, candidate)]
     verdict = equivalence.compare(*both, test, limits=equivalence.Limits(cosine, l2, agreement))
     for check in verdict.checks():
         click.echo(f"{'✓' if check['passed'] else '✗'} {check['name']}: {check['value']:.6g} ({check['limit']})")
-    click.echo(f"{'equivalent' if verdict.passed else 'not equivalent'} on {verdict.n:,} images of {task.name}")
+    click.echo(f"{'equivalent' if verdict.passed else 'not equivalent'} on {verdict.n:,} {task.objective.unit}s of {task.name}")
     if not verdict.passed:
         click.echo(_first_parting(both, test.subset(200)))
     raise SystemExit(0 if verdict.passed else 1)
 
 
-def _first_parting(both: list, images) -> str:
-    from workbench.layers import UnsupportedModelError
+def _first_parting(both: list, test) -> str:
     from workbench.measures import equivalence
 
     try:
-        parted = equivalence.by_layer(*both, images).query("first")
+        parted = equivalence.by_layer(*both, test).query("first")
     except (ValueError, UnsupportedModelError) as error:  # of other widths, say, or without names
         return f"layer by layer they cannot be compared: {error}"
     return f"the first layer that parts: {parted.layer.iloc[0] if len(parted) else 'none; only the outputs differ'}"
@@ -88,8 +89,7 @@ def main() -> None:
     except click.ClickException as error:
         sys.exit(_refuse(error.format_message()))
     except Exception as error:
-        known = isinstance(error, PROBLEMS) or type(error).__name__ == "UnsupportedModelError"
-        if not known or "--traceback" in sys.argv:
+        if not isinstance(error, PROBLEMS) or "--traceback" in sys.argv:
             raise
         sys.exit(_refuse(str(error)))
 

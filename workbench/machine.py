@@ -1,10 +1,13 @@
 """What this computer is: the processor, its cores and number formats, memory, and the versions of what runs on it."""
 
+import functools
 import importlib.metadata
 import os
 import platform
 import re
 from pathlib import Path
+
+import psutil
 
 _FORMATS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
@@ -12,21 +15,35 @@ _FORMATS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf
 def hardware() -> dict[str, str | int | list[str]]:
     """Processor, cores this process may use, memory in GiB, and the number formats that decide int8 and bf16 speed."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     return {
         "processor": fields.get("model name", platform.processor() or platform.machine()),
         "cores": cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "formats": [name for name in _FORMATS if name in flags],
         "system": f"{platform.system()} {platform.release()}",
     }
 
 
+@functools.cache
+def _formats() -> frozenset[str]:
+    return frozenset(hardware()["formats"])
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; where it does not, bfloat16 is slower than float32."""
+    return bool({"avx512_bf16", "amx_bf16"} & _formats()) or platform.machine() in ("arm64", "aarch64")
+
+
+def sums_integers() -> bool:
+    """Whether the processor adds products of 8-bit integers without saturating at 16 bits (VNNI, AMX, Arm)."""
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & _formats()) or platform.machine() in ("arm64", "aarch64")
+
+
 def processors() -> list[int]:
     """The processors that this process may run on, by number."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(psutil.cpu_count() or 1))
 
 
 def cores() -> int:
@@ -34,15 +51,20 @@ def cores() -> int:
     return len(processors())
 
 
-def resident(field: str = "VmRSS") -> float:
-    """Memory of this process that lies in RAM, in MB: now ("VmRSS") or at most so far ("VmHWM").
+def resident() -> float:
+    """Memory of this process that lies in RAM now, in MB."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def peak() -> float:
+    """The most memory of this process that lay in RAM so far, in MB; of the process itself, not of what it was forked from.
 
     Raises RuntimeError on systems without /proc.
     """
     status = Path("/proc/self/status")
     if not status.exists():
-        raise RuntimeError("memory is read from /proc, which this system does not have")
-    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text()).group(1)) / 1e3
+        raise RuntimeError("peak memory is read from /proc, which this system does not have")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) / 1e3
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Dynamic batching: requests of one image each, gathered to a batch until it is full or the first has waited long enough.
+"""Dynamic batching: requests of one example each, gathered to a batch until it is full or the first has waited long enough.
 
 Source: the dynamic batcher of serving systems, as in Clipper, Crankshaw et al. 2017 (NSDI).
 """
@@ -8,16 +8,14 @@ import threading
 import time
 from concurrent.futures import Future
 
-import torch
-from torch import Tensor
-
+from workbench.batches import Inputs, joined, mapped
 from workbench.deployment import sessions
 
 
 class Batcher:
-    """Serves one model to many callers: `submit(image)` gives a Future of its output.
+    """Serves one model to many callers: `submit(example)` gives a Future of its output.
 
-    size: images a batch at most; 1 is no batching. deadline_ms: how long the first of a batch waits for others at most.
+    size: examples a batch at most; 1 is no batching. Shorter sentences are padded with zeros, their masks too. deadline_ms: how long the first of a batch waits for others at most.
     One thread runs the model, batch after batch. To be used in a `with` block, at whose end what waits is still served.
 
     Raises ValueError for a size below 1 or a negative deadline; what the model raises, each Future of the batch raises.
@@ -46,8 +44,9 @@ class Batcher:
             self._waiting.put(None)
         self._thread.join()
 
-    def submit(self, image: Tensor) -> Future:
-        """The Future of one image's output, float32 (...,); image: float32 (C, H, W). It may be cancelled while it waits.
+    def submit(self, example: Inputs) -> Future:
+        """The Future of one example's output, float32 (...,). example: inputs without the batch axis, such as float32 (C, H, W)
+        or {"input_ids": int64 (L,), ...}. It may be cancelled while it waits.
 
         Raises ValueError outside the `with` block.
         """
@@ -55,7 +54,7 @@ class Batcher:
         with self._lock:
             if not self._open:
                 raise ValueError("this batcher is closed; use it inside its with block")
-            self._waiting.put((image, answer))
+            self._waiting.put((mapped(lambda value: value[None], example), answer))
         return answer
 
     def _serve(self) -> None:
@@ -64,9 +63,9 @@ class Batcher:
             if first is None:
                 return
             batch, last = self._gather(first)
-            batch = [(image, answer) for image, answer in batch if answer.set_running_or_notify_cancel()]
+            batch = [(example, answer) for example, answer in batch if answer.set_running_or_notify_cancel()]
             try:
-                outputs = self.session(torch.stack([image for image, _ in batch])) if batch else ()
+                outputs = self.session(joined([example for example, _ in batch])) if batch else ()
                 for (_, answer), output in zip(batch, outputs, strict=True):
                     answer.set_result(output)
             except Exception as error:  # of any kind: it belongs to the callers, and the next batch may be well

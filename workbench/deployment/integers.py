@@ -13,20 +13,15 @@ two products at 16 bits, and then answer otherwise.
 """
 
 import copy
-import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from workbench.kernels import cuts, is_layer, passes
-from workbench.layers import UnsupportedModelError
-from workbench.quantizers import ActivationQuantizer, quantizers
-
-_ADDING = (operator.add, operator.iadd, torch.add, "add", "add_")
-_ENDS = {nn.ReLU: (0.0, float("inf")), F.relu: (0.0, float("inf")), torch.relu: (0.0, float("inf")), "relu": (0.0, float("inf")),
-         "relu_": (0.0, float("inf")), nn.ReLU6: (0.0, 6.0), F.relu6: (0.0, 6.0)}
+from workbench.errors import UnsupportedModelError
+from workbench.graph.kinds import adds, ends, is_idle, is_layer, passes
+from workbench.numbers.quantizers import ActivationQuantizer, quantizers
 
 
 def exact(model: nn.Module) -> fx.GraphModule:
@@ -45,7 +40,7 @@ def exact(model: nn.Module) -> fx.GraphModule:
     for node in list(new.graph.nodes):
         quantizer = modules.get(node.target) if node.op == "call_module" else None
         if not isinstance(quantizer, ActivationQuantizer):
-            grids |= {node: grids[node.args[0]]} if node.args and node.args[0] in grids and passes(node, modules) else {}
+            grids |= {node: grids[node.args[0]]} if node.args and node.args[0] in grids and passes(node) else {}
             continue
         kernel, inputs = _kernel(node.args[0], quantizer, modules, grids)
         if kernel:
@@ -64,18 +59,17 @@ def _kernel(node: fx.Node, out: ActivationQuantizer, modules: dict, grids: dict)
     """What computes the values behind `node` as integers, and of which nodes; None where no integer kernel does."""
     if node.op == "placeholder":
         return _Images(out), [node]
-    while cuts(node, modules) or (node.op == "call_module" and isinstance(modules[node.target], nn.Identity | nn.Dropout)):
-        kind = type(modules[node.target]) if node.op == "call_module" else node.target
-        low, high = _ENDS.get(kind, (float("inf"), 0.0))
-        least, most = ((limit - out.zero.item()) * out.scale.item() for limit in out.scheme.limits)
-        if cuts(node, modules) and (least < low - 1e-6 * out.scale.item() or most > high + 1e-3 * out.scale.item()):
-            return None, []  # the range goes beyond where it cuts: it is computed for itself
+    while ends(node) or is_idle(node, modules):
+        if ends(node):
+            low, high = ends(node)
+            least, most = ((limit - out.zero.item()) * out.scale.item() for limit in out.scheme.limits)
+            if least < low - 1e-6 * out.scale.item() or most > high + 1e-3 * out.scale.item():
+                return None, []  # the range goes beyond where it cuts: it is computed for itself
         node = node.args[0]
     if is_layer(node, modules) and node.args[0] in grids and _whole(modules[node.target]):
         return _Layer(modules[node.target], grids[node.args[0]], out), [node.args[0]]
-    pair = [part for part in node.args if part in grids] if node.op in ("call_function", "call_method") else []
-    if node.target in _ADDING and len(pair) == len(node.args) == 2 and not node.kwargs:
-        return _Sum(*(grids[part] for part in pair), out), pair
+    if adds(node) and all(part in grids for part in node.args) and not node.kwargs:
+        return _Sum(*(grids[part] for part in node.args), out), list(node.args)
     return None, []
 
 

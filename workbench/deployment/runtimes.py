@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from workbench.batches import Inputs, tensors
 from workbench.deployment import sessions
-from workbench.layers import UnsupportedModelError
+from workbench.errors import UnsupportedModelError
 
 PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino bfloat16": "openvino", "mnn": "MNN",
             "torch": "torch", "torch compiled": "torch", "torch bfloat16": "torch"}
@@ -78,11 +79,12 @@ class OpenVinoSession(sessions.Session):
         self.request = compiled.create_infer_request()
         super().__init__(self._run, name=name, threads=threads)
 
-    def _run(self, images: Tensor) -> np.ndarray:
-        return self.prepare(images)()
+    def _run(self, *inputs, **by_name) -> np.ndarray:
+        return self.prepare(by_name or inputs)()
 
-    def prepare(self, images: Tensor) -> Callable[[], np.ndarray]:
-        feed = np.ascontiguousarray(images.numpy())
+    def prepare(self, inputs: Inputs) -> Callable[[], np.ndarray]:
+        pairs = inputs.items() if isinstance(inputs, Mapping) else enumerate(tensors(inputs))
+        feed = {key: np.ascontiguousarray(value.numpy()) for key, value in pairs}
         return lambda: self.request.infer(feed, share_inputs=True)[0].copy()
 
 
@@ -111,6 +113,8 @@ class MnnSession(sessions.Session):
         return self.prepare(images)()
 
     def prepare(self, images: Tensor) -> Callable[[], np.ndarray]:
+        if not isinstance(images, Tensor):
+            raise ValueError("MNN is wrapped for one tensor here; open this file on another runtime")
         value = self.mnn.expr.placeholder(list(images.shape), self.mnn.expr.NCHW)
         value.write(np.ascontiguousarray(images.numpy()))
 
@@ -138,9 +142,9 @@ class Bfloat16Session(sessions.TorchSession):
         super().__init__(model, name=name, threads=threads)
         self.runtime = runtime
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, inputs: Inputs):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return super()._run(images)
+            return super()._run(inputs)
 
 
 def _compiler() -> str | None:

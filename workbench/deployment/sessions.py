@@ -1,55 +1,72 @@
-"""Any model as a callable with the same face: a torch module, an ONNX file, an ONNX Runtime session, a function."""
+"""Any model as a callable with the same face: a torch module, an ONNX file, an ONNX Runtime session, a function.
+
+Inputs are a tensor, a tuple or named tensors; a session answers with one tensor, or with all its outputs by name.
+"""
 
 import copy
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench import layers, machine
+from workbench import machine
+from workbench.batches import ANSWERS, Inputs, answer, call, check, count, named, outputs_by_name, tensors
+from workbench.deployment import nodes
+from workbench.errors import UnsupportedModelError, listed, reason
+from workbench.graph.layers import capture
 
 FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 DISABLED = "disabled_optimizers"  # in a file's metadata: what ONNX Runtime is not to do with it, by commas
-_PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity")  # nodes through which a weight keeps its name
 
 
 class Session:
-    """A model that maps a batch, float32 (n, C, H, W), to its output, float32 (n, ...), on a stated runtime.
+    """A model that maps a batch of n examples to its answer, float32 (n, ...), on a stated runtime.
 
-    Called, it checks the batch and returns a tensor. `prepare` separates what a timing must leave out.
+    Called, it checks the batch and returns the answer; `outputs` gives all outputs by name. `prepare` separates what a timing
+    must leave out.
     """
 
     runtime = "callable"
 
-    def __init__(self, function: Callable[[Tensor], Tensor], *, name: str, threads: int):
+    def __init__(self, function: Callable, *, name: str, threads: int):
         self.function, self.name, self.threads = function, name, threads
 
-    def prepare(self, images: Tensor) -> Callable[[], object]:
-        """A call without arguments that runs the model on `images`, already in the runtime's own layout."""
-        return lambda: self.function(images)
+    def prepare(self, inputs: Inputs) -> Callable[[], object]:
+        """A call without arguments that runs the model on `inputs`, already in the runtime's own layout."""
+        return lambda: call(self.function, inputs)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Output float32 (n, ...) of a batch. Raises ValueError where the model refuses the batch's shape or type."""
+    def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        """All outputs by name. Raises ValueError where the model refuses the batch."""
         try:
-            output = self.prepare(images)()
-        except (RuntimeError, ValueError, *_runtime_errors()) as error:
-            raise ValueError(f"{self.name} refuses a batch of shape {tuple(images.shape)} and type {images.dtype}: "
-                             f"{layers.reason(error)}") from error
-        if isinstance(output, np.ndarray):
-            output = torch.from_numpy(output)
-        if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
-            raise ValueError(f"{self.name} put out {getattr(output, 'shape', type(output).__name__)} for "
-                             f"{len(images)} images; expected a tensor (n, ...)")
-        return output.float()
+            check(inputs)
+            made = self.prepare(inputs)()
+        except (RuntimeError, ValueError, TypeError, IndexError, *_runtime_errors()) as error:
+            raise ValueError(self._refusal(inputs, error)) from error
+        return outputs_by_name(torch.from_numpy(made) if isinstance(made, np.ndarray) else made)
 
-    def activations(self, images: Tensor) -> dict[str, Tensor]:
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The answer, float32 (n, ...), to a batch. Raises ValueError where the model refuses the batch."""
+        made = self.outputs(inputs)
+        found = answer(made) if made else None
+        if found is None or found.shape[:1] != (count(inputs),):
+            raise ValueError(f"{self.name} put out {getattr(found, 'shape', 'no tensor')} for {count(inputs)} examples; expected "
+                             "a tensor (n, ...)")
+        return found.float()
+
+    def activations(self, inputs: Inputs) -> dict[str, Tensor]:
         """Each weighted layer's output, with the batch norm behind it, by name in order of execution."""
-        raise layers.UnsupportedModelError(f"{self.name}: a plain function shows no layers; give a module or an ONNX file")
+        raise UnsupportedModelError(f"{self.name}: a plain function shows no layers; give a module or an ONNX file")
+
+    def _refusal(self, inputs: Inputs, error: Exception) -> str:
+        """What is said where the runtime refuses a batch."""
+        shapes = ", ".join(f"{name}{tuple(value.shape)} of type {value.dtype}" for name, value in _labelled(inputs).items())
+        shape = f"a batch of shape {shapes}" if isinstance(inputs, Tensor) else f"the inputs {shapes}"
+        return f"{self.name} refuses {shape}: {reason(error)}"
 
 
 class TorchSession(Session):
@@ -61,27 +78,43 @@ class TorchSession(Session):
         if any(module.training for module in model.modules()):
             model = copy.deepcopy(model).eval()
         self.model = model
-        super().__init__(self._run, name=name, threads=threads)
+        super().__init__(model, name=name, threads=threads)
 
-    def _run(self, images: Tensor) -> Tensor:
+    def prepare(self, inputs: Inputs) -> Callable[[], object]:
+        return lambda: self._run(inputs)
+
+    def _run(self, inputs: Inputs):
         before = torch.get_num_threads()
         if before != self.threads:
             torch.set_num_threads(self.threads)
         try:
             with torch.inference_mode():
-                return self.model(images)
+                return call(self.model, inputs)
         finally:
             if before != self.threads:
                 torch.set_num_threads(before)
 
-    def activations(self, images: Tensor) -> dict[str, Tensor]:
-        with layers.capture(self.model) as outputs:
-            self(images)
+    def activations(self, inputs: Inputs) -> dict[str, Tensor]:
+        with capture(self.model) as outputs:
+            self(inputs)
         return dict(outputs)
+
+    def _refusal(self, inputs: Inputs, error: Exception) -> str:
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        if isinstance(error, IndexError) and tables:
+            largest = max(int(value.max()) for value in tensors(inputs) if not value.is_floating_point() and value.numel())
+            rows = max(table.num_embeddings for table in tables)
+            return (f"{self.name} refuses the inputs: the largest id is {largest}, its vocabulary has {rows} entries; use the "
+                    "model's own tokenizer")
+        try:
+            named(self.model, inputs)
+        except ValueError as wrong:
+            return f"{self.name} refuses the inputs: {wrong}"
+        return super()._refusal(inputs, error)
 
 
 class OnnxSession(Session):
-    """An ONNX file on ONNX Runtime's CPU provider.
+    """An ONNX file on ONNX Runtime's CPU provider; inputs go in by name, a tensor or tuple in the file's order.
 
     Its threads stop spinning as soon as a run ends (session.force_spinning_stop); otherwise two sessions side by side
     starve each other.
@@ -95,32 +128,85 @@ class OnnxSession(Session):
         if isinstance(source, onnxruntime.InferenceSession):  # opened elsewhere: it keeps its own threads
             threads = source.get_session_options().intra_op_num_threads or machine.cores()
         else:
-            source = _open_onnx(source, name, threads, fusion)
+            source = open_file(source, name, threads, fusion)
         self.session = source
-        self.input_name = source.get_inputs()[0].name
+        self.inputs = {value.name: value for value in source.get_inputs()}
+        self.output_names = [value.name for value in source.get_outputs()]
         self._watched: tuple[onnxruntime.InferenceSession, dict[str, str]] | None = None
-        super().__init__(self._run, name=name, threads=threads)
+        super().__init__(self.session.run, name=name, threads=threads)
 
-    def _run(self, images: Tensor) -> np.ndarray:
-        return self.prepare(images)()
+    def feed(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """The inputs as ONNX Runtime wants them. Raises ValueError for a name that the file lacks, or one that is missing."""
+        if isinstance(inputs, Mapping):
+            odd = [name for name in (*inputs, *self.inputs) if name not in self.inputs or name not in inputs]
+            if odd:
+                lacks = "is missing" if odd[0] in self.inputs else "is not among its inputs"
+                raise ValueError(f"input {odd[0]!r} {lacks}; it takes {listed(self.inputs)}")
+            pairs = inputs.items()
+        else:
+            values = tensors(inputs)
+            if len(values) != len(self.inputs):
+                raise ValueError(f"it takes {len(self.inputs)} inputs ({listed(self.inputs)}), found {len(values)}")
+            pairs = zip(self.inputs, values, strict=True)
+        return {name: np.ascontiguousarray(value.numpy()) for name, value in pairs}
 
-    def prepare(self, images: Tensor) -> Callable[[], np.ndarray]:
-        feed = {self.input_name: np.ascontiguousarray(images.numpy())}
-        return lambda: self.session.run(None, feed)[0]
+    def prepare(self, inputs: Inputs) -> Callable[[], np.ndarray]:
+        feed = self.feed(inputs)
+        first = next((name for name in ANSWERS if name in self.output_names), self.output_names[0])
+        return lambda: self.session.run([first], feed)[0]
 
-    def activations(self, images: Tensor) -> dict[str, Tensor]:
+    def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        try:
+            check(inputs)
+            made = self.session.run(None, self.feed(inputs))
+        except (RuntimeError, ValueError, *_runtime_errors()) as error:
+            raise ValueError(self._refusal(inputs, error)) from error
+        return {name: torch.from_numpy(value) for name, value in zip(self.output_names, made, strict=True)}
+
+    def activations(self, inputs: Inputs) -> dict[str, Tensor]:
         if self._watched is None:
             self._watched = self._watch()
         session, values = self._watched
-        found = session.run(list(values.values()), {self.input_name: np.ascontiguousarray(images.numpy())})
+        found = session.run(list(values.values()), self.feed(inputs))
         return {layer: torch.from_numpy(value) for layer, value in zip(values, found, strict=True)}
 
     def _watch(self):
         path = self.session._model_path
         if not path:
-            raise layers.UnsupportedModelError(f"{self.name}: a session made from bytes shows no layers; open its file")
-        model, values = _with_layer_outputs(path)
-        return _open_onnx(model.SerializeToString(), self.name, self.threads), values
+            raise UnsupportedModelError(f"{self.name}: a session made from bytes shows no layers; open its file")
+        model, values = nodes.with_layer_outputs(path)
+        return open_file(model.SerializeToString(), self.name, self.threads), values
+
+
+class Stateful:
+    """A session whose state is fed back: called with a step's inputs, it gives the answer and keeps the state for the next.
+
+    state: which output goes into which input, such as {"hidden_out": "hidden"}, or "present.0.key": "past.0.key". start: the
+    state before the first step, by input name.
+
+    Raises ValueError for names that the model lacks.
+
+    Example: `stream = sessions.Stateful("gru.onnx", {"new_state": "state"}, start={"state": torch.zeros(1, 64)}); stream(frame)`
+    """
+
+    def __init__(self, model, state: Mapping[str, str], *, start: Mapping[str, Tensor], threads: int | None = None):
+        self.session, self.state, self.start = open(model, threads=threads), dict(state), dict(start)
+        missing = [name for name in self.state.values() if name not in self.start]
+        if missing:
+            raise ValueError(f"stateful: no start is given for {missing[0]!r}; there are {listed(self.start)}")
+        self.now = dict(self.start)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        made = self.session.outputs({**inputs, **self.now})
+        unknown = [name for name in self.state if name not in made]
+        if unknown:
+            raise ValueError(f"{self.session.name} has no output {unknown[0]!r} to feed back; it has {listed(made)}")
+        self.now |= {name: made[output] for output, name in self.state.items()}
+        return answer({name: value for name, value in made.items() if name not in self.state}).float()
+
+    def reset(self) -> None:
+        """Begin again from the start state."""
+        self.now = dict(self.start)
 
 
 def open(source, *, threads: int | None = None, name: str | None = None, fusion: str = "all") -> Session:  # noqa: A001  (reads sessions.open)
@@ -152,47 +238,13 @@ def open(source, *, threads: int | None = None, name: str | None = None, fusion:
     raise TypeError(f"{source!r} is no model; expected a module, an ONNX file, an ONNX Runtime session or a function")
 
 
-def _with_layer_outputs(path: str) -> tuple:
-    """The model of an ONNX file with every weighted layer's value among its outputs, and those values by layer name.
-
-    A layer is a Conv, ConvTranspose, Gemm or MatMul node whose weight is a stored tensor called "LAYER.weight"; where
-    a BatchNormalization directly follows, its output is the one that counts.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    values: dict[str, str] = {}
-    for layer, node, behind in _layers_of(model, path):
-        normed = len(behind) == 1 and behind[0].op_type == "BatchNormalization"
-        values[layer] = (behind[0] if normed else node).output[0]
-    present = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
-    return model, values
-
-
-def _layers_of(model, path: str) -> list[tuple]:
-    """Name, node and readers of each weighted layer of an ONNX model. Raises UnsupportedModelError where none has a name."""
-    made_by = {value: node for node in model.graph.node for value in node.output}
-    stored = {tensor.name for tensor in model.graph.initializer}
-    readers: dict[str, list] = {}
-    for node in model.graph.node:
-        for value in node.input:
-            readers.setdefault(value, []).append(node)
-    named = [(_layer_name(node, made_by, stored), node, readers.get(node.output[0], []))
-             for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
-    found = [entry for entry in named if entry[0]]
-    if not found:
-        raise layers.UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its layers have no names")
-    return found
-
-
-def times(path: Path | str, images: Tensor, *, threads: int, runs: int) -> dict[str, float]:
+def times(path: Path | str, inputs: Inputs, *, threads: int, runs: int) -> dict[str, float]:
     """Milliseconds of each weighted layer in ONNX Runtime's own profile, by name, with the ReLU that its kernel computes;
     under "" all that is no layer's. The sum over a layer's nodes of their medians over `runs`, behind five that warm up."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        session = _open_onnx(_with_layer_names(str(path)).SerializeToString(), str(path), threads, profile=f"{folder}/run")
-        feed = {session.get_inputs()[0].name: np.ascontiguousarray(images.numpy())}
+        session = open_file(nodes.with_layer_names(str(path)).SerializeToString(), str(path), threads, profile=f"{folder}/run")
+        feed = OnnxSession(session, name=str(path), threads=threads).feed(inputs)
         for _ in range(5 + runs):
             session.run(None, feed)
         for event in json.loads(Path(session.end_profiling()).read_text()):
@@ -206,33 +258,8 @@ def times(path: Path | str, images: Tensor, *, threads: int, runs: int) -> dict[
     return total
 
 
-def _with_layer_names(path: str):
-    """The model of an ONNX file in which "layer=NAME=" stands in the names of each layer's node and of what it and the ReLU
-    behind it put out: the runtime names its own nodes after either."""
-    import onnx
-
-    model = onnx.load(path)
-    fixed, new = {output.name for output in model.graph.output}, {}
-    for layer, node, behind in _layers_of(model, path):
-        chain = [node, *(behind if len(behind) == 1 and behind[0].op_type in ("Relu", "Clip") else [])]
-        for k, link in enumerate(chain):
-            link.name = f"layer={layer}={k}"
-            new |= {link.output[0]: link.name} if link.output[0] not in fixed else {}
-    for node in model.graph.node:
-        for names in (node.input, node.output):
-            names[:] = [new.get(name, name) for name in names]
-    return model
-
-
-def _layer_name(node, made_by: dict, stored: set[str]) -> str | None:
-    value = node.input[1]
-    while value in made_by and made_by[value].op_type in _PASSED_ON:
-        value = made_by[value].input[0]
-    layer, _, kind = value.rpartition(".")
-    return layer if value in stored and kind.startswith("weight") else None
-
-
-def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all", profile: str | None = None):
+def open_file(source: Path | bytes, name: str, threads: int, fusion: str = "all", profile: str | None = None):
+    """An ONNX Runtime session of a file or of its bytes, its time profiled into files that begin with `profile`."""
     import onnxruntime
 
     if isinstance(source, Path) and not source.exists():
@@ -242,6 +269,8 @@ def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, FUSIONS[fusion])
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not machine.sums_integers():  # else sums of two products of 8 bits saturate at 16
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     try:
@@ -253,11 +282,18 @@ def _open_onnx(source: Path | bytes, name: str, threads: int, fusion: str = "all
                                                    disabled_optimizers=disabled.split(","))
         return session
     except _runtime_errors() as error:
-        reason = re.sub(r"/onnxruntime_src.*\) ", "", layers.reason(error))  # without its C++ signature
-        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({reason}); export it again") from error
+        said = re.sub(r"/onnxruntime_src.*\) ", "", reason(error))  # without its C++ signature
+        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({said}); export it again") from error
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.NoSuchFile
+
+
+def _labelled(inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs for a message: by name, or with their place."""
+    if isinstance(inputs, Tensor):
+        return {"": inputs}
+    return dict(inputs) if isinstance(inputs, Mapping) else {f"{place}: ": value for place, value in enumerate(inputs)}

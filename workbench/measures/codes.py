@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench.coding import coded_bytes, entropy
+from workbench.numbers.coding import coded_bytes, entropy
 
 
 def usage(codes: Mapping[str, Tensor], size: int) -> pd.DataFrame:

@@ -4,7 +4,7 @@ A unit is a layer with the batch norm and the activation quantiser behind it. A 
 bits brings its weights nearer to what they were before rounding, or its own output, on the reference's inputs, nearer to
 the reference's: by image, paired. With z the reference's
 logits and z_l those of the reference in which unit l alone is as the candidate has it, the effect of a unit is the mean
-over images of |z_l - z|^2 / |z|^2, and its blame is what of that goes with the repair. What a unit without a fault costs
+over examples of |z_l - z|^2 / |z|^2, and its blame is the part of that which the repair removes. What a unit without a fault costs
 is the price of its bits.
 """
 
@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.layers import Stepper, UnsupportedModelError, evaluating, named
+from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.errors import UnsupportedModelError, listed
+from workbench.graph.kinds import is_layer
+from workbench.graph.layers import evaluating, named
+from workbench.graph.tracing import Runner
+from workbench.graph.units import Unit, units
 from workbench.measures import equivalence
 from workbench.measures.accuracy import finite
 from workbench.measures.sensitivity import Branching
-from workbench.measures.units import Unit, units
-from workbench.quantizers import Histogram, WeightQuantizer
+from workbench.numbers.histograms import Histogram
+from workbench.numbers.quantizers import WeightQuantizer
 
 REPAIRS = {  # cause: what to try
     "weight scale off": "fit the scale of its weights anew",
@@ -31,7 +36,7 @@ REPAIRS = {  # cause: what to try
     "activation range off": "calibrate its range anew (quantization.calibrate)",
     "stale batch norm": "take its statistics anew (reparameterization.reestimate_batchnorm)",
     "weights changed": "put the reference's weights back, or train it",
-    "few bits for its weights": "more bits for it, or rounding.adaround",
+    "few bits for its weights": "more bits for it, or rounding.descend",
     "few bits for its activations": "more bits for it, or another calibrator",
     "none": "leave it",
 }
@@ -65,10 +70,10 @@ class Diagnosis:
         return new
 
 
-def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> Diagnosis:
+def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch]) -> Diagnosis:
     """The layers of `candidate` in order of blame, with the likely cause of each and the repair to try.
 
-    batches: (images, labels) pairs, labels not looked at; a hundred images or more. Columns of the table: layer, blame and
+    batches: targets are not looked at; a hundred examples or more. Columns of the table: layer, blame and
     effect (fractions of the logits' energy), flips (share of images whose answer changes by this layer alone),
     own_sqnr_db (of the unit's output on the reference's inputs) and passed_sqnr_db (of the layer's output where the
     candidate runs by itself, so with what came before), weight_max, outlier (weight_max over the weights' rms),
@@ -77,16 +82,15 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> D
     order of blame, then the rest in order of effect. `unexplained`: the candidate's error in the logits less the sum of
     the effects, as a share of it; large where the fault lies outside the layers, in a joint's range say.
 
-    Raises ValueError where there are no images or NaN appears, UnsupportedModelError where the two have not the same
+    Raises ValueError where there are no examples or NaN appears, UnsupportedModelError where the two have not the same
     layers and shapes or cannot be traced.
 
     Example: `diagnosis.diagnose(folded, quantised, task.validation.subset(200).batches(50)).table`
     """
-    batches = [finite(images, "images") for images, _ in batches]
+    batches = [finite(inputs, "inputs") for inputs, _ in batches]
     if not batches:
-        raise ValueError("the diagnosis saw no images; give at least one batch")
-    before = Stepper(reference, remedy="write its forward without branches on values")
-    after = Stepper(candidate, remedy="write its forward without branches on values")
+        raise ValueError("the diagnosis saw no examples; give at least one batch")
+    before, after = Runner(reference, batches[0]), Runner(candidate, batches[0])
     found, originals = units(after), units(before)
     if list(found) != list(originals):
         odd = next(iter([name for name in originals if name not in found] or [name for name in found if name not in originals]),
@@ -94,12 +98,12 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> D
         raise UnsupportedModelError(f"reference and candidate differ in their layers ({odd}); give the model that was compressed")
     findings = {name: _Finding(name, originals[name], unit) for name, unit in found.items()}
     with evaluating(reference), evaluating(candidate):
-        for images in files.progress(batches, title="diagnosis: units", unit="batch"):
-            values: dict = {}
+        for inputs in files.progress(batches, title="diagnosis: units", unit="batch"):
+            values, feed = {}, before.feed(inputs)
             for i, node in enumerate(before.nodes[:-1]):
-                if node.op == "call_module" and node.target in findings:
+                if is_layer(node, before.modules):
                     findings[node.target].see(values[node.args[0]])
-                before.step(i, values, images)
+                before.step(i, values, feed)
     tries = {name: finding.repairs() for name, finding in findings.items()}
     trials = [(name, cause, _in_reference(unit, originals[name])) for name, finding in findings.items()
               for cause, unit in ({"": finding.unit} | tries[name]).items()]
@@ -124,7 +128,7 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable) -> D
                      {name: repairs[name] for name in table.layer if name in repairs})
 
 
-def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches: Iterable = ()) -> nn.Module:
+def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = None, by: float = 8.0, batches: Iterable[Batch] = ()) -> nn.Module:
     """A copy of a quantised `model` with a fault in `layer`, to see whether the doctor finds it.
 
     fault "scale": the scale of its weights times `by`; "range": that of its activations; "per_tensor": one scale for all
@@ -136,9 +140,9 @@ def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches:
         raise ValueError(f"unknown fault {fault!r}; expected one of {', '.join(FAULTS)}")
     new = copy.deepcopy(model).eval()
     named(new, layer)
-    found = units(Stepper(new, remedy="quantise a model that can be traced"))
+    found = units(Runner(new, example))
     if layer not in found:
-        raise ValueError(f"layer {layer!r} is not one layer's name; the layers are {', '.join(list(found)[:6])}, ...")
+        raise ValueError(f"layer {layer!r} is not one layer's name; the layers are {listed(found)}")
     unit = found[layer]
     part = {"scale": unit.weights, "per_tensor": unit.weights, "range": unit.quantizer, "stale_norm": unit.norm}[fault]
     if part is None or (fault == "scale" and not hasattr(part, "scale")):
@@ -148,15 +152,15 @@ def plant(model: nn.Module, layer: str, fault: str, *, by: float = 8.0, batches:
     elif fault == "per_tensor":
         unit.requantize(replace(part.scheme, granularity="tensor"))
     else:
-        inputs: list[Tensor] = []
-        handle = part.register_forward_hook(lambda _module, arguments, _output: inputs.append(arguments[0]))
+        seen: list[Tensor] = []
+        handle = part.register_forward_hook(lambda _module, arguments, _output: seen.append(arguments[0]))
         with evaluating(new):
-            for images, _ in batches:
-                new(images)
+            for inputs, _ in batches:
+                call(new, inputs)
         handle.remove()
-        if not inputs:
+        if not seen:
             raise ValueError("stale_norm needs batches to take the statistics of; give at least one")
-        values = torch.cat(inputs).transpose(0, 1).flatten(1)
+        values = torch.cat(seen).transpose(0, 1).flatten(1)
         part.running_mean, part.running_var = values.mean(1).clone(), values.var(1).clone()
     return new
 
@@ -263,15 +267,15 @@ class _Finding:
         return ((mean - norm.running_mean).abs() / std).mean().item(), ((var + norm.eps).sqrt() / std).log().abs().mean().item()
 
 
-def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Tensor]) -> dict[str, dict[str, float]]:
+def _helped(before: Runner, findings: Mapping, tries: Mapping, batches: list[Inputs]) -> dict[str, dict[str, float]]:
     """Per unit and repair: the share of its own error that goes, or 0 where that is not sure over the images."""
     helped = {name: {cause: _nearer(findings[name].unit, unit) for cause, unit in found.items() if cause in OF_WEIGHTS}
               for name, found in tries.items()}
     gains: dict[tuple[str, str], list[Tensor]] = {
         (name, cause): [] for name, found in tries.items() for cause in found if cause not in OF_WEIGHTS}
     energy = dict.fromkeys(gains, 0.0)
-    for images in batches if gains else ():
-        values: dict = {}
+    for batch in batches if gains else ():
+        values, feed = {}, before.feed(batch)
         for i, node in enumerate(before.nodes[:-1]):
             for cause, unit in tries.get(node.target, {}).items() if node.op == "call_module" else ():
                 if cause in OF_WEIGHTS:
@@ -282,7 +286,7 @@ def _helped(before: Stepper, findings: Mapping, tries: Mapping, batches: list[Te
                             for part in (findings[node.target].unit, unit))
                 gains[node.target, cause].append(old - new)
                 energy[node.target, cause] += old.sum().item()
-            before.step(i, values, images)
+            before.step(i, values, feed)
     for (name, cause), parts in gains.items():
         gain = torch.cat(parts)
         sure = gain.mean() > SURE * gain.std() / len(gain) ** 0.5
@@ -304,21 +308,21 @@ def _in_reference(unit: Unit, original: Unit) -> dict[str, nn.Module]:
     return modules | ({original.names[1]: nn.Identity()} if original.names[1] else {})
 
 
-def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: list[Tensor]):
-    """Per trial the error of the logits by image (N,), per layer the share of answers it changes, the candidate's error."""
-    run = Branching(reference)
+def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: list[Inputs]):
+    """Per trial the error of the logits by example (N,), per layer the share of answers it changes, the candidate's error."""
+    run = Branching(reference, batches[0])
     errors: dict[tuple[str, str], list[Tensor]] = {(name, cause): [] for name, cause, _ in trials}
-    flips, whole, count = dict.fromkeys((name for name, _, _ in trials), 0), 0.0, 0
-    for images in files.progress(batches, title="diagnosis: effects", unit="batch"):
-        logits, changed = run(images, [modules for *_, modules in trials])
+    flips, whole, seen = dict.fromkeys((name for name, _, _ in trials), 0), 0.0, 0
+    for batch in files.progress(batches, title="diagnosis: effects", unit="batch"):
+        logits, changed = run(batch, [modules for *_, modules in trials])
         energy = logits.flatten(1).pow(2).sum(1).clamp_min(1e-30)
         for (name, cause, _), found in zip(trials, changed, strict=True):
             errors[name, cause].append((found - logits).flatten(1).pow(2).sum(1) / energy)
             flips[name] += 0 if cause else int((found.flatten(1).argmax(1) != logits.flatten(1).argmax(1)).sum())
-        whole += ((candidate(images) - logits).flatten(1).pow(2).sum(1) / energy).sum().item()
-        count += len(images)
+        whole += ((answer(call(candidate, batch)) - logits).flatten(1).pow(2).sum(1) / energy).sum().item()
+        seen += count(batch)
     return ({key: torch.cat(parts) for key, parts in errors.items()},
-            {name: value / count for name, value in flips.items()}, whole / count)
+            {name: value / seen for name, value in flips.items()}, whole / seen)
 
 
 def _ratio(new: Tensor, old: Tensor) -> float:

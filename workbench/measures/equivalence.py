@@ -1,20 +1,22 @@
 """Do two models compute the same? One verdict over many images, and the first layer at which they part.
 
-For the outputs a, b (flattened) of one image: cosine = a.b / (|a| |b|); L2 = |a - b|, in units of the outputs (logits);
-agreement = 1 where argmax a = argmax b. SQNR = 10 log10(sum a^2 / sum (a - b)^2), in dB.
+For the outputs a, b (flattened) of one example: cosine = a.b / (|a| |b|); L2 = |a - b|, in units of the outputs (logits);
+agreement = 1 where argmax a = argmax b, at every token that an attention mask keeps. SQNR = 10 log10(sum a^2 / sum (a - b)^2), in dB.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workbench import files
+from workbench.batches import Inputs, count, joined, mapped, rows
 from workbench.deployment import sessions
-from workbench.layers import UnsupportedModelError
+from workbench.errors import UnsupportedModelError
 from workbench.measures.accuracy import finite
 
 
@@ -42,9 +44,9 @@ class Equivalence:
     def checks(self) -> list[dict]:
         """Each figure that has a limit: name, value, limit, passed."""
         return [
-            {"name": "cosine, least of any image", "value": self.cosine_min, "limit": f">= {self.limits.cosine}",
+            {"name": "cosine, least of any example", "value": self.cosine_min, "limit": f">= {self.limits.cosine}",
              "passed": self.cosine_min >= self.limits.cosine},
-            {"name": "L2 of the outputs, largest of any image", "value": self.l2_max, "limit": f"<= {self.limits.l2}",
+            {"name": "L2 of the outputs, largest of any example", "value": self.l2_max, "limit": f"<= {self.limits.l2}",
              "passed": self.l2_max <= self.limits.l2},
             {"name": "top-1 agreement", "value": self.agreement, "limit": f">= {self.limits.agreement}",
              "passed": self.agreement >= self.limits.agreement},
@@ -64,20 +66,22 @@ class Equivalence:
 def compare(reference, candidate, inputs, *, limits: Limits | None = None, batch_size: int = 256) -> Equivalence:
     """The verdict on two models (anything that sessions.open takes) over `inputs`, batch by batch.
 
-    inputs: a Split, a tensor (N, C, H, W), or an iterable of batches; nothing but sums is kept of them.
+    inputs: a Split, inputs with the examples along axis 0, or an iterable of batches; nothing but sums is kept of them.
 
     Raises ValueError where there are no inputs, the outputs differ in shape, or NaN appears.
 
     Example: `equivalence.compare(model, "model.onnx", task.test).passed`
     """
-    cosines, distances, agreed, n, least, most = 0.0, 0.0, 0, 0, float("inf"), 0.0
-    for images, *outputs in _pairs(reference, candidate, inputs, batch_size):
-        a, b = (output.double() for output in outputs)
-        cosine, distance = _cosine(a, b), (a - b).norm(dim=1)
-        cosines, distances = cosines + cosine.sum().item(), distances + distance.sum().item()
+    sums, n, least, most = torch.zeros(3, dtype=torch.float64), 0, float("inf"), 0.0
+    for _, a, b in _pairs(reference, candidate, inputs, batch_size):
+        agreed = (a.argmax(-1) == b.argmax(-1)).flatten(1).all(1) if a.dim() == 3 else \
+            a.flatten(1).argmax(1) == b.flatten(1).argmax(1)
+        cosine, distance = _near(a.flatten(1), b.flatten(1))
+        sums += torch.stack([cosine.sum(), distance.sum(), agreed.sum()])
         least, most = min(least, cosine.min().item()), max(most, distance.max().item())
-        agreed, n = agreed + int((a.argmax(1) == b.argmax(1)).sum()), n + len(images)
-    return Equivalence(cosines / n, least, distances / n, most, agreed / n, n, limits or Limits())
+        n += len(a)
+    cosines, distances, agreed = (sums / n).tolist()
+    return Equivalence(cosines, least, distances, most, agreed, n, limits or Limits())
 
 
 def by_layer(reference, candidate, inputs, *, limit: float = 0.995, batch_size: int = 64) -> pd.DataFrame:
@@ -92,8 +96,8 @@ def by_layer(reference, candidate, inputs, *, limit: float = 0.995, batch_size: 
     """
     one, other = sessions.open(reference), sessions.open(candidate)
     sums: dict[str, Tensor] = {}
-    for images in _batches(inputs, batch_size, f"layers of {other.name}"):
-        before, after = one.activations(images), other.activations(images)
+    for batch in _batches(inputs, batch_size, f"layers of {other.name}"):
+        before, after = one.activations(batch), other.activations(batch)
         common = [name for name in before if name in after]
         if not common:
             raise UnsupportedModelError(f"{one.name} and {other.name} have no layer name in common "
@@ -101,8 +105,8 @@ def by_layer(reference, candidate, inputs, *, limit: float = 0.995, batch_size: 
         for name in common:
             a, b = before[name].flatten(1).double(), after[name].flatten(1).double()
             if a.shape != b.shape:
-                raise ValueError(f"layer {name}: {one.name} puts out {a.shape[1]} numbers an image, {other.name} {b.shape[1]}")
-            new = torch.stack([_cosine(a, b).sum(), (a**2).sum(), ((a - b) ** 2).sum(), torch.tensor(float(len(a)))])
+                raise ValueError(f"layer {name}: {one.name} puts out {a.shape[1]} numbers an example, {other.name} {b.shape[1]}")
+            new = torch.stack([_near(a, b)[0].sum(), (a**2).sum(), ((a - b) ** 2).sum(), torch.tensor(float(len(a)))])
             sums[name] = sums.get(name, 0) + new
     rows = [{"layer": name, "cosine": (cosine / n).item(), "sqnr_db": (10 * torch.log10(power / error)).item()}
             for name, (cosine, power, error, n) in sums.items()]
@@ -112,13 +116,39 @@ def by_layer(reference, candidate, inputs, *, limit: float = 0.995, batch_size: 
     return frame
 
 
+def batch_proof(model, sentences: Iterable[Inputs], *, batches: Sequence[int] = (1, 8, 32),
+                padding: Sequence[int] = (0, 16, 64)) -> pd.DataFrame:
+    """Does an answer depend on what else is in the batch? One row per size of batch and padding: batch, padding, cosine_min,
+    agreement, n, each against the answer to the sentence alone and without padding.
+
+    sentences: inputs of one sentence each, named tensors (1, L), zeros being padding. padding: tokens more than the longest of a
+    batch needs. Raises ValueError where there are no sentences.
+
+    Example: `equivalence.batch_proof("int8.onnx", [task.test.batch(torch.tensor([k])).inputs for k in range(64)])`
+    """
+    session, sentences = sessions.open(model), list(sentences)
+    if not sentences:
+        raise ValueError("batch_proof: there are no sentences")
+    alone = torch.cat([session(sentence).flatten(1) for sentence in sentences])
+    lines = []
+    for size in batches:
+        for more in padding:
+            parts = [mapped(lambda value, more=more: F.pad(value, (0, more)), joined(sentences[start:start + size]))
+                     for start in range(0, len(sentences), size)]
+            found = torch.cat([session(part).flatten(1) for part in files.progress(parts, title="batches", unit="batch")])
+            cosine, _ = _near(alone, found)
+            lines.append({"batch": size, "padding": more, "cosine_min": cosine.min().item(),
+                          "agreement": (alone.argmax(1) == found.argmax(1)).double().mean().item(), "n": len(sentences)})
+    return pd.DataFrame(lines)
+
+
 def shifts(reference, candidate, inputs, *, batch_size: int = 256) -> Tensor:
-    """The largest change of an output, image by image, float32 (N,). Raises as `compare` does."""
-    return torch.cat([(a - b).abs().amax(1) for _, a, b in _pairs(reference, candidate, inputs, batch_size)])
+    """The largest change of an output, example by example, float32 (N,). Raises as `compare` does."""
+    return torch.cat([(a - b).abs().flatten(1).amax(1) for _, a, b in _pairs(reference, candidate, inputs, batch_size)])
 
 
 def disagreements(reference, candidate, inputs, *, limit: float, batch_size: int = 256) -> pd.DataFrame:
-    """One row per image to which the two give different answers: image (its place), reference and candidate (classes),
+    """One row per example to which the two give different answers: image (its place), reference and candidate (classes),
     margin, moved, limit, explained, layer.
 
     margin: between the reference's two best outputs; moved: the largest change of an output. limit: how far one output may
@@ -130,51 +160,65 @@ def disagreements(reference, candidate, inputs, *, limit: float, batch_size: int
     """
     if not limit > 0:
         raise ValueError(f"limit is {limit}, expected more than 0")
-    rows, seen = [], 0
-    for images, a, b in _pairs(reference, candidate, inputs, batch_size):
+    lines, seen = [], 0
+    for batch, a, b in _pairs(reference, candidate, inputs, batch_size):
+        a, b = a.flatten(1), b.flatten(1)
         best = a.topk(min(2, a.shape[1])).values
         for i in (a.argmax(1) != b.argmax(1)).nonzero()[:, 0].tolist():
             moved, layer = float((a[i] - b[i]).abs().max()), ""
             if moved > limit:
                 with contextlib.suppress(UnsupportedModelError):
-                    frame = by_layer(reference, candidate, images[i:i + 1])
+                    frame = by_layer(reference, candidate, [rows(batch, slice(i, i + 1))])
                     layer = str(frame.layer[frame.sqnr_db.idxmin()])
-            rows.append({"image": seen + i, "reference": int(a[i].argmax()), "candidate": int(b[i].argmax()),
+            lines.append({"image": seen + i, "reference": int(a[i].argmax()), "candidate": int(b[i].argmax()),
                          "margin": float(best[i, 0] - best[i, -1]), "moved": moved, "limit": limit,
                          "explained": moved <= limit, "layer": layer})
-        seen += len(images)
-    return pd.DataFrame(rows, columns=["image", "reference", "candidate", "margin", "moved", "limit", "explained", "layer"])
+        seen += len(a)
+    return pd.DataFrame(lines, columns=["image", "reference", "candidate", "margin", "moved", "limit", "explained", "layer"])
 
 
-def _pairs(reference, candidate, inputs, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of images with the outputs of both, float32 (n, d)."""
+def _pairs(reference, candidate, inputs, size: int) -> Iterator[tuple[Inputs, Tensor, Tensor]]:
+    """Batches with the answers of both, float32 (n, ...), those of masked tokens zero."""
     first, second = sessions.open(reference), sessions.open(candidate)
-    for images in _batches(inputs, size, f"{first.name} against {second.name}"):
-        a, b = (finite(session(images), f"outputs of {session.name}").flatten(1) for session in (first, second))
+    for batch in _batches(inputs, size, f"{first.name} against {second.name}"):
+        a, b = (finite(session(batch), f"outputs of {session.name}") for session in (first, second))
         if a.shape != b.shape:
-            raise ValueError(f"{first.name} puts out {a.shape[1]} numbers an image, {second.name} {b.shape[1]}")
-        yield images, a, b
+            raise ValueError(f"{first.name} puts out {a[0].numel()} numbers an example, {second.name} {b[0].numel()}")
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if mask is not None and a.dim() == 3 and mask.shape == a.shape[:2]:
+            a, b = (values * mask[..., None] for values in (a, b))
+        yield batch, a, b
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:  # (n, d), (n, d) -> (n,); two zero vectors are the same
-    scale = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(scale > 0, (a * b).sum(1) / scale.clamp_min(1e-300), (a == b).all(1).double()).clamp(-1, 1)
+def _near(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and distance, float64 (n,) each, of rows (n, d); two rows of zeros are the same.
+
+    From three products accumulated in float64; the distance from the difference itself, which products would lose.
+    """
+    apart = (a - b).double()
+    a, b = a.double(), b.double()
+    product, scale = (a * b).sum(1), (a.square().sum(1) * b.square().sum(1)).sqrt()
+    cosine = torch.where(scale > 0, product / scale.clamp_min(1e-300), (a == b).all(1).double()).clamp(-1, 1)
+    return cosine, apart.square().sum(1).sqrt()
 
 
-def _batches(inputs, size: int, title: str) -> Iterator[Tensor]:
-    count = len(inputs) if hasattr(inputs, "__len__") else None
+def _batches(inputs, size: int, title: str) -> Iterator[Inputs]:
+    """The inputs in batches, each looked through for NaN; of a Split, an input with its examples along axis 0, or as they come."""
+    total = len(inputs) if hasattr(inputs, "batches") else None
     if hasattr(inputs, "batches"):
-        batches: Iterable = (images for images, _ in inputs.batches(size))
-    elif isinstance(inputs, Tensor):
-        batches = inputs.split(size)
+        batches: Iterable = (batch for batch, _ in inputs.batches(size))
+    elif isinstance(inputs, Tensor | tuple | Mapping):
+        total = count(inputs)
+        batches = (rows(inputs, slice(start, start + size)) for start in range(0, total, size))
     else:
-        batches, count = inputs, None
+        batches = inputs
     seen = 0
-    with files.progress(total=count, title=title, unit="image") as bar:
-        for images in batches:
-            seen += len(images)
-            if len(images):
-                yield finite(images, "images")
-            bar.update(len(images))
+    with files.progress(total=total, title=title, unit="example") as bar:
+        for batch in batches:
+            size_of = count(batch)
+            seen += size_of
+            if size_of:
+                yield finite(batch, "inputs")
+            bar.update(size_of)
     if not seen:
-        raise ValueError("there are no images to compare the models on")
+        raise ValueError("there are no examples to compare the models on")

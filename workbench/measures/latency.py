@@ -15,23 +15,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from workbench import files, machine
+from workbench.batches import Inputs, count, repeated, rows
 from workbench.deployment import batching, sessions
 
 SETTLE_MS = 10.0  # discarded at the start of a turn: caches fill, the previous candidate's threads go to sleep
 SETTLE_RUNS = 3
 
 
-def paired(candidates: Mapping[str, object], images: Tensor, *, threads: int | None = None, blocks: int = 20,
+def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | None = None, blocks: int = 20,
            block_ms: float = 40.0, seed: int = 0) -> pd.DataFrame:
     """One row per candidate, the first being the reference of the ratios.
 
     Columns: candidate, runtime, threads, batch, latency_ms (median), p95_ms, spread_ms (interquartile), ratio to the
     reference (median over rounds) with ratio_low and ratio_high (95 %), runs; attrs["machine"] says where.
 
-    images: float32 (n, C, H, W), one batch. threads: all cores by default; a `Session` keeps its own.
+    inputs: one batch. threads: all cores by default; a `Session` keeps its own.
 
     Raises ValueError where there is no candidate, fewer than 5 rounds, or more threads than cores.
 
@@ -42,9 +42,9 @@ def paired(candidates: Mapping[str, object], images: Tensor, *, threads: int | N
     if blocks < 5:
         raise ValueError(f"blocks is {blocks}, expected at least 5, or the ratio's interval means nothing")
     opened = {name: sessions.open(model, threads=threads, name=name) for name, model in candidates.items()}
-    runs = {name: session.prepare(images) for name, session in opened.items()}
+    runs = {name: session.prepare(inputs) for name, session in opened.items()}
     for name, session in opened.items():
-        session(images)  # checks the batch, and warms up
+        session(inputs)  # checks the batch, and warms up
         _turn(runs[name], block_ms / 4)
     order, times = np.random.default_rng(seed), {name: [] for name in runs}
     collecting = gc.isenabled()
@@ -58,38 +58,38 @@ def paired(candidates: Mapping[str, object], images: Tensor, *, threads: int | N
             gc.enable()
     medians = {name: np.array([np.median(turn) for turn in turns]) for name, turns in times.items()}
     reference = next(iter(medians.values()))
-    rows = []
+    lines = []
     for name, session in opened.items():
         every = np.concatenate(times[name])
         low, middle, high = _median_interval(medians[name] / reference, seed)
         quarter, three_quarters = np.percentile(every, [25, 75])
-        rows.append({"candidate": name, "runtime": session.runtime, "threads": session.threads, "batch": len(images),
+        lines.append({"candidate": name, "runtime": session.runtime, "threads": session.threads, "batch": count(inputs),
                      "latency_ms": np.median(every), "p95_ms": np.percentile(every, 95),
                      "spread_ms": three_quarters - quarter, "ratio": middle, "ratio_low": low, "ratio_high": high,
                      "runs": len(every)})
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(lines)
     frame.attrs["machine"] = machine.describe()
     return frame
 
 
-def grid(candidates: Mapping[str, object], image: Tensor, *, threads: Sequence[int], batches: Sequence[int], blocks: int = 10,
+def grid(candidates: Mapping[str, object], example: Inputs, *, threads: Sequence[int], batches: Sequence[int], blocks: int = 10,
          seed: int = 0) -> pd.DataFrame:
-    """`paired` for every number of threads and size of batch (C11), with images_per_s added.
+    """`paired` for every number of threads and size of batch, with examples_per_s added.
 
-    candidates: paths or modules, opened anew for each number of threads. image: float32 (1, C, H, W), repeated. Raises as
+    candidates: paths or modules, opened anew for each number of threads. example: repeated. Raises as
     `paired` does.
 
     Example: `latency.grid({"float32": "a.onnx", "int8": "b.onnx"}, task.example, threads=[1, 2], batches=[1, 8, 64])`
     """
-    tables = [paired(candidates, image.expand(size, *image.shape[1:]).contiguous(), threads=count, blocks=blocks, seed=seed)
+    tables = [paired(candidates, repeated(example, size), threads=count, blocks=blocks, seed=seed)
               for count in threads for size in batches]
     frame = pd.concat(tables, ignore_index=True)
-    frame["images_per_s"] = 1e3 * frame.batch / frame.latency_ms
+    frame["examples_per_s"] = 1e3 * frame.batch / frame.latency_ms
     frame.attrs["machine"] = machine.describe()
     return frame
 
 
-def by_layer(candidates: Mapping[str, object], images: Tensor, *, threads: int = 1, runs: int = 50) -> pd.DataFrame:
+def by_layer(candidates: Mapping[str, object], inputs: Inputs, *, threads: int = 1, runs: int = 50) -> pd.DataFrame:
     """One row per candidate and layer, from ONNX Runtime's own profile: candidate, layer, threads, latency_ms.
 
     candidates: ONNX files. Under the layer "(rest)" stands what is no layer's: additions, pooling, changes of layout and of
@@ -99,25 +99,25 @@ def by_layer(candidates: Mapping[str, object], images: Tensor, *, threads: int =
 
     Example: `latency.by_layer({"float32": "a.onnx", "int8": "b.onnx"}, task.example)`
     """
-    rows = []
+    lines = []
     for name, path in candidates.items():
         if not isinstance(path, str | Path):
             raise TypeError(f"{name} is {type(path).__name__}, expected an ONNX file: only ONNX Runtime tells its layers' times")
-        sessions.open(path, threads=threads)(images)  # what is wrong with either is said here
-        found = sessions.times(path, images, threads=threads, runs=runs)
-        rows += [{"candidate": name, "layer": layer or "(rest)", "threads": threads, "latency_ms": ms}
+        sessions.open(path, threads=threads)(inputs)  # what is wrong with either is said here
+        found = sessions.times(path, inputs, threads=threads, runs=runs)
+        lines += [{"candidate": name, "layer": layer or "(rest)", "threads": threads, "latency_ms": ms}
                  for layer, ms in found.items()]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(lines)
     frame.attrs["machine"] = machine.describe()
     return frame
 
 
-def under_load(model, images: Tensor, *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,
+def under_load(model, examples: Inputs, *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,
                seconds: float = 2.0, threads: int | None = None) -> pd.DataFrame:
-    """One row per number of clients in a closed loop: each sends one image, waits for its answer and sends the next.
+    """One row per number of clients in a closed loop: each sends one example, waits for its answer and sends the next.
 
     Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms, mean_batch, requests.
-    images: float32 (n, C, H, W), taken in turn. size, deadline_ms: of the dynamic batches (batching.Batcher); 1 is none.
+    examples: taken in turn. size, deadline_ms: of the dynamic batches (batching.Batcher); 1 is none.
     The first quarter of the `seconds` is not counted; requests count when they end, waits when they begin. Clients and model
     share this machine's cores.
 
@@ -125,27 +125,27 @@ def under_load(model, images: Tensor, *, clients: Sequence[int] = (1, 4, 16, 64)
     """
     if not clients or min(clients) < 1:
         raise ValueError(f"clients are {list(clients)}, expected numbers of at least 1")
-    rows = []
-    for count in files.progress(clients, title="load", unit="level"):
+    lines = []
+    for number in files.progress(clients, title="load", unit="level"):
         with batching.Batcher(model, size=size, deadline_ms=deadline_ms, threads=threads) as served:
-            served.submit(images[0]).result()
+            served.submit(rows(examples, 0)).result()
             started = time.perf_counter()
             opened, ended = started + seconds / 4, started + seconds
-            with ThreadPoolExecutor(count) as pool:
-                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, images, k, end), range(count)))
+            with ThreadPoolExecutor(number) as pool:
+                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, examples, k, end), range(number)))
             name = served.session.name
             sizes = served.batches[1:]
         every = np.array([turn for turns_of_one in turns for turn in turns_of_one])
         done = int(((every[:, 1] >= opened) & (every[:, 1] <= ended)).sum())
         started_inside = every[every[:, 0] >= opened]  # to their end, which may come after the others'
         if not done or not len(started_inside):
-            raise ValueError(f"no request of {count} clients ended within {seconds} seconds; give more")
+            raise ValueError(f"no request of {number} clients ended within {seconds} seconds; give more")
         waits = 1e3 * (started_inside[:, 1] - started_inside[:, 0])
         p50, p95, p99 = np.percentile(waits, [50, 95, 99])
-        rows.append({"candidate": name, "clients": count, "size": size, "deadline_ms": deadline_ms,
+        lines.append({"candidate": name, "clients": number, "size": size, "deadline_ms": deadline_ms,
                      "requests_per_s": done / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50, "p95_ms": p95,
                      "p99_ms": p99, "mean_batch": float(np.mean(sizes)), "requests": done})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(lines)
 
 
 def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
@@ -162,22 +162,22 @@ def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
     return words
 
 
-def peak_memory(candidates: Mapping[str, object], images: Tensor, *, threads: int = 1, runs: int = 5) -> pd.DataFrame:
-    """One row per candidate: candidate, base_mb, peak_mb, own_mb, each measured in a fresh process of its own (B10).
+def peak_memory(candidates: Mapping[str, object], inputs: Inputs, *, threads: int = 1, runs: int = 5) -> pd.DataFrame:
+    """One row per candidate: candidate, base_mb, peak_mb, own_mb, each measured in a fresh process of its own.
 
-    base_mb: resident memory once the libraries are imported and the images are there; peak_mb: the most while the model
+    base_mb: resident memory once the libraries are imported and the inputs are there; peak_mb: the most while the model
     is opened and run `runs` times; own_mb their difference. Candidates: ONNX files, or modules that can be pickled.
 
     Raises RuntimeError where the process fails, with its reason.
     """
-    rows = []
+    lines = []
     for name, source in candidates.items():
         sessions.open(source, threads=threads)  # what is wrong with it is said here, not in another process
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            base, peak = pool.submit(_memory, source, images, threads, runs).result()
-        rows.append({"candidate": name, "threads": threads, "batch": len(images), "base_mb": base, "peak_mb": peak,
+            base, peak = pool.submit(_memory, source, inputs, threads, runs).result()
+        lines.append({"candidate": name, "threads": threads, "batch": count(inputs), "base_mb": base, "peak_mb": peak,
                      "own_mb": peak - base})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(lines)
 
 
 def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
@@ -190,23 +190,23 @@ def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
     return None if gaining.empty else str(gaining.loc[gaining.ratio.idxmin(), "candidate"])
 
 
-def _client(served, images: Tensor, place: int, until: float) -> list[tuple[float, float]]:
-    turns = []
+def _client(served, examples: Inputs, place: int, until: float) -> list[tuple[float, float]]:
+    turns, size = [], count(examples)
     while (before := time.perf_counter()) < until:
-        served.submit(images[(place + len(turns)) % len(images)]).result()
+        served.submit(rows(examples, (place + len(turns)) % size)).result()
         turns.append((before, time.perf_counter()))
     return turns
 
 
-def _memory(source, images: Tensor, threads: int, runs: int) -> tuple[float, float]:
+def _memory(source, inputs: Inputs, threads: int, runs: int) -> tuple[float, float]:
     import onnxruntime  # noqa: F401  (part of the base, whoever needs it)
 
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # so are torch's own pools
     base = machine.resident()
     session = sessions.open(source, threads=threads)
     for _ in range(runs):
-        session(images)
-    return base, machine.resident("VmHWM")
+        session(inputs)
+    return base, machine.peak()
 
 
 def _turn(run: Callable[[], object], least_ms: float) -> np.ndarray:

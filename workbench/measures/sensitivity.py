@@ -11,7 +11,7 @@ Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mea
 import copy
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,15 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from workbench import files
-from workbench.layers import Change, Stepper, UnsupportedModelError, evaluating, load, named
+from workbench import files, machine
+from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.errors import UnsupportedModelError, listed
+from workbench.graph.layers import Change, evaluating, named
+from workbench.graph.tracing import Runner
 from workbench.measures import cost
 from workbench.measures.accuracy import finite, paired_interval, wilson
-from workbench.subjects.data import Split
+from workbench.subjects.objectives import Objective
+from workbench.subjects.tasks import Split
 
 MODES = ("exact", "fast", "plain")
 LEAST_IMAGES = 500  # before a point of the fast scan may stop: fewer leave a rare loss unseen
@@ -33,34 +37,41 @@ Method = Callable[[str, float], Change]  # (layer, level) -> what changes; metho
 
 @dataclass
 class _Point:
-    """One layer at one level, and the images counted so far."""
+    """One layer at one level, and what was counted so far: examples, how much of them is right, and of each example's change
+    against the unchanged model the sum and the sum of squares."""
 
     layer: str
     level: float
     change: Change
     n: int = 0
-    hits: int = 0
-    gained: int = 0
-    lost: int = 0
+    right: float = 0.0
+    right_squares: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
     distance: float = 0.0
     done: bool = field(default=False)
+
+    def counts(self) -> list:
+        """What a state keeps."""
+        return [self.n, self.right, self.right_squares, self.total, self.squares, self.distance, self.done]
 
 
 def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[float], layers: Sequence[str] | None = None,
          mode: str = "exact", tolerance: float = 0.03, shard: tuple[int, int] = (0, 1), seed: int = 0,
          batch_size: int = 250, state: Path | str | None = None) -> pd.DataFrame:
-    """One row per layer and level: how top-1 changes when `method` changes that layer, alone, to that level.
+    """One row per layer and level: how the share that is right changes when `method` changes that layer, alone, to that level.
 
-    mode "exact": all images, the counts of the plain loop; "fast": bfloat16, images in random order by `seed`, each
+    mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor multiplies it, examples in random order by `seed`, each
     point until the half-width of its interval is at most `tolerance` (fraction), the interval being for the change on
     the whole split and 95 % over all the looks at it; "plain": each point evaluated by itself, slow, what the others
     are checked against. layers: those of method.layers by default. shard (k, m): every
     m-th layer from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
 
     Columns: layer, layers (coupled ones, " + "), level, removed, of, top1 with interval, top1_change (paired, against
-    the unchanged model on the same images) with interval, distance (mean of |z' - z|^2 / |z|^2 of the logits: it tells
+    the unchanged model on the same examples) with interval ("right" instead of "top1" where tokens count: the mean share of a
+    sentence's tokens), distance (mean of |z' - z|^2 / |z|^2 of the logits: it tells
     apart what top-1 cannot), params, macs (of the changed model), n, note.
-    attrs["evaluations"]: images run through a branch; attrs["saved"]: the share that the plain loop would need more.
+    attrs["evaluations"]: examples run through a branch; attrs["saved"]: the share that the plain loop would need more.
 
     Raises UnsupportedModelError where the model cannot be traced (use mode "plain"), ValueError for an unknown layer or
     mode, a level outside (0, 1], or a state of another scan.
@@ -74,10 +85,10 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
     known = list(getattr(method, "layers", named(model)))
     odd = [layer for layer in layers or [] if layer not in known]
     if odd:
-        raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {', '.join(known[:6])}, ... ({len(known)} in all)")
+        raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {listed(known)}")
     chosen = list(layers or known)[shard[0]::shard[1]]
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
-    runner = functools.partial(_plain, model) if mode == "plain" else Branching(model)
+    runner = functools.partial(_plain, model) if mode == "plain" else Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs)
     scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
@@ -92,22 +103,23 @@ def merge(shards: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return frame
 
 
-def taylor(model: nn.Module, batches) -> pd.DataFrame:
-    """One row per weighted layer: layer, score = mean |w dL/dw| over its weights, with L the mean cross entropy.
+def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | None = None) -> pd.DataFrame:
+    """One row per weighted layer: layer, score = mean |w dL/dw| over its weights, with L the objective's loss.
 
-    One backward pass per batch of (images, labels). Raises ValueError where there are no images or a score is NaN.
+    One backward pass a batch. Raises ValueError where there are no examples or a score is NaN.
     """
-    work, count = copy.deepcopy(model).eval(), 0
-    for images, labels in batches:
-        nn.functional.cross_entropy(work(finite(images, "images")), labels, reduction="sum").backward()
-        count += len(labels)
-    if not count:
-        raise ValueError("taylor found no images in its batches")
+    work, seen, asked = copy.deepcopy(model).eval(), 0, objective or Objective()
+    for inputs, targets in batches:
+        size = count(inputs)
+        (size * asked.loss(asked.read(call(work, finite(inputs, "inputs")), targets), targets)).backward()
+        seen += size
+    if not seen:
+        raise ValueError("taylor found no examples in its batches")
     rows = []
     for name, layer in named(work).items():
         if layer.weight.grad is None:
             continue
-        value = (layer.weight.detach() * layer.weight.grad / count).abs().mean().item()
+        value = (layer.weight.detach() * layer.weight.grad / seen).abs().mean().item()
         if value != value:
             raise ValueError(f"layer {name}: its gradient is NaN; look at its weights")
         rows.append({"layer": name, "score": value})
@@ -139,39 +151,35 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
 class Branching:
     """A traced model that runs once per batch and branches wherever a change begins, `changes` being modules by name."""
 
-    def __init__(self, model: nn.Module):
-        self.graph = Stepper(model, remedy="use mode 'plain'")
-        self.nodes = self.graph.nodes
-        self.place = {node.target: i for i, node in reversed(list(enumerate(self.nodes))) if node.op == "call_module"}
+    def __init__(self, model: nn.Module, example: Inputs):
+        self.graph = Runner(model, example)
 
-    def __call__(self, images: Tensor, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
-        """The unchanged model's output (n, ...), and that with each change."""
-        starts = [min(map(self._place, modules), default=len(self.nodes) - 1) for modules in changes]
+    def __call__(self, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
+        """The unchanged model's answer (n, ...), and that with each change."""
+        feed, last = self.graph.feed(inputs), len(self.graph.nodes) - 1
+        starts = [min(map(self._place, modules), default=last) for modules in changes]
         waiting: dict[int, list[int]] = {}
         for index, start in enumerate(starts):
             waiting.setdefault(start, []).append(index)
         values: dict[fx.Node, object] = {}
         outputs: list[Tensor | None] = [None] * len(changes)
-        for i, node in enumerate(self.nodes):
+        for i in range(last + 1):
             for index in waiting.get(i, ()):
-                outputs[index] = self._finish(i, dict(values), images, changes[index])
-            if node.op == "output":
-                return load(node.args[0], values), outputs
-            self.graph.step(i, values, images)
-        raise UnsupportedModelError("the traced model has no output")
+                outputs[index] = self._finish(i, dict(values), feed, changes[index])
+            if i < last:
+                self.graph.step(i, values, feed)
+        return self.graph.output(values), outputs
 
     def _place(self, name: str) -> int:
-        if name not in self.place:
+        if name not in self.graph.place:
             raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so nothing can branch there; "
                                         "use mode 'plain'")
-        return self.place[name]
+        return self.graph.place[name]
 
-    def _finish(self, start: int, values: dict, images: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
-        for i in range(start, len(self.nodes)):
-            if self.nodes[i].op == "output":
-                return load(self.nodes[i].args[0], values)
-            self.graph.step(i, values, images, modules)
-        raise UnsupportedModelError("the traced model has no output")
+    def _finish(self, start: int, values: dict, feed: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
+        for i in range(start, len(self.graph.nodes) - 1):
+            self.graph.step(i, values, feed, modules)
+        return self.graph.output(values)
 
 
 class _Scan:
@@ -179,22 +187,22 @@ class _Scan:
 
     def __init__(self, model, split, points, mode, tolerance, seed, batch_size, state):
         self.model, self.split, self.points, self.mode, self.tolerance = model, split, points, mode, tolerance
-        self.batch_size, self.state, self.batch, self.evaluations, self.base_hits, self.seen = batch_size, state, 0, 0, 0, 0
+        self.batch_size, self.state, self.batch, self.evaluations, self.base_right, self.seen = batch_size, state, 0, 0, 0.0, 0
         self.fast = mode == "fast"
         self.order = torch.arange(len(split))
         if self.fast:
             self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         changed = (tensor for p in points for module in p.change.modules.values() for tensor in module.state_dict().values())
-        self.identity = [2, mode, tolerance, seed, batch_size, len(split), split.name, files.fingerprint([split.labels]),
+        self.identity = [3, mode, tolerance, seed, batch_size, len(split), split.name,
                          files.fingerprint(model.state_dict().values()), files.fingerprint(changed),
                          [(p.layer, p.level, p.change.removed) for p in points]]
         for point in points:
             point.done = not point.change.modules
 
     def run(self, runner) -> None:
-        """Count every batch, until the images or the open points are at an end."""
+        """Count every batch, until the examples or the open points are at an end."""
         self._restore()
-        dtype = torch.bfloat16 if self.fast else None
+        halved = self.fast and machine.multiplies_bf16()  # elsewhere bfloat16 is slower
         batches = self.order.split(self.batch_size)
         open_points = [p for p in self.points if not p.done]
         with evaluating(self.model), files.progress(total=len(batches), title=f"{self.mode} scan", unit="batch") as bar:
@@ -202,59 +210,70 @@ class _Scan:
             for chosen in batches[self.batch:]:
                 if not open_points and self.seen:
                     break
-                images = finite(self.split.normalise(self.split.images[chosen]), f"images of {self.split.name}")
-                with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=self.fast):
-                    base, outputs = runner(images, [point.change.modules for point in open_points])
-                self._count(base, outputs, open_points, self.split.labels[chosen])
+                inputs, targets = self.split.batch(chosen)
+                finite(inputs, f"{self.split.objective.unit}s of {self.split.name}")
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halved):
+                    base, outputs = runner(inputs, [point.change.modules for point in open_points])
+                self._count(base, outputs, open_points, targets)
                 open_points = [p for p in open_points if not p.done]
                 self._save()
                 bar.update()
 
     def frame(self) -> pd.DataFrame:
         """The table that `scan` describes."""
-        costs = cost.table(self.model, self.split.normalise(self.split.images[torch.arange(1)])).set_index("layer")
-        top1 = self.base_hits / self.seen
+        costs = cost.table(self.model, self.split.batch(torch.arange(1)).inputs).set_index("layer")
+        name = "top1" if self.split.objective.metric == "top1" else "right"
         rows = []
         for p in self.points:
-            n, hits = (p.n, p.hits) if p.n else (self.seen, self.base_hits)
-            low, high = wilson(hits, n)
+            n, right = (p.n, p.right) if p.n else (self.seen, self.base_right)
+            low, high = self._share(p) if p.n else self._share(_Point("", 0, p.change, n, right, right))
             change_low, change_high = self._interval(p) if p.n else (0.0, 0.0)
             left = pd.Series(p.change.left, dtype=float).reindex(costs.index).fillna(1.0)
             rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level,
-                         "removed": p.change.removed, "of": p.change.of, "top1": hits / n, "top1_low": low, "top1_high": high,
-                         "top1_change": (p.gained - p.lost) / n, "top1_change_low": change_low,
-                         "top1_change_high": change_high, "distance": p.distance / n,
+                         "removed": p.change.removed, "of": p.change.of, name: right / n, f"{name}_low": low, f"{name}_high": high,
+                         f"{name}_change": p.total / n, f"{name}_change_low": change_low,
+                         f"{name}_change_high": change_high, "distance": p.distance / n,
                          "params": round((costs.params * left).sum()), "macs": round((costs.macs * left).sum()), "n": n,
                          "note": p.change.note})
         frame = pd.DataFrame(rows)
         whole = max(len(self.points) * len(self.split), 1)
-        frame.attrs |= {"top1": top1, "evaluations": self.evaluations, "saved": 1 - self.evaluations / whole, "mode": self.mode}
+        frame.attrs |= {name: self.base_right / self.seen, "evaluations": self.evaluations,
+                        "saved": 1 - self.evaluations / whole, "mode": self.mode}
         return frame
 
-    def _count(self, base: Tensor, outputs: Sequence[Tensor], points: Sequence[_Point], labels: Tensor) -> None:
-        right, energy = base.argmax(1) == labels, base.float().pow(2).sum(1).clamp_min(1e-30)
-        self.base_hits, self.seen = self.base_hits + int(right.sum()), self.seen + len(labels)
-        self.batch += 1
+    def _count(self, base: Tensor, outputs: Sequence[Tensor], points: Sequence[_Point], targets: Tensor) -> None:
+        asked, size = self.split.objective, len(base)
+        right = asked.right(asked.read(base, targets), targets)
+        energy = base.float().pow(2).flatten(1).sum(1).clamp_min(1e-30)
+        self.base_right, self.seen, self.batch = self.base_right + float(right.sum()), self.seen + size, self.batch + 1
         for point, output in zip(points, outputs, strict=True):
-            now = output.argmax(1) == labels
-            point.distance += float(((output - base).float().pow(2).sum(1) / energy).sum())
-            point.n, point.hits = point.n + len(labels), point.hits + int(now.sum())
-            point.gained, point.lost = point.gained + int((now & ~right).sum()), point.lost + int((right & ~now).sum())
-            self.evaluations += len(labels)
+            now = asked.right(output, targets)
+            point.distance += float(((output - base).float().pow(2).flatten(1).sum(1) / energy).sum())
+            point.n, point.right = point.n + size, point.right + float(now.sum())
+            point.right_squares += float(now.square().sum())
+            point.total, point.squares = point.total + float((now - right).sum()), point.squares + float((now - right).square().sum())
+            self.evaluations += size
             if self.fast and self.seen >= LEAST_IMAGES and (self.batch & (self.batch - 1)) == 0:  # after 2, 4, 8, ... batches
                 low, high = self._interval(point)
                 point.done = (high - low) / 2 <= self.tolerance
 
+    def _share(self, point: _Point) -> tuple[float, float]:
+        """The interval of what is right: Wilson's where each example is right or wrong, else the normal one."""
+        if self.split.objective.metric == "top1":
+            return wilson(round(point.right), point.n)
+        mean = point.right / point.n
+        half = 1.96 * max(point.right_squares / point.n - mean**2, 0) ** 0.5 / point.n**0.5
+        return max(mean - half, 0.0), min(mean + half, 1.0)
+
     def _interval(self, point: _Point) -> tuple[float, float]:
         if not self.fast:
-            return paired_interval(point.gained, point.lost, point.n)
-        return paired_interval(point.gained, point.lost, point.n, z=Z_OF_LOOKS, population=len(self.split))
+            return paired_interval(point.total, point.squares, point.n)
+        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS, population=len(self.split))
 
     def _save(self) -> None:
         if self.state:
-            counts = [[p.n, p.hits, p.gained, p.lost, p.distance, p.done] for p in self.points]
-            stored = {"identity": self.identity, "counts": counts, "batch": self.batch, "seen": self.seen,
-                      "base_hits": self.base_hits, "evaluations": self.evaluations}
+            stored = {"identity": self.identity, "counts": [p.counts() for p in self.points], "batch": self.batch, "seen": self.seen,
+                      "base_right": self.base_right, "evaluations": self.evaluations}
             with files.atomic(self.state) as new:
                 new.write_text(json.dumps(stored))
 
@@ -267,18 +286,18 @@ class _Scan:
             raise ValueError(f"scan state {self.state} is damaged ({error}); delete it to start anew") from error
         if stored["identity"] != json.loads(json.dumps(self.identity)):
             raise ValueError(f"scan state {self.state} is of another scan; delete it or give another path")
-        for point, (n, hits, gained, lost, distance, done) in zip(self.points, stored["counts"], strict=True):
-            point.n, point.hits, point.gained, point.lost, point.distance, point.done = n, hits, gained, lost, distance, done
-        self.batch, self.seen, self.base_hits = stored["batch"], stored["seen"], stored["base_hits"]
+        for point, kept in zip(self.points, stored["counts"], strict=True):
+            (point.n, point.right, point.right_squares, point.total, point.squares, point.distance, point.done) = kept
+        self.batch, self.seen, self.base_right = stored["batch"], stored["seen"], stored["base_right"]
         self.evaluations = stored["evaluations"]
 
 
-def _plain(model: nn.Module, images: Tensor, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
+def _plain(model: nn.Module, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
     """Each change by itself, the whole network every time: the oracle of the branching scan."""
     outputs = []
     for modules in changes:
         changed = copy.deepcopy(model)
         for name, module in modules.items():
             changed.set_submodule(name, module)
-        outputs.append(changed.eval()(images))
-    return model(images), outputs
+        outputs.append(answer(call(changed.eval(), inputs)))
+    return answer(call(model, inputs)), outputs

@@ -1,6 +1,7 @@
 """Channel pruning: score channels, silence them in place, or cut them out into a new, smaller, dense model.
 
-Channels go by groups, those that can only go together: see `workbench.coupling`.
+Channels go by groups, those that can only go together: see graph.coupling. In a transformer a group is the neurons of a
+feed-forward layer, or the heads of an attention.
 
 Sources of the criteria: l1 Li et al. 2017 (arXiv 1608.08710); bn_gamma Liu et al. 2017 (arXiv 1708.06519); taylor
 Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its square; fpgm He et al. 2019
@@ -8,29 +9,35 @@ Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its squ
 """
 
 import copy
-import functools
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench import coupling
-from workbench.coupling import Group, groups
-from workbench.layers import WEIGHTED, Change, UnsupportedModelError, evaluating, macs_of, reason
+from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.errors import UnsupportedModelError, listed, reason
+from workbench.graph import coupling
+from workbench.graph.coupling import Group, groups
+from workbench.graph.layers import WEIGHTED, Change, evaluating, macs_of
+from workbench.subjects.objectives import Objective
+from workbench.subjects.subject import Subject
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
 
 
-def score(model: nn.Module, criterion: str, *, example: Tensor, batches=None, seed: int = 0) -> pd.DataFrame:
-    """One row per channel of each group: layer (of the group), channel, score, group_size; higher is more important.
+def score(model: nn.Module, criterion: str, *, example: Inputs, batches: Iterable[Batch] | None = None,
+          objective: Objective | None = None, seed: int = 0) -> pd.DataFrame:
+    """One row per channel of each group: layer (of the group), channel, score, group_size, kept, unit; higher is more important.
 
     A group's score sums those of the layers that make its channels, filter by filter: l1 sum |w|, l2 sqrt(sum w^2),
     fpgm sum of the distances to the other filters; bn_gamma |gamma| of the batch norms over it; taylor
-    sum |w dL/dw| with L the cross entropy over `batches` of (images, labels); random by `seed`, as a control.
+    sum |w dL/dw| with L the loss of `objective` (one class an example) over `batches`; random by `seed`, as a control.
 
     Raises ValueError for an unknown criterion, NaN, or taylor without batches; UnsupportedModelError where bn_gamma
     finds no batch norm.
@@ -40,8 +47,8 @@ def score(model: nn.Module, criterion: str, *, example: Tensor, batches=None, se
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}")
     if criterion == "taylor" and batches is None:
-        raise ValueError("criterion 'taylor' needs batches=split.batches(), pairs of images and labels")
-    gradients = _gradients(model, batches) if criterion == "taylor" else {}
+        raise ValueError("criterion 'taylor' needs batches=split.batches(), of inputs and targets")
+    gradients = _gradients(model, batches, objective or Objective()) if criterion == "taylor" else {}
     draw = torch.Generator().manual_seed(seed)
     modules, rows = dict(model.named_modules()), []
     for group in groups(model, example):
@@ -58,7 +65,7 @@ def score(model: nn.Module, criterion: str, *, example: Tensor, batches=None, se
         if not torch.isfinite(total).all():
             raise ValueError(f"layer {group.layer}: criterion {criterion} gives NaN or infinity; look at its weights")
         rows += [{"layer": group.layer, "channel": c, "score": float(s), "group_size": group.channels,
-                  "kept": group.kept is not None} for c, s in enumerate(total)]
+                  "kept": group.kept is not None, "unit": group.unit} for c, s in enumerate(total)]
     return pd.DataFrame(rows)
 
 
@@ -82,7 +89,7 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
     patterns = [keep] if isinstance(keep, str) else list(keep)
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in scores.layer.unique()):
-            raise ValueError(f"keep: no layer matches {pattern!r}; the layers are {', '.join(scores.layer.unique()[:6])}, ...")
+            raise ValueError(f"keep: no layer matches {pattern!r}; the layers are {listed(scores.layer.unique())}")
     free = scores[~scores.kept & ~scores.layer.map(lambda layer: any(fnmatchcase(layer, p) for p in patterns))].copy()
     free["rank"] = free.score / free.groupby("layer").score.transform("mean").clip(lower=1e-12)
     if scope == "global":
@@ -98,7 +105,7 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
     return {layer: places for layer, places in chosen.items() if places}
 
 
-def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Tensor) -> nn.Module:
+def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inputs) -> nn.Module:
     """A copy of the same shape in which the channels `removed` (by layer, as `select` gives) reach no other layer.
 
     It computes what `remove` computes: the weights that read a silenced channel are zero.
@@ -106,7 +113,7 @@ def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Ten
     return _put_in(model, _silenced(model, removed, {group.layer: group for group in groups(model, example)}))
 
 
-def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Tensor) -> nn.Module:
+def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inputs) -> nn.Module:
     """A new, dense, smaller model without the channels `removed` (by layer, as `select` gives), in eval mode.
 
     Verified by a forward pass: its outputs on `example` equal those of `mask` to 1e-4 of their norm.
@@ -115,33 +122,17 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: T
     where the cut model fails or computes something else.
     """
     known = {group.layer: group for group in groups(model, example)}
-    _check(removed, known)
-    new = copy.deepcopy(model).eval()
-    coupling.cut(new, {layer: known[layer].made_by[layer][list(places)].flatten() for layer, places in removed.items() if places},
-                 example)
-    expected = _put_in(model, _silenced(model, removed, known))
-    try:
-        with evaluating(expected), evaluating(new):
-            a, b = expected(example), new(example)
-    except RuntimeError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of {', '.join(removed)}: "
-                                    f"{reason(error)}; keep that layer") from error
-    if not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):  # so that NaN does not pass
-        raise UnsupportedModelError(f"{type(model).__name__} without channels of {', '.join(removed)} computes something "
-                                    f"else than with them silenced (distance {(a - b).norm():.3g}); keep these layers")
-    if removed and hasattr(model, "origin"):
-        new.origin = model.origin | {"cut": "true"}  # so that its checkpoint is read by its own shapes
-    return new.to(memory_format=torch.channels_last)
+    return _verified(model, _without(model, removed, known), removed, known, example)
 
 
-def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Tensor, macs: float | None = None, params: float | None = None,
+def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: float | None = None, params: float | None = None,
            share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
            multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
     """`model` without as many of the lowest-scored channels as it takes to keep at most that share of its cost.
 
-    macs, params: the fraction (0-1) of the multiply-accumulates of one image, or of the parameters, that may stay;
+    macs, params: the fraction (0-1) of the multiply-accumulates of one example, or of the parameters, that may stay;
     share: that of `cost`, any function of a model, such as its measured latency. Exactly one of the three is given. The
-    ratio of `select` is found by bisection to 1/256, the costs counted on the cut model.
+    ratio of `select` is found by bisection to 1/256; the cut model is built once, or once a step where `cost` wants one.
 
     Raises ValueError where no selection reaches the target, for not exactly one target, and as `select` does.
 
@@ -153,26 +144,35 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Tensor, macs: flo
     target = targets[0]
     if not 0 < target <= 1:
         raise ValueError(f"the fraction that stays is {target}, expected more than 0 and at most 1")
-    if macs is not None:
-        cost = functools.partial(macs_of, example=example)
-    elif params is not None:
-        cost = _parameters
+    known = {group.layer: group for group in groups(model, example)}
+    counts = None if share is not None else coupling.costs(model, example, of_macs=macs is not None)
+    whole = cost(model) if counts is None else sum(outward + both for outward, both in counts.values())
 
-    def cut(step: int) -> nn.Module:
-        return remove(model, select(scores, step / 256, scope=scope, multiple=multiple, keep=keep), example=example)
+    def chosen(step: int) -> dict[str, list[int]]:
+        return select(scores, step / 256, scope=scope, multiple=multiple, keep=keep)
 
-    whole, low, high = cost(model), -1, 255
-    if cost(cut(high)) > target * whole:
-        raise ValueError(f"{target:.0%} of the cost cannot be reached: {cost(cut(high)) / whole:.0%} stay when all that may "
+    def left(step: int) -> float:
+        removed = chosen(step)
+        if counts is None:
+            return cost(_without(model, removed, known)) / whole
+        kept = coupling.shares(model, [(known[layer], places) for layer, places in removed.items()])
+        return sum((outward + both * kept.get(name, (1, 1))[1]) * kept.get(name, (1, 1))[0]
+                   for name, (outward, both) in counts.items()) / whole
+
+    low, high = -1, 255
+    least = left(high)
+    if least > target:
+        raise ValueError(f"{target:.0%} of the cost cannot be reached: {least:.0%} stay when all that may "
                          "go is gone; raise the target, or keep fewer layers")
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost(cut(middle)) <= target * whole else (middle, high)
-    return cut(high)
+        low, high = (low, middle) if left(middle) <= target else (middle, high)
+    removed = chosen(high)
+    return _verified(model, _without(model, removed, known), removed, known, example)
 
 
 def iteratively(model: nn.Module, *, macs: float, steps: int, score: Callable[[nn.Module], pd.DataFrame],
-                recover: Callable[[nn.Module, int], nn.Module], example: Tensor, **options) -> nn.Module:
+                recover: Callable[[nn.Module, int], nn.Module], example: Inputs, **options) -> nn.Module:
     """`model` cut to the fraction `macs` in `steps` equal ratios, the channels scored anew and recovered after each.
 
     score(model) gives the table that `cut_to` takes, recover(model, step) the model trained again; options: as `cut_to`.
@@ -189,29 +189,27 @@ def iteratively(model: nn.Module, *, macs: float, steps: int, score: Callable[[n
     return model
 
 
-def silencing(model: nn.Module, *, example: Tensor, criterion: str = "l1", batches=None, seed: int = 0):
+def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1", batches: Iterable[Batch] | None = None,
+              objective: Objective | None = None, seed: int = 0):
     """A method for sensitivity.scan: (layer, level) -> the change that silences that fraction of a group's channels.
 
     Example: `sensitivity.scan(model, task.test, channels.silencing(model, example=task.example), levels=[.3, .5])`
     """
-    table = score(model, criterion, example=example, batches=batches, seed=seed)
+    table = score(model, criterion, example=example, batches=batches, objective=objective, seed=seed)
     known = {group.layer: group for group in groups(model, example)}
     ranked = {layer: part.sort_values("score", kind="stable").channel.tolist() for layer, part in table.groupby("layer")}
 
     def method(layer: str, level: float) -> Change:
         if layer not in known:
-            raise ValueError(f"no group of channels is called {layer!r}; there are {', '.join(known)}")
+            raise ValueError(f"no group of channels is called {layer!r}; there are {listed(known)}")
         group = known[layer]
         if group.kept:
-            return Change({}, removed=0, of=group.channels, layers=tuple(group.made_by), note=group.kept)
+            return Change({}, removed=0, of=group.channels, layers=tuple(group.made_by), note=str(group.kept))
         places = ranked[layer][: min(round(level * group.channels), group.channels - 1)]
-        shares = dict.fromkeys((*group.made_by, *group.normed_by), 1 - len(places) / group.channels)
-        for name, at in group.read_by.items():
-            inputs = model.get_submodule(name).weight.shape[1]
-            shares[name] = shares.get(name, 1.0) * (1 - len(places) * at.shape[1] / inputs)
+        left = {name: outputs * inputs for name, (outputs, inputs) in coupling.shares(model, [(group, places)]).items()}
         note = "" if places else "nothing was removed at this level"
         return Change(_silenced(model, {layer: places}, {layer: group}), removed=len(places), of=group.channels,
-                      layers=tuple(group.made_by), left=shares, note=note)
+                      layers=tuple(group.made_by), left=left, note=note)
 
     method.layers = list(known)
     return method
@@ -239,8 +237,31 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     return method
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _without(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> nn.Module:
+    """A copy without these channels."""
+    _check(removed, known)
+    new = copy.deepcopy(model).eval()
+    numbers = coupling.cut(new, [(known[layer], places) for layer, places in removed.items() if len(places)])
+    if removed and hasattr(model, "origin"):  # so that its checkpoint is read by its own shapes
+        earlier = json.loads(model.origin.get("attributes", "{}"))
+        new.origin = model.origin | {"cut": "true", "attributes": json.dumps(earlier | numbers)}
+    return new.to(memory_format=torch.channels_last)
+
+
+def _verified(model: nn.Module, new: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group],
+              example: Inputs) -> nn.Module:
+    """`new`, once it is seen to compute what `model` computes with the channels silenced."""
+    expected = _put_in(model, _silenced(model, removed, known))
+    try:
+        with evaluating(expected), evaluating(new):
+            a, b = (answer(call(candidate, example)) for candidate in (expected, new))
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of {listed(removed)}: "
+                                    f"{reason(error)}; keep that layer") from error
+    if a.shape != b.shape or not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):  # so that NaN does not pass
+        raise UnsupportedModelError(f"{type(model).__name__} without channels of {listed(removed)} computes something "
+                                    f"else than with them silenced; keep these layers")
+    return new
 
 
 def _put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -266,7 +287,7 @@ def _silenced(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Map
 def _check(removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> None:
     for layer, places in removed.items():
         if layer not in known:
-            raise ValueError(f"no group of channels is called {layer!r}; there are {', '.join(known)}")
+            raise ValueError(f"no group of channels is called {layer!r}; there are {listed(known)}")
         group = known[layer]
         if group.kept and places:
             raise UnsupportedModelError(f"channels of layer {layer} cannot be removed: {group.kept}")
@@ -287,14 +308,40 @@ def _filter_scores(layer: nn.Module, criterion: str, gradient: Tensor | None) ->
     return gradient
 
 
-def _gradients(model: nn.Module, batches: Iterator) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> dict[str, Tensor]:
     """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over the batches."""
-    work = copy.deepcopy(model).eval()
-    count = 0
-    for images, labels in batches:
-        nn.functional.cross_entropy(work(images), labels, reduction="sum").backward()
-        count += len(labels)
-    if not count:
-        raise ValueError("criterion 'taylor' found no images in its batches")
-    return {name: (layer.weight.detach() * layer.weight.grad / count).abs().flatten(1).sum(1)
+    work, seen = copy.deepcopy(model).eval(), 0
+    for inputs, targets in batches:
+        size = count(inputs)
+        (size * objective.loss(objective.read(call(work, inputs), targets), targets)).backward()
+        seen += size
+    if not seen:
+        raise ValueError("criterion 'taylor' found no examples in its batches")
+    return {name: (layer.weight.detach() * layer.weight.grad / seen).abs().flatten(1).sum(1)
             for name, layer in work.named_modules() if isinstance(layer, WEIGHTED) and layer.weight.grad is not None}
+
+
+@dataclass(frozen=True)
+class Prune:
+    """The step of a plan that cuts channels until at most the fraction `macs` or `params` of the subject stays.
+
+    criterion: as `score` has them; taylor looks at `examples` of the validation split. scope, multiple, keep: as `select`.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    criterion: str = "l1"
+    scope: str = "global"
+    multiple: int = 1
+    keep: str | Sequence[str] = ()
+    examples: int = 500
+    seed: int = 0
+
+    def apply(self, subject: Subject) -> Subject:
+        """The cut subject."""
+        seen = list(subject.task.validation.subset(self.examples, seed=self.seed).batches()) if self.criterion == "taylor" else None
+        scores = score(subject.model, self.criterion, example=subject.example, batches=seen, objective=subject.task.objective,
+                       seed=self.seed)
+        model = cut_to(subject.model, scores, example=subject.example, macs=self.macs, params=self.params, scope=self.scope,
+                       multiple=self.multiple, keep=self.keep)
+        return subject.with_model(model, scores=scores)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench import files
+from workbench.subjects.training import Loop, Recipe
 
 TILE = 2**18, 2**13  # similarities that a tile of the search holds, and codes at most: a megabyte of float32
 UPDATES = ("ema", "gradient")
@@ -269,27 +270,27 @@ def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, T
     shared = np.array(sorted(set.intersection(*(set(found) for found in places.values()))))
     if len(shared) < 2:
         raise ValueError(f"codebook: {', '.join(vectors)} share {len(shared)} concepts; expected at least 2")
-    optimizer, rows = torch.optim.AdamW(book.parameters(), learning_rate, weight_decay=0.0), []
-    book.train()
-    for step in files.progress(range(steps), title="codebook", unit="step"):
+    recipe = Recipe(learning_rate=learning_rate, optimizer="adamw", weight_decay=0.0, precision="fp32")
+    loop = Loop({"book": book}, book.parameters(), recipe, steps=steps, seed=seed, identity={})
+    used: list[float] = []
+
+    def loss(step: int) -> Tensor:
         random = np.random.default_rng([seed, step])
         drawn = random.permutation(shared)[:batch]
         chosen = {name: vectors[name][[random.choice(found[c]) for c in drawn]] for name, found in places.items()}
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-        found = book(chosen)
-        values = {name: F.normalize(part, dim=1) for name, part in found.values.items()}
-        loss = found.loss + sum((1 - (values[name] * chosen[name]).sum(1)).mean() for name in values)
-        if teaching:
-            loss = loss + teaching(values, chosen)
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"codebook: the loss became {loss.item()} at step {step}; lower learning_rate")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        used = len(torch.cat([codes.flatten() for codes in found.codes.values()]).unique()) / book.size
-        rows.append({"step": step + 1, "loss": loss.item(), "used": used})
+        made = book(chosen)
+        values = {name: F.normalize(part, dim=1) for name, part in made.values.items()}
+        used.append(len(torch.cat([codes.flatten() for codes in made.codes.values()]).unique()) / book.size)
+        total = made.loss + sum((1 - (values[name] * chosen[name]).sum(1)).mean() for name in values)
+        return total + teaching(values, chosen) if teaching else total
+
+    def kept(step: int, value: float, _seconds: float) -> None:
+        loop.progress["rows"].append({"step": step, "loss": value, "used": used[-1]})
+
+    book.train()
+    loop.run(loss, title="codebook", after_update=kept)
     book.eval()
-    return pd.DataFrame(rows)
+    return pd.DataFrame(loop.progress["rows"])
 
 
 def stand_ins(books: nn.Module | Mapping[str, nn.Module],

@@ -7,14 +7,19 @@ transfer Zagoruyko & Komodakis 2017 (arXiv 1612.03928); relational Park et al. 2
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.batches import Batch, Inputs, call
 from workbench.files import fingerprint
-from workbench.layers import evaluating, watch
+from workbench.graph.layers import evaluating, watch
+from workbench.subjects.objectives import Objective
+from workbench.subjects.subject import Subject
+from workbench.subjects.training import Recipe, few, fit
 
 KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
 Schedule = float | Callable[[float], float]  # a constant, or a function of the fraction of the steps done
@@ -126,8 +131,8 @@ def embeddings(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], *, 
 
 def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedule = 3.0, alpha: Schedule = 0.7,
          weight: float = 1.0, layers: Sequence[str] = (), student: nn.Module | None = None,
-         example: Tensor | None = None) -> nn.Module:
-    """A loss for training.fit: (student, images, labels, progress 0-1) -> scalar; the teacher is frozen in eval mode.
+         example: Inputs | None = None) -> nn.Module:
+    """A loss for training.fit: (student, batch, objective, progress 0-1) -> scalar; the teacher is frozen in eval mode.
 
     "soft_targets": with_labels. "decoupled": cross entropy + weight * decoupled. "hint", "attention", "relational":
     with_labels + weight * the loss of the features of each of `layers` (module names in both, such as "layer2").
@@ -147,14 +152,14 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
     return _Teaching(teacher, kind, temperature, alpha, weight, tuple(layers), on_features, between)
 
 
-def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Tensor, *, seed: int = 0) -> nn.ModuleDict:
+def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Inputs, *, seed: int = 0) -> nn.ModuleDict:
     """A 1 x 1 convolution, from the student's width to the teacher's, for those of `layers` whose widths differ: what FitNets
     hints need there. Drawn by `seed`; training.fit trains them with the student.
 
     Raises ValueError for an unknown layer, or one that does not put out feature maps (n, C, H, W).
     """
     with watch(student, layers) as mine, watch(teacher, layers) as theirs, evaluating(student), evaluating(teacher):
-        student(example), teacher(example)
+        call(student, example), call(teacher, example)
     found = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -178,20 +183,20 @@ class _Teaching(nn.Module):
         if regressors:
             self.identity.append(fingerprint(regressors.state_dict().values()))
 
-    def forward(self, student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+    def forward(self, student: nn.Module, batch: Batch, objective: Objective, progress: float) -> Tensor:
         heat, share = (value(progress) if callable(value) else value for value in (self.temperature, self.alpha))
-        teacher = self._teacher[0]
+        teacher, targets = self._teacher[0], batch.targets
         with torch.no_grad(), watch(teacher, self.layers) as theirs:
-            wanted = teacher(images).float()
+            wanted, _ = objective.decisions(objective.read(call(teacher, batch.inputs)).float(), targets)
         with watch(student, self.layers) as mine:
-            logits = student(images).float()
+            logits, labels = objective.decisions(objective.read(call(student, batch.inputs), targets).float(), targets)
         if self.kind == "decoupled":
             return F.cross_entropy(logits, labels) + self.weight * decoupled(logits, wanted, labels, temperature=heat)
         total = with_labels(logits, wanted, labels, temperature=heat, alpha=share)
         for layer in self.layers if self.on_features else ():
-            if self.kind == "relational" and len(labels) < 2:
-                continue  # a last batch of one image has no relations
-            with torch.autocast(images.device.type, enabled=False):  # distances cancel in half precision
+            if self.kind == "relational" and len(targets) < 2:
+                continue  # a last batch of one example has no relations
+            with torch.autocast(logits.device.type, enabled=False):  # distances cancel in half precision
                 total = total + self.weight * self._of_features(layer, mine[layer].float(), theirs[layer].float())
         return total
 
@@ -207,15 +212,43 @@ class _Teaching(nn.Module):
         return super()._apply(change, recurse)
 
 
+@dataclass(frozen=True)
+class Distil:
+    """The step of a plan that trains with a teacher: by default the subject's reference, the model before any step.
+
+    kind, temperature, alpha, weight, layers: as `loss` has them. examples, validation: of those splits, all where 0.
+    """
+
+    recipe: Recipe
+    kind: str = "soft_targets"
+    temperature: Schedule = 3.0
+    alpha: Schedule = 0.7
+    weight: float = 1.0
+    layers: Sequence[str] = ()
+    teacher: nn.Module | None = None
+    examples: int = 0
+    validation: int = 0
+    seed: int = 0
+    state: str | None = None
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject taught."""
+        teaching = loss(self.teacher or subject.reference, self.kind, temperature=self.temperature, alpha=self.alpha,
+                        weight=self.weight, layers=self.layers, student=subject.model, example=subject.example)
+        task = few(subject.task, self.examples, validation=self.validation, seed=self.seed)
+        trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, loss=teaching, state=self.state)
+        return subject.with_model(trained.model, history=trained.history)
+
+
 def falling(start: float, end: float) -> Callable[[float], float]:
-    """A schedule that goes from `start` to `end` in a straight line (C3: the temperature lowered through training)."""
+    """A schedule that goes from `start` to `end` in a straight line."""
     return lambda progress: start + (end - start) * progress
 
 
 def stages(*steps: tuple[float, float]) -> Callable[[float], float]:
     """A schedule in steps, each (from this fraction of training on, this value); the first is from 0.
 
-    `stages((0, 1.0), (0.3, 0.7))` for alpha fits the teacher's outputs alone, then adds the labels (B6).
+    `stages((0, 1.0), (0.3, 0.7))` for alpha fits the teacher's outputs alone, then adds the labels.
     """
     if not steps or steps[0][0] != 0 or any(a[0] >= b[0] for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"stages are {steps}; expected (fraction, value) pairs whose fractions rise from 0")
@@ -233,7 +266,7 @@ def _key(layer: str) -> str:  # a ModuleDict's keys hold no dots
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
     if student.shape != teacher.shape:
         raise ValueError(f"the student puts out {tuple(student.shape)}, the teacher {tuple(teacher.shape)}; both need the "
-                         "same images and classes")
+                         "same examples and classes")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0")
 

@@ -13,27 +13,28 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 from torch import Tensor, nn
 
-from workbench.layers import evaluating, named
+from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.graph.layers import evaluating, named
 
 MOMENTUM = 0.5  # weight of the newest batch in the running average
 LIMIT = 0.15  # in standard deviations of the baseline, mean over channels; images like its own stay below 0.11 here
 
 
 class Monitor:
-    """A model that watches its layers while it is used: `monitor(images)` gives logits, compensated where it is asked.
+    """A model that watches its layers while it is used: `monitor(inputs)` gives logits, compensated where it is asked.
 
-    batches: (images, labels) pairs that the baseline is taken from, labels not looked at. layers: globs of those watched.
+    batches: what the baseline is taken from, targets not looked at. layers: globs of those watched.
     E[y] and E[y^2] of each channel run on with weight `momentum` for a batch as large as the baseline's, and less for a
     smaller one. A layer has drifted when the mean over its channels of |m - m0| / s0, or of |ln(s / s0)|, exceeds `limit`.
     With `compensate`, drifted layers are brought back. The model itself is left as it is, and watched only through this
     object; `close` takes the hooks off.
 
-    Raises ValueError where there are no images, for a limit that is not positive, or a momentum outside (0, 1).
+    Raises ValueError where there are no examples, for a limit that is not positive, or a momentum outside (0, 1).
 
     Example: `monitor = drift.Monitor(model, task.validation.batches(100)); monitor(images); monitor.table()`
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable, *, layers: str | Sequence[str] = "*", momentum: float = MOMENTUM,
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], *, layers: str | Sequence[str] = "*", momentum: float = MOMENTUM,
                  limit: float = LIMIT, compensate: bool = False):
         if not limit > 0 or not 0 < momentum < 1:
             raise ValueError(f"monitor: limit is {limit} and momentum {momentum}; expected limit > 0 and 0 < momentum < 1")
@@ -45,22 +46,22 @@ class Monitor:
         self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in named(model, layers).items()]
         sizes = []
         try:
-            for images, _ in batches:
-                self._run(images)
-                sizes.append(len(images))
+            for inputs, _ in batches:
+                self._run(inputs)
+                sizes.append(count(inputs))
             if not sizes:
-                raise ValueError("monitor: the baseline saw no images; give at least one batch")
+                raise ValueError("monitor: the baseline saw no examples; give at least one batch")
         except BaseException:
             self.close()
             raise
         self.batch_size = sum(sizes) / len(sizes)
         self.baseline = {name: (total / n, squares / n) for name, (total, squares, n) in self._sums.items()}
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Tensor:
         """Logits of a batch, whose statistics enter the running averages first."""
         self.batches += 1
-        self._weight = 1 - (1 - self.momentum) ** (len(images) / self.batch_size)
-        return self._run(images).clone()
+        self._weight = 1 - (1 - self.momentum) ** (count(inputs) / self.batch_size)
+        return self._run(inputs).clone()
 
     def reset(self) -> None:
         """Forget what has come since the baseline."""
@@ -80,11 +81,11 @@ class Monitor:
                          "since": self.first.get(name)})
         return pd.DataFrame(rows, columns=["layer", "mean_shift", "std_stretch", "drifted", "since"])
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, inputs: Inputs) -> Tensor:
         self._watching = True
         try:
             with evaluating(self.model):
-                return self.model(images)
+                return answer(call(self.model, inputs))
         finally:
             self._watching = False
 

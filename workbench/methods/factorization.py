@@ -15,7 +15,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.layers import Change, UnsupportedModelError, evaluating, named, patches
+from workbench.batches import Batch, Inputs, call, rows
+from workbench.errors import UnsupportedModelError
+from workbench.graph.layers import Change, evaluating, named, patches
+from workbench.subjects.subject import Subject
 
 DAMPING = 1e-3  # of the mean second moment, added to E[x x^T] before it is factored
 COSTS = ("params", "macs")
@@ -72,13 +75,13 @@ class _Factors:
 
 def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, energy: float | None = None,
               budget: float | None = None, cost: str = "params", layers: str | Sequence[str] = "*",
-              batches: Iterable | None = None, example: Tensor | None = None) -> nn.Module:
+              batches: Iterable[Batch] | None = None, example: Inputs | None = None) -> nn.Module:
     """A copy of `model` whose linear and convolution layers are low-rank where that makes them smaller.
 
     One of: rank (of every layer, or by name), energy (share of the sum of squared singular values that each layer keeps),
     budget (share of the chosen layers' `cost`, "params" or "macs", that stays; ranks go where they keep most energy for
-    it). layers: globs. batches: (images, labels) pairs, for the best factors in the outputs instead of the weights.
-    example: float32 (n, C, H, W), needed for "macs". Grouped convolutions stay as they are.
+    it). layers: globs. batches: of inputs and targets, for the best factors in the outputs instead of the weights.
+    example: one input, needed for "macs". Grouped convolutions stay as they are.
 
     Raises ValueError where not exactly one of the three is given or it is out of range, and where the budget is below
     rank 1 in every layer; UnsupportedModelError where no layer can be factored.
@@ -93,7 +96,7 @@ def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, 
     if energy is not None and not 0 < energy <= 1 or budget is not None and not 0 < budget <= 1:
         raise ValueError(f"energy or budget is {given[0]}, expected more than 0 and at most 1")
     if cost == "macs" and example is None:
-        raise ValueError("cost 'macs' needs an example, float32 (n, C, H, W)")
+        raise ValueError("cost 'macs' needs an example, one input of the model")
     factors = _factors(model, layers, batches, example)
     if rank is not None:
         ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(factors, rank)
@@ -117,7 +120,7 @@ def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
 
     error: relative Frobenius distance of the product from the reference's weight. Biases are counted.
     """
-    rows, modules = [], dict(model.named_modules())
+    lines, modules = [], dict(model.named_modules())
     for name, layer in named(reference).items():
         here, before = modules[name], layer.weight.detach()
         count = sum(p.numel() for p in here.parameters())
@@ -125,11 +128,11 @@ def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
         if isinstance(here, nn.Sequential):
             product = here[1].weight.detach().flatten(1) @ here[0].weight.detach().flatten(1)
             row |= {"rank": len(here[0].weight), "error": ((product - before.flatten(1)).norm() / before.norm()).item()}
-        rows.append(row | {"params": count, "params_before": sum(p.numel() for p in layer.parameters())})
-    return pd.DataFrame(rows)
+        lines.append(row | {"params": count, "params_before": sum(p.numel() for p in layer.parameters())})
+    return pd.DataFrame(lines)
 
 
-def truncating(model: nn.Module, *, batches: Iterable | None = None):
+def truncating(model: nn.Module, *, batches: Iterable[Batch] | None = None):
     """A method for sensitivity.scan: (layer, level) -> that layer, alone, without the fraction `level` of its rank.
 
     Example: `sensitivity.scan(model, task.test, factorization.truncating(model), levels=[0.25, 0.5, 0.75])`
@@ -147,7 +150,7 @@ def truncating(model: nn.Module, *, batches: Iterable | None = None):
     return method
 
 
-def _factors(model: nn.Module, patterns, batches: Iterable | None, example: Tensor | None) -> dict[str, _Factors]:
+def _factors(model: nn.Module, patterns, batches: Iterable[Batch] | None, example: Inputs | None) -> dict[str, _Factors]:
     chosen = {name: layer for name, layer in named(model, patterns).items()
               if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)}
     chosen = {name: layer for name, layer in chosen.items() if min(layer.weight.flatten(1).shape) > 1}
@@ -168,32 +171,32 @@ def _factors(model: nn.Module, patterns, batches: Iterable | None, example: Tens
     return factors
 
 
-def _second_moments(model: nn.Module, chosen: Mapping[str, nn.Module], batches: Iterable) -> dict[str, Tensor]:
+def _second_moments(model: nn.Module, chosen: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(chosen, 0)
 
     def watching(name: str):
         def hook(layer, inputs):
-            rows = patches(layer, inputs[0], seed=counts[name])[0].double()
-            sums[name] = sums.get(name, 0) + rows.T @ rows
-            counts[name] += len(rows)
+            seen = patches(layer, inputs[0], seed=counts[name])[0].double()
+            sums[name] = sums.get(name, 0) + seen.T @ seen
+            counts[name] += len(seen)
         return hook
 
     handles = [layer.register_forward_pre_hook(watching(name)) for name, layer in chosen.items()]
     try:
         with evaluating(model):
-            for images, _ in batches:
-                model(images)
+            for inputs, _ in batches:
+                call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     if not all(counts.values()):
-        raise ValueError("factorize saw no images in its batches; give at least one batch")
+        raise ValueError("factorize saw no examples in its batches; give at least one batch")
     means = {name: total / counts[name] for name, total in sums.items()}
     return {name: m + DAMPING * m.diagonal().mean().clamp_min(1e-12) * torch.eye(len(m)).double() for name, m in means.items()}
 
 
-def _positions(model: nn.Module, chosen: Mapping[str, nn.Module], example: Tensor) -> dict[str, int]:
+def _positions(model: nn.Module, chosen: Mapping[str, nn.Module], example: Inputs) -> dict[str, int]:
     found = {}
 
     def watching(name: str):
@@ -201,7 +204,7 @@ def _positions(model: nn.Module, chosen: Mapping[str, nn.Module], example: Tenso
 
     handles = [layer.register_forward_hook(watching(name)) for name, layer in chosen.items()]
     with evaluating(model):
-        model(example[:1])
+        call(model, rows(example, slice(0, 1)))
     for handle in handles:
         handle.remove()
     return found
@@ -229,3 +232,27 @@ def _within(factors: Mapping[str, _Factors], budget: float, cost: str) -> dict[s
             del ranks[name]
             left -= price
     return ranks
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """The step of a plan that puts low-rank pairs in the place of layers: exactly one of `rank`, `energy` and `budget`.
+
+    outputs: the best factors in the layers' outputs on `examples` of the validation split, instead of in the weights.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    budget: float | None = None
+    cost: str = "params"
+    layers: str | Sequence[str] = "*"
+    outputs: bool = False
+    examples: int = 300
+    seed: int = 0
+
+    def apply(self, subject: Subject) -> Subject:
+        """The factored subject."""
+        seen = subject.task.validation.subset(self.examples, seed=self.seed).batches(50) if self.outputs else None
+        model = factorize(subject.model, rank=self.rank, energy=self.energy, budget=self.budget, cost=self.cost,
+                          layers=self.layers, batches=seen, example=subject.example)
+        return subject.with_model(model)

@@ -1,7 +1,7 @@
 """Numbers of several modalities, each at a precision of its own, and the bits that they cost once coded.
 
 Vision 8 bits uniform, text 6 bits on levels that k-means finds, speech 4 to 7 bits, as much as each dimension earns: the
-allocation of the articles (A9), beside one uniform width for all. Allocation of bits over dimensions: Huang & Schultheiss
+allocation of the articles, beside one uniform width for all. Allocation of bits over dimensions: Huang & Schultheiss
 1963 (the next bit goes where it lowers the squared error most), measured and not assumed.
 """
 
@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench import grid
-from workbench.coding import coded_bytes
-from workbench.quantizers import Scheme
+from workbench.numbers import grid
+from workbench.numbers.coding import coded_bytes
+from workbench.numbers.grid import Scheme
 
 KINDS = ("uniform", "kmeans", "variable")
 FITTED = 200_000  # numbers that k-means levels are fitted to, evenly spread over all

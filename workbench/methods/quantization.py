@@ -1,63 +1,84 @@
 """Quantisation: a copy of a model whose weights and activations lie on integer grids, as an integer runtime has them.
 
-The graph is traced (torch.fx). A quantiser stands behind every node whose result an integer runtime stores in memory:
-the input, a convolution or linear layer with the norm and ReLU that follow it alone, an addition, a concatenation, an
-average. What the runtime computes in float (softmax, layer norm, SiLU) is left in float. Fold the batch norms first
-(reparameterization.fold_batchnorm), as the runtime does.
+The model is traced. A quantiser stands where an integer kernel reads or writes: before each quantised layer (behind what made
+its input), behind a convolution with the norm and ReLU that follow it alone, and behind additions, concatenations and
+averages of values that lie on grids. What the runtime computes in float (softmax, GELU, layer norm, embeddings) is left in
+float, ids and masks are left alone. Fold the batch norms first (reparameterization.fold_batchnorm), as the runtime does.
 
 Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krishnamoorthi 2018 (arXiv 1806.08342).
 """
 
 import copy
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.kernels import is_layer, joins, last_of, passes
-from workbench.layers import Change, Tracer, UnsupportedModelError, evaluating, named, reason
-from workbench.quantizers import CALIBRATORS, ActivationQuantizer, Scheme, WeightQuantizer, quantizers, round_biases
+from workbench.batches import Batch, Inputs, call
+from workbench.graph.kinds import is_convolution, is_float, is_layer, joins, last_of, passes, source
+from workbench.graph.layers import Change, evaluating, named
+from workbench.graph.tracing import trace
+from workbench.graph.units import round_biases
+from workbench.numbers.coding import encode, entropy
+from workbench.numbers.grid import Scheme
+from workbench.numbers.histograms import CALIBRATORS
+from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
+from workbench.subjects.subject import Subject
 
 INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
 UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
 
 
-def quantize(model: nn.Module, batches: Iterable, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
+def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
              activations: Scheme | None = UINT8_ACTIVATIONS, calibrator: str = "minmax", by: str = "minmax",
-             layers: str | Sequence[str] = "*") -> nn.Module:
+             layers: str | Sequence[str] = "*", example: Inputs | None = None) -> nn.Module:
     """A copy of `model` with fake-quantised weights and activations, in eval mode, calibrated on `batches`.
 
-    batches: (images, labels) pairs; labels are not looked at. weights, activations: their schemes, None for float; weights
-    also by layer (mixed precision): those not named stay float, and so does what no rounded layer reads or puts out.
-    calibrator: how the range of activations is read from what passes: "minmax", "moving_average", "percentile", "mse" or
-    "entropy" (KL divergence); that of the images is always min-max. by: how the scales of weights are fitted, "minmax" or
+    batches: of inputs and targets; targets are not looked at. weights, activations: their schemes, None for float; weights
+    also by layer (mixed precision): layers that are not listed stay float32. An activation is quantised only if a quantised
+    layer reads or writes it. calibrator: how the range of activations is read from what passes: "minmax", "moving_average",
+    "percentile", "mse" or "entropy" (KL divergence); that of the model's inputs is always min-max. example: inputs to trace
+    the model with, where `batches` is empty. by: how the scales of weights are fitted, "minmax" or
     "mse". layers: globs of the layers whose weights are quantised. Trained on (training.fit), weights and scales learn
     through straight-through gradients. The ranges of the activations are those of the float model: what coarse weights do
     to them is for repairs to undo.
 
-    Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no images, NaN, or
-    images that are constant.
+    Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no examples, NaN, or
+    inputs that are constant.
 
     Example: `quantization.quantize(folded, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
     """
-    schemes = _schemes(model, weights, by, layers)
-    new = _traced(model, activations, schemes)
+    batches = [Batch(*batch) for batch in batches]
+    if not batches and (activations or example is None):
+        raise ValueError("calibration saw no examples; give at least one batch" if activations else
+                         "quantize needs a batch, or an example, to trace the model with")
+    new = prepare(model, batches[0].inputs if batches else example, weights=weights, activations=activations, by=by, layers=layers)
     if activations:
         calibrate(new, batches, calibrator)
-    return round_biases(_round_weights(new, schemes, by))
+    return round_biases(new)
 
 
-def prepare(model: nn.Module, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
+def prepare(model: nn.Module, example: Inputs, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
             activations: Scheme | None = UINT8_ACTIVATIONS, by: str = "minmax",
             layers: str | Sequence[str] = "*") -> fx.GraphModule:
-    """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are."""
+    """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are.
+
+    example: inputs to trace the model with. Raises as `quantize` does.
+    """
     schemes = _schemes(model, weights, by, layers)
-    return _round_weights(_traced(model, activations, schemes), schemes, by)
+    new = copy.deepcopy(trace(model, example)).eval()
+    if activations:
+        _insert(new, activations, set(named(model)) if schemes is None else set(schemes))
+    present = named(new)  # without what eval mode leaves out
+    for name, scheme in (schemes or {}).items():
+        if name in present:
+            layer = present[name]
+            parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, scheme, by=by, layer=name))
+    return new
 
 
 def _schemes(model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by: str,
@@ -74,48 +95,27 @@ def _schemes(model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by
     return {name: scheme for name, scheme in weights.items() if scheme}
 
 
-def _traced(model: nn.Module, activations: Scheme | None, schemes: Mapping[str, Scheme] | None) -> fx.GraphModule:
-    """A traced copy with the activation quantisers that these layers need; all there can be, where no weights are rounded."""
-    source = copy.deepcopy(model).eval()
-    try:
-        traced = fx.GraphModule(source, Tracer().trace(source))
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to place quantisers "
-                                    f"({reason(error)}); write its forward without branches on values") from error
-    if activations:
-        _insert(traced, activations, set(named(model)) if schemes is None else set(schemes))
-    if hasattr(model, "origin"):
-        traced.origin = model.origin
-    return traced.eval()
-
-
-def _round_weights(traced: fx.GraphModule, schemes: Mapping[str, Scheme] | None, by: str) -> fx.GraphModule:
-    """Put quantisers before the weights of `traced`, itself."""
-    present = named(traced)  # without what eval mode leaves out
-    for name, scheme in (schemes or {}).items():
-        if name in present:
-            layer = present[name]
-            parametrize.register_parametrization(layer, "weight", WeightQuantizer(layer.weight, scheme, by=by, layer=name))
-    return traced
-
-
-def calibrate(model: nn.Module, batches: Iterable, calibrator: str = "minmax") -> nn.Module:
-    """Set the ranges of the activations of a prepared `model`, itself, from `batches`; returns it."""
+def calibrate(model: nn.Module, batches: Iterable[Batch], calibrator: str = "minmax") -> nn.Module:
+    """Set the ranges of the activations of a prepared `model`, itself, from `batches`; returns it. Raises as `quantize` does."""
     if calibrator not in CALIBRATORS:
         raise ValueError(f"unknown calibrator {calibrator!r}; expected one of {', '.join(CALIBRATORS)}")
-    found = dict(quantizers(model))
-    if not found:
+    placed = [quantizer for _, quantizer in quantizers(model)]
+    if not placed:
         raise ValueError("calibration found no activation quantisers; prepare the model with a scheme for its activations")
-    for quantizer in found.values():
+    for quantizer in placed:
         quantizer.observe(counting=calibrator not in ("minmax", "moving_average"))
+    seen = 0
     with evaluating(model):
-        for images, _ in files.progress(batches, title="calibration", unit="batch"):
-            model(images)
-    first = next(iter(found.values())).seen
-    if first.low == first.high:
-        raise ValueError(f"calibration: every pixel of every image is {first.low:g}; give real images")
-    for place, quantizer in enumerate(found.values()):
-        quantizer.settle(calibrator if place else "minmax")  # pixels have a range of their own, and nothing to clip
+        for inputs, _ in files.progress(batches, title="calibration", unit="batch"):
+            call(model, inputs)
+            seen += 1
+    if not seen:
+        raise ValueError("calibration saw no examples; give at least one batch")
+    for quantizer in placed:
+        if quantizer.of_input and quantizer.seen.low == quantizer.seen.high:
+            raise ValueError(f"calibration: every number of {quantizer.place} is {quantizer.seen.low:g} in every example; "
+                             "give real ones")
+        quantizer.settle("minmax" if quantizer.of_input else calibrator)  # inputs have a range of their own, nothing to clip
     return model
 
 
@@ -169,57 +169,105 @@ def quantizing(model: nn.Module, *, granularity: str = "channel", by: str = "min
 
 
 def coded(model: nn.Module) -> pd.DataFrame:
-    """One row per quantised layer: layer, bits, size_bytes (packed), coded_bytes (Huffman-coded), entropy_bits a weight.
+    """One row per quantised layer: layer, bits, size_bytes (packed), coded_bytes (entropy-coded), entropy_bits a weight.
 
-    The integers, or the places of k-means levels, go through Deflate's Huffman coder (zlib, Z_HUFFMAN_ONLY), each once, and
-    are decoded to see that they come back; scales or levels are added as they are. C10: shared weights, the size as coded.
+    The integers, or the places of k-means levels, go through numbers.coding, and come back bit for bit; scales or levels are
+    added as they are. The size of shared weights is the coded one (Han et al. 2016, arXiv 1510.00149).
     """
     rows = []
     for row, (name, values) in zip(table(model, model).itertuples(), integers(model).items(), strict=True):
-        symbols = (values - values.min()).to(torch.uint8).numpy().tobytes()
-        coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        stream = coder.compress(symbols) + coder.flush()
-        if zlib.decompress(stream, -15) != symbols:
-            raise ValueError(f"layer {name}: its coded weights do not decode to themselves")
-        share = np.bincount(np.frombuffer(symbols, np.uint8)) / len(symbols)
+        symbols = (values - values.min()).numpy()
         rest = row.size_bytes - (row.params * row.bits + 7) // 8
-        coded_bytes = min(len(stream) + rest, row.size_bytes)  # packed, where coding does not pay
+        coded_bytes = min(len(encode(symbols)) + rest, row.size_bytes)  # packed, where coding does not pay
         rows.append({"layer": name, "bits": row.bits, "size_bytes": row.size_bytes, "coded_bytes": coded_bytes,
-                     "entropy_bits": float(-(share[share > 0] * np.log2(share[share > 0])).sum()), "params": row.params})
+                     "entropy_bits": entropy(symbols), "params": row.params})
     return pd.DataFrame(rows)
 
 
 def _insert(traced: fx.GraphModule, scheme: Scheme, rounded: set[str]) -> None:
-    """Put quantisers behind all that an integer runtime stores; where some layers stay float, only behind what a rounded layer
-    puts out or reads, for each change of format takes time and precision."""
-    modules, graph = dict(traced.named_modules()), traced.graph
-    result = next(node for node in graph.nodes if node.op == "output").args[0]
-    behind: dict[fx.Node, fx.Node] = {}
-    needed = set()
-    for node in list(graph.nodes):
-        if is_layer(node, modules) or joins(node, modules) or node.op == "placeholder":
-            behind.setdefault(last_of(node, modules), node)
-    for node in list(graph.nodes):  # what else a layer reads
-        if is_layer(node, modules):
-            source = node.args[0]
-            while source not in behind and passes(source, modules):
-                source = source.args[0]
-            behind.setdefault(source, source)
-            needed |= {source, last_of(node, modules)} if node.target in rounded else set()
-    mixed = not set(named(traced)) <= rounded
-    for place, node in behind.items():
-        if place is result or (mixed and place not in needed):
+    """Put quantisers into `traced`, itself, wherever an integer kernel of the `rounded` layers reads or writes."""
+    places = _Places(traced, rounded)
+    outputs = next(node for node in traced.graph.nodes if node.op == "output").all_input_nodes
+    for place in places.stored_in_order():
+        readers = places.readers(place)
+        if place in outputs or not readers:
             continue
-        name = f"quantizer_{node.name}"
-        what = "the images" if node.op == "placeholder" else str(node.target)
-        traced.add_submodule(name, ActivationQuantizer(scheme, place=what))
-        with graph.inserting_after(place):
-            new = graph.call_module(name, (place,))
-        place.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        name, of_input = f"quantizer_{place.name}", place.op == "placeholder"
+        what = f"input {place.target}" if of_input else str(place.target)
+        traced.add_submodule(name, ActivationQuantizer(scheme, place=what, of_input=of_input))
+        with traced.graph.inserting_after(place):
+            new = traced.graph.call_module(name, (place,))
+        new.meta = dict(place.meta)
+        place.replace_all_uses_with(new, delete_user_cb=readers.__contains__)
     traced.recompile()
+
+
+class _Places:
+    """Which values of a traced graph are stored as integers, and who reads them as such."""
+
+    def __init__(self, traced: fx.GraphModule, rounded: set[str]):
+        self.nodes, self.modules = list(traced.graph.nodes), dict(traced.named_modules())
+        self.layers = {node for node in self.nodes if is_layer(node, self.modules) and node.target in rounded}
+        self.joins: set[fx.Node] = set()  # of integers: computed with integers, and stored as such
+        self.written = {last_of(node, self.modules) for node in self.layers if is_convolution(node, self.modules)}
+        read = {self._rounded_at(node.args[0]) for node in self.layers}
+        mixed = not set(named(traced)) <= rounded
+        for node in self.nodes:
+            made = last_of(node, self.modules)
+            parts = [part for part in node.all_input_nodes if is_float(part)] if joins(node) else []
+            known = read | self.written
+            if parts and all(source(part) in self.written for part in parts) and (not mixed or made in known):
+                self.joins.add(node)
+                self.written.add(made)
+        self.stored = read | self.written
+
+    def _rounded_at(self, place: fx.Node) -> fx.Node:
+        """Where what a layer reads is put on its grid: where it was made, or behind the reshape that it alone reads."""
+        while passes(place) and (source(place) in self.written or all(map(self._takes_integers, place.args[0].users))):
+            place = place.args[0]
+        return place
+
+    def stored_in_order(self) -> list[fx.Node]:
+        """The nodes whose values are stored as integers."""
+        return [node for node in self.nodes if node in self.stored and is_float(node)]
+
+    def readers(self, place: fx.Node) -> set[fx.Node]:
+        """Who reads the stored integers of a value: everybody where an integer kernel wrote them; else, where a float value is
+        rounded for a layer, that layer alone, and the residual connection beside it keeps the float value."""
+        return {user for user in place.users if place in self.written or place.op == "placeholder" or self._takes_integers(user)}
+
+    def _takes_integers(self, node: fx.Node) -> bool:
+        ends = node in self.layers or node in self.joins
+        return ends or (passes(node) and bool(node.users) and all(map(self._takes_integers, node.users)))
 
 
 def integers(model: nn.Module) -> dict[str, Tensor]:
     """The integer weights of each quantised layer, int32 of the weight's shape, by name."""
     return {name: layer.parametrizations.weight[0].integers(layer.parametrizations.weight.original)
             for name, layer in named(model).items() if parametrize.is_parametrized(layer, "weight")}
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The step of a plan that quantises: weights at `bits` (None: float), activations at 8, calibrated on `examples` of the
+    validation split."""
+
+    bits: int | None = 8
+    granularity: str = "channel"
+    group: int = 0
+    symmetric: bool = True
+    levels: str = "uniform"
+    activations: bool = True
+    calibrator: str = "minmax"
+    by: str = "minmax"
+    layers: str | Sequence[str] = "*"
+    examples: int = 300
+    seed: int = 0
+
+    def apply(self, subject: Subject) -> Subject:
+        """The quantised subject; the float model stays in `made["float"]`, for repairs to compare with."""
+        scheme = self.bits and Scheme(self.bits, self.symmetric, self.granularity, self.group, self.levels)
+        seen = list(subject.task.validation.subset(self.examples, seed=self.seed).batches(50))
+        model = quantize(subject.model, seen, weights=scheme, activations=UINT8_ACTIVATIONS if self.activations else None,
+                         calibrator=self.calibrator, by=self.by, layers=self.layers)
+        return subject.with_model(model, float=subject.model, calibration=seen)

@@ -1,60 +1,95 @@
 """Structural rewrites that leave the computed function as it is.
 
 Sources: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2); branches fused as in RepVGG, Ding et
-al. 2021 (arXiv 2101.03697). And one that does change it: the batch norms' statistics taken anew.
+al. 2021 (arXiv 2101.03697); ranges equalised as in Nagel et al. 2019 (arXiv 1906.04721). And one that does change it: the batch norms' statistics taken anew.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from workbench.layers import UnsupportedModelError, reason
+from workbench.batches import Batch, Inputs, call
+from workbench.errors import UnsupportedModelError
+from workbench.graph.kinds import BATCHNORM, aten, is_idle, is_layer
+from workbench.graph.tracing import Runner
+from workbench.subjects.subject import Subject
 
+LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
 _FUSE = {nn.Conv1d: fuse_conv_bn_eval, nn.Conv2d: fuse_conv_bn_eval, nn.Linear: fuse_linear_bn_eval}
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
+def fold_batchnorm(model: nn.Module, example: Inputs) -> nn.Module:
     """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
 
     W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
     names remain. A norm whose layer feeds something else too, or runs twice, is left alone. The copy is in eval mode.
 
-    Raises UnsupportedModelError where torch.fx cannot trace the model or nothing was there to fold.
+    A model without such norms comes back as it is, copied. Raises UnsupportedModelError where the model cannot be traced.
 
-    Example: `folded = reparameterization.fold_batchnorm(model)`
+    Example: `folded = reparameterization.fold_batchnorm(model, task.example)`
     """
+    graph = Runner(model, example)
+    pairs = [pair for node in graph.nodes if (pair := _foldable(node, graph))]
     new = copy.deepcopy(model).eval()
-    try:
-        graph = fx.Tracer().trace(new)
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced to find its batch norms: "
-                                    f"{reason(error)}") from error
-    modules, folded = dict(new.named_modules()), 0
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
-        source = node.args[0] if node.args else None
-        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        norm, layer = modules[node.target], modules[source.target]
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and type(layer) in _FUSE and len(source.users) == 1 \
-                and calls[node.target] == calls[source.target] == 1:
-            with torch.no_grad():
-                new.set_submodule(source.target, _FUSE[type(layer)](layer, norm))
-            new.set_submodule(node.target, nn.Identity())
-            folded += 1
-    if not folded:
-        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm directly behind a convolution or linear layer")
+    with torch.no_grad():
+        for layer, norm in pairs:
+            found = new.get_submodule(layer)
+            new.set_submodule(layer, _FUSE[type(found)](found, new.get_submodule(norm)))
+            new.set_submodule(norm, nn.Identity())
+    return new
+
+
+def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
+    """The names of a layer and of the norm that follows it alone, of the node of the norm."""
+    source = node.args[0] if node.args else None
+    if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+        return None
+    norm, layer = graph.modules[node.target], graph.modules[source.target]
+    once = len(source.users) == 1 and graph.calls[node.target] == graph.calls[source.target] == 1
+    fits = isinstance(norm, BATCHNORM) and type(layer) in _FUSE
+    return (source.target, node.target) if fits and once else None
+
+
+def equalize(model: nn.Module, example: Inputs, *, passes: int = 3) -> nn.Module:
+    """A copy that computes the same, with the ranges of neighbouring layers made equal channel by channel.
+
+    Channel i of a layer is divided, and what reads it multiplied, by s_i = sqrt(max|W_1,i| / max|W_2,i|); channels below a
+    thousandth of the largest are left, or their biases would grow without bound. It needs two
+    convolution or linear layers with nothing but a ReLU (not ReLU6) between them, batch norms folded.
+
+    Raises UnsupportedModelError where the model cannot be traced or has no such pair.
+
+    Example: `equal = reparameterization.equalize(folded, task.example)`
+    """
+    names = _pairs(Runner(model, example))
+    if not names:
+        raise UnsupportedModelError(f"{type(model).__name__} has no two layers with only a ReLU between them; fold its batch "
+                                    "norms first (ReLU6 cannot be equalised)")
+    new = copy.deepcopy(model).eval()
+    pairs = [tuple(new.get_submodule(name) for name in pair) for pair in names]
+    with torch.no_grad():
+        for _ in range(passes):
+            for first, second in pairs:
+                depthwise = getattr(second, "groups", 1) > 1
+                mine = first.weight.abs().flatten(1).amax(1)
+                theirs = (second.weight if depthwise else second.weight.transpose(0, 1)).abs().flatten(1).amax(1)
+                live = (mine > LIVE * mine.max()) & (theirs > LIVE * theirs.max())
+                share = torch.where(live, (mine / theirs.clamp_min(1e-12)).sqrt(), 1.0)
+                first.weight /= share.view(-1, *[1] * (first.weight.dim() - 1))
+                if first.bias is not None:
+                    first.bias /= share
+                second.weight *= share.view(-1, 1, 1, 1) if depthwise else share.view(1, -1, *[1] * (second.weight.dim() - 2))
     return new
 
 
 def fuse_branches(model: nn.Module) -> nn.Module:
     """A copy in eval mode in which each block that was trained with branches is the one convolution that it amounts to.
 
-    A block is a module with a method `fused()`, which returns what stands in its place (models.RepVGGBlock), or, as in
+    A block is a module with a method `fused()`, which returns what stands in its place (networks.RepVGGBlock), or, as in
     timm, `reparameterize()`, which changes itself. Raises UnsupportedModelError where there is none.
 
     Example: `fused = reparameterization.fuse_branches(models.load("repvgg_small", task))`
@@ -74,17 +109,17 @@ def fuse_branches(model: nn.Module) -> nn.Module:
     return new
 
 
-def reestimate_batchnorm(model: nn.Module, batches: Iterable) -> nn.Module:
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     """A copy whose batch norms hold the mean and variance of `batches`, each batch weighing the same; nothing else changes.
 
-    What a cut or quantised model needs before it is judged: the statistics of its own activations. batches: (images,
-    labels) pairs of at least two images. Raises ValueError where there are none, UnsupportedModelError where no batch
+    What a cut or quantised model needs before it is judged: the statistics of its own activations. Batches have at least
+    two examples; targets are not looked at. Raises ValueError where there are none, UnsupportedModelError where no batch
     norm is left.
 
     Example: `reparameterization.reestimate_batchnorm(cut, task.validation.subset(1000).batches(100))`
     """
     new = copy.deepcopy(model).eval()
-    norms = [module for module in new.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in new.modules() if isinstance(module, BATCHNORM)]
     if not norms:
         raise UnsupportedModelError(f"{type(model).__name__} has no batch norm whose statistics could be taken anew")
     momenta = [norm.momentum for norm in norms]
@@ -94,11 +129,74 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable) -> nn.Module:
         norm.train()
     count = 0
     with torch.no_grad():
-        for images, _ in batches:
-            new(images)
+        for inputs, _ in batches:
+            call(new, inputs)
             count += 1
     if not count:
-        raise ValueError("re-estimation of batch norms saw no images; give at least one batch")
+        raise ValueError("re-estimation of batch norms saw no examples; give at least one batch")
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return new.eval()
+
+
+def _pairs(graph: Runner) -> list[tuple[str, str]]:
+    """The names of neighbouring layers with nothing but a ReLU between them."""
+    pairs = []
+    for node in graph.nodes:
+        if not is_layer(node, graph.modules):
+            continue
+        place = node
+        while len(place.users) == 1:
+            place = next(iter(place.users))
+            if not (is_idle(place, graph.modules) or place.target is aten.relu.default):
+                break
+        if not is_layer(place, graph.modules) or place is node:
+            continue
+        first, second = graph.modules[node.target], graph.modules[place.target]
+        once = graph.calls[node.target] == graph.calls[place.target] == 1
+        depthwise = getattr(second, "groups", 1) == len(second.weight)
+        reads = len(second.weight) if depthwise else second.weight.shape[1]
+        if once and type(second) is type(first) and isinstance(first, nn.Conv2d | nn.Linear) and len(first.weight) == reads:
+            pairs.append((node.target, place.target))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The step of a plan that folds batch norms."""
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject with its norms folded; the reference is folded as well, for repairs to compare with."""
+        model = fold_batchnorm(subject.model, subject.example)
+        return subject.with_model(model, folded=model)
+
+
+@dataclass(frozen=True)
+class Equalize:
+    """The step of a plan that makes the ranges of neighbouring layers equal; batch norms are to be folded before."""
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject with equal ranges."""
+        return subject.with_model(equalize(subject.model, subject.example))
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """The step of a plan that fuses branches."""
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject with its branches fused."""
+        return subject.with_model(fuse_branches(subject.model))
+
+
+@dataclass(frozen=True)
+class Reestimate:
+    """The step of a plan that takes the batch norms' statistics anew, from `examples` of the validation split."""
+
+    examples: int = 1000
+    seed: int = 0
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject with the statistics of its own activations."""
+        seen = subject.task.validation.subset(self.examples, seed=self.seed).batches(100)
+        return subject.with_model(reestimate_batchnorm(subject.model, seen))

@@ -14,13 +14,19 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.layers import UnsupportedModelError, named
+from workbench.batches import Batch
+from workbench.errors import UnsupportedModelError
+from workbench.graph.layers import named
+from workbench.subjects.objectives import Objective
+from workbench.subjects.subject import Subject
+from workbench.subjects.training import Recipe, few, fit, own_loss
 
 PENALTIES = ("group_lasso", "bn_gamma")
 SCOPES = ("layer", "global")
@@ -83,8 +89,8 @@ def table(model: nn.Module) -> pd.DataFrame:
 
 
 def penalised(kind: str, strength: float, *, layers: str | Sequence[str] = "*",
-              label_smoothing: float = 0.0) -> Callable[[nn.Module, Tensor, Tensor, float], Tensor]:
-    """A loss for training.fit: cross entropy + strength * penalty, which drives whole channels towards zero.
+              label_smoothing: float = 0.0) -> Callable[[nn.Module, Batch, Objective, float], Tensor]:
+    """A loss for training.fit: the objective's own + strength * penalty, which drives whole channels towards zero.
 
     "group_lasso": sum over the output channels of `layers` of sqrt(d) |w_channel|_2, d weights a channel; "bn_gamma":
     sum of |gamma| over all batch norms. What comes near zero is then cut by channels.cut_to with l2 or bn_gamma.
@@ -99,9 +105,10 @@ def penalised(kind: str, strength: float, *, layers: str | Sequence[str] = "*",
     if not strength > 0:
         raise ValueError(f"strength is {strength}, expected more than 0")
 
-    def loss(model: nn.Module, images: Tensor, labels: Tensor, _progress: float) -> Tensor:
-        fit = F.cross_entropy(model(images).float(), labels, label_smoothing=label_smoothing)
-        return fit + strength * penalty(model, kind, layers=layers)
+    plain = own_loss(Recipe(label_smoothing=label_smoothing))
+
+    def loss(model: nn.Module, batch: Batch, objective: Objective, progress: float) -> Tensor:
+        return plain(model, batch, objective, progress) + strength * penalty(model, kind, layers=layers)
 
     loss.identity = [kind, strength, layers if isinstance(layers, str) else list(layers), label_smoothing]
     return loss
@@ -279,3 +286,32 @@ def _weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
 def _zero(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         weight.mul_(masks[name].to(weight.device))
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """The step of a plan that sets weights to zero, and trains with them where a recipe is given.
+
+    exchange: the share of the zeros that move while it trains, as `Regrow` has it; 0 keeps them where they are. examples: of
+    the training split, all where 0.
+    """
+
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    recipe: Recipe | None = None
+    exchange: float = 0.0
+    every: int = 100
+    layers: str | Sequence[str] = "*"
+    examples: int = 0
+    seed: int = 0
+    state: str | None = None
+
+    def apply(self, subject: Subject) -> Subject:
+        """The sparse subject."""
+        hook = Regrow(subject.model, self.sparsity, pattern=self.pattern, exchange=self.exchange, every=self.every,
+                      layers=self.layers)
+        sparse = apply(subject.model, hook.masks)
+        if self.recipe is None:
+            return subject.with_model(sparse)
+        task = few(subject.task, self.examples, seed=self.seed)
+        return subject.with_model(fit(sparse, task, recipe=self.recipe, seed=self.seed, after_step=hook, state=self.state).model)

@@ -255,13 +255,13 @@ def load(table: pd.DataFrame, *, by: str = "candidate") -> Figure:
 
 
 def throughput(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Images per second by size of batch, a line per candidate and number of threads, of latency.grid."""
+    """Examples per second by size of batch, a line per candidate and number of threads, of latency.grid."""
     ax = ax or _axes(7, 4)
     for k, (name, part) in enumerate(table.groupby("candidate", sort=False)):
         for threads, line in part.groupby("threads"):
-            ax.plot(line.batch, line.images_per_s, "o" + ("-", "--", ":", "-.")[(threads - 1) % 4], color=f"C{k}",
+            ax.plot(line.batch, line.examples_per_s, "o" + ("-", "--", ":", "-.")[(threads - 1) % 4], color=f"C{k}",
                     label=f"{name}, threads {threads}")
-    ax.set(xscale="log", xlabel="batch", ylabel="images per second", title=table.attrs.get("machine", ""))
+    ax.set(xscale="log", xlabel="batch", ylabel="examples per second", title=table.attrs.get("machine", ""))
     ax.set_xticks(sorted(set(table.batch)), [str(size) for size in sorted(set(table.batch))])
     ax.minorticks_off()
     ax.title.set_fontsize(8)
@@ -284,12 +284,13 @@ def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def history(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Top-1 on the augmented training images and on the validation images, epoch by epoch, of training.fit."""
+    """What is right among the training examples and the metric on the validation examples, epoch by epoch, of training.fit."""
     ax = ax or _axes(7, 4)
-    ax.plot(table.epoch, table.train_top1 * 100, color=GREY, label="training images (augmented)")
-    ax.plot(table.epoch, table.validation_top1 * 100, color=BLUE, label="validation images")
+    column = next(name for name in table.columns if name.startswith("validation_"))
+    ax.plot(table.epoch, table.train_right * 100, color=GREY, label="training examples (pictures augmented), right")
+    ax.plot(table.epoch, table[column] * 100, color=BLUE, label=f"validation examples, {column.partition('_')[2]}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel="top-1, %", title=f"Training: last epoch {table.validation_top1.iloc[-1]:.2%} on validation")
+    ax.set(xlabel="epoch", ylabel="%", title=f"Training: last epoch {table[column].iloc[-1]:.2%} on validation")
     ax.legend(frameon=False)
     return ax
 

@@ -7,9 +7,8 @@ The symmetric contrastive loss of every pair of modalities, temperature 0.07 to 
 import copy
 import json
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workbench import files, states
+from workbench import files
+from workbench.subjects import training
 
-SAVE_EVERY_S = 60.0
 HOTTEST = math.log(100)  # of the learned scale, 1 / temperature
 
 
@@ -47,28 +46,24 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to align. batch: concepts a step, one item of each modality for each. temperature: the first; it is learned.
-    precision: "fp32", or "bf16" (autocast of the encoders)."""
+class Recipe(training.Recipe):
+    """How to align: `steps` of AdamW. batch_size: concepts a step, one item of each modality for each. temperature: the first;
+    it is learned. precision: of the encoders."""
 
     steps: int = 600
-    batch: int = 256
+    batch_size: int = 256
     learning_rate: float = 2e-3
+    optimizer: str = "adamw"
     weight_decay: float = 0.03
-    temperature: float = 0.07
+    warmup: float = 0.1
     precision: str = "fp32"
+    temperature: float = 0.07
 
     def __post_init__(self):
-        for name in ("steps", "batch", "learning_rate", "temperature"):
+        super().__post_init__()
+        for name in ("steps", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}, expected more than 0")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"recipe: precision is {self.precision!r}, expected fp32 or bf16")
-
-    def rate(self, progress: float) -> float:
-        """Learning rate: a tenth of the steps to climb, then a cosine to zero."""
-        share = progress / 0.1 if progress < 0.1 else (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
-        return self.learning_rate * share
 
 
 def contrastive(one: Tensor, other: Tensor, scale: Tensor | float, groups: Tensor | None = None) -> Tensor:
@@ -105,24 +100,12 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
     Example: `encoders, history = alignment.align({"image": ..., "text": ...}, items, known.meanings, recipe=Recipe(steps=600))`
     """
     run = _Run(encoders, items, groups, recipe or Recipe(), seed, teacher, teaching if teacher else None)
-    state = Path(state) if state else None
-    if state and state.exists():
-        run.progress = states.restore(state, run.parts, run.optimizer, run.identity)
-    bar = files.progress(total=run.recipe.steps, title="alignment", unit="step")
-    bar.update(run.progress["step"])
-    saved = time.monotonic()
-    while run.progress["step"] < run.recipe.steps:
-        run.advance()
-        bar.update()
-        if state and (run.progress["step"] == run.recipe.steps or time.monotonic() - saved > SAVE_EVERY_S):
-            states.save(state, run.parts, run.optimizer, run.identity, run.progress)
-            saved = time.monotonic()
-    bar.close()
-    return run.encoders.eval(), pd.DataFrame(run.progress["rows"])
+    run.loop.run(run.loss, state=state, title="alignment", after_update=run.after_update)
+    return run.encoders.eval(), pd.DataFrame(run.loop.progress["rows"])
 
 
 class _Run:
-    """All that an alignment consists of between two steps."""
+    """A loop over steps that draw concepts, and an item of each modality for each."""
 
     def __init__(self, encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, recipe: Recipe, seed: int,
                  teacher: Mapping[str, Tensor] | None, teaching):
@@ -134,59 +117,51 @@ class _Run:
         self.scale = nn.ParameterDict({"log": nn.Parameter(torch.tensor(-math.log(recipe.temperature)))})
         self.items, self.groups, self.recipe, self.seed = dict(items), groups, recipe, seed
         self.teacher, self.teaching = teacher, teaching
-        self.parts = {"encoders": self.encoders, "scale": self.scale}
-        self.optimizer = torch.optim.AdamW([*self.encoders.parameters(), *self.scale.parameters()], recipe.learning_rate,
-                                           weight_decay=recipe.weight_decay)
         self.places = {name: found.rows.groupby("concept").indices for name, found in items.items()}
         self.languages = {name: found.rows.language.to_numpy() for name, found in items.items()}
         self.concepts = np.unique(np.concatenate([list(places) for places in self.places.values()]))
         self.spoken = {c: sorted({language for name, places in self.places.items() if c in places
                                   for language in self.languages[name][places[c]] if language}) for c in self.concepts}
-        self.progress = {"step": 0, "rows": []}
-        self.identity = asdict(recipe) | {"seed": seed, "modalities": sorted(items),
-                                          "teacher": files.fingerprint(teacher.values()) if teacher else None,
-                                          "items": files.fingerprint(found.values for found in self.items.values()),
-                                          "start": files.fingerprint(self.encoders.state_dict().values())}
+        identity = {"modalities": sorted(items), "teacher": files.fingerprint(teacher.values()) if teacher else None,
+                    "items": files.fingerprint(found.values for found in self.items.values()),
+                    "start": files.fingerprint(self.encoders.state_dict().values())}
+        self.loop = training.Loop({"encoders": self.encoders, "scale": self.scale},
+                                  [*self.encoders.parameters(), *self.scale.parameters()], recipe, steps=recipe.steps, seed=seed,
+                                  identity=identity)
 
-    def advance(self) -> None:
-        """One step: concepts, an item of each modality, the loss of every pair, the update."""
-        started, step = time.perf_counter(), self.progress["step"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(step / self.recipe.steps)
+    def loss(self, step: int) -> Tensor:
+        """The contrastive loss of every pair of modalities, and what the teacher adds."""
         drawn = self._draw(np.random.default_rng([self.seed, step]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0]))
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-                found = {name: self.encoders[name](_trimmed(self.items[name].values[places])).float()
-                         for name, (_, places) in drawn.items()}
+        vectors = {name: self.encoders[name](_trimmed(self.items[name].values[places])).float()
+                   for name, (_, places) in drawn.items()}
+        with torch.autocast("cpu", enabled=False):
             losses = []
-            for one, other in combinations(found, 2):
+            for one, other in combinations(vectors, 2):
                 shared, a, b = np.intersect1d(drawn[one][0], drawn[other][0], return_indices=True)
                 if len(shared) > 1:
-                    losses.append(contrastive(found[one][a], found[other][b], self.scale["log"].exp(), self.groups[shared]))
-            loss = sum(losses)
-            if self.teaching:
-                shared = set.intersection(*(set(concepts) for concepts, _ in drawn.values()))
-                rows = {name: np.isin(concepts, list(shared)) for name, (concepts, _) in drawn.items()}
-                wanted = {name: self.teacher[name][places] for name, (_, places) in drawn.items()}
-                loss = loss + self.teaching({name: found[name][rows[name]] for name in found},
-                                            {name: wanted[name][rows[name]] for name in found})
-                loss = loss + sum(self.teaching({name: found[name]}, {name: wanted[name]}) for name in found)
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"alignment: the loss became {loss.item()} at step {step}; lower learning_rate")
-            self.optimizer.zero_grad()
-            loss.backward()
-        self.optimizer.step()
+                    losses.append(contrastive(vectors[one][a], vectors[other][b], self.scale["log"].exp(), self.groups[shared]))
+            return sum(losses) + (self._taught(drawn, vectors) if self.teaching else 0.0)
+
+    def after_update(self, step: int, loss: float, seconds: float) -> None:
+        """Keep the temperature in bounds, and the step's row."""
         with torch.no_grad():
             self.scale["log"].clamp_(max=HOTTEST)
-        self.progress["step"] = step + 1
         warmth = math.exp(-self.scale["log"].item())
-        self.progress["rows"].append({"step": step + 1, "loss": float(loss.detach()), "temperature": warmth,
-                                      "seconds": round(time.perf_counter() - started, 3)})
+        row = {"step": step, "loss": loss, "temperature": warmth, "seconds": round(seconds, 3)}
+        self.loop.progress["rows"].append(row)
+
+    def _taught(self, drawn: Mapping, vectors: Mapping[str, Tensor]) -> Tensor:
+        """The teaching of what all modalities have together, and of each modality alone."""
+        shared = set.intersection(*(set(concepts) for concepts, _ in drawn.values()))
+        rows = {name: np.isin(concepts, list(shared)) for name, (concepts, _) in drawn.items()}
+        wanted = {name: self.teacher[name][places] for name, (_, places) in drawn.items()}
+        together = self.teaching({name: vectors[name][rows[name]] for name in vectors},
+                                 {name: wanted[name][rows[name]] for name in vectors})
+        return together + sum(self.teaching({name: vectors[name]}, {name: wanted[name]}) for name in vectors)
 
     def _draw(self, random: np.random.Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By modality: the concepts that have it, and a place among its items for each."""
-        concepts = np.sort(random.permutation(self.concepts)[:self.recipe.batch])
+        concepts = np.sort(random.permutation(self.concepts)[:self.recipe.batch_size])
         wanted = [self.spoken[c][random.integers(len(self.spoken[c]))] if self.spoken[c] else "" for c in concepts]
         drawn = {}
         for name, places in self.places.items():

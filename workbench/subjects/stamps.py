@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.subjects import data
+from workbench.subjects import embedded
+from workbench.subjects.tasks import Preprocessing, Split, Task, set_aside
 
 SPOKEN = ("be", "bg", "ca", "el", "es", "fr", "ro", "ru")
 LANGUAGES = ("en", *SPOKEN)
@@ -83,13 +84,12 @@ def load(*, languages: tuple[str, ...] = LANGUAGES, seed: int = 0) -> Stamps:
     """
     from PIL import Image
 
-    where = data.folder() / "stamps"
-    concepts = pd.read_csv(data.verify(where / "concepts.csv"))
-    clips = pd.read_csv(data.verify(where / "clips.csv"))
-    table = pd.read_parquet(data.verify(where / "descriptions.parquet"))
-    sheet = np.array(Image.open(data.verify(where / "pictures.webp")))
+    concepts = pd.read_csv(embedded.verified("stamps", "concepts.csv"))
+    clips = pd.read_csv(embedded.verified("stamps", "clips.csv"))
+    table = pd.read_parquet(embedded.verified("stamps", "descriptions.parquet"))
+    sheet = np.array(Image.open(embedded.verified("stamps", "pictures.webp")))
     tiles = sheet.reshape(-1, SIDE, TILES, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)[:len(concepts)]
-    speech = {language: torch.from_numpy(np.array(Image.open(data.verify(where / f"speech_{language}.png"))))
+    speech = {language: torch.from_numpy(np.array(Image.open(embedded.verified("stamps", f"speech_{language}.png"))))
               for language in SPOKEN if language in languages}
     texts = table.rename_axis("concept").reset_index().melt("concept", var_name="language", value_name="text").dropna()
     concepts["meaning"] = pd.factorize(table.en.str.casefold().str.replace(r"\W+", " ", regex=True).str.strip())[0]
@@ -101,18 +101,18 @@ def load(*, languages: tuple[str, ...] = LANGUAGES, seed: int = 0) -> Stamps:
     return found.spoken(tuple(languages))
 
 
-def task(preprocessing: data.Preprocessing | None = None) -> data.Task:
+def task(preprocessing: Preprocessing | None = None) -> Task:
     """The pictures as images to classify by category; new concepts are the test images."""
     known = load(languages=("en",))
     categories = sorted(known.concepts.category.unique())
     labels = torch.tensor([categories.index(name) for name in known.concepts.category])
-    how = preprocessing or data.Preprocessing()
-    if len(how.mean) != 3:
-        raise ValueError("stamps are RGB; this preprocessing expects one channel")
-    every = data.Split(resized(known.pictures, how.size or SIDE), labels, how, "stamps")
+    how = preprocessing or Preprocessing()
+    if not isinstance(how, Preprocessing) or len(how.mean) != 3:
+        raise ValueError(f"stamps are RGB pictures; this preprocessing is {how}")
+    every = Split(resized(known.pictures, how.size or SIDE), labels, how, name="stamps")
     test = torch.tensor((known.concepts.part == NEW_CONCEPT).to_list())
-    train, validation = data.set_aside(replace(every.take((~test).nonzero()[:, 0]), name="stamps train"), "stamps validation")
-    return data.Task("stamps", train, validation, replace(every.take(test.nonzero()[:, 0]), name="stamps test"),
+    train, validation = set_aside(replace(every.take((~test).nonzero()[:, 0]), name="stamps train"), "stamps validation")
+    return Task("stamps", train, validation, replace(every.take(test.nonzero()[:, 0]), name="stamps test"),
                      tuple(categories), SOURCE, "GPL-2")
 
 

@@ -1,14 +1,15 @@
-"""Training that can be stopped anywhere and goes on to the same weights.
+"""One training loop, for any model, objective and loss; it can be stopped anywhere and goes on to the same weights.
 
 Sources: SGD with Nesterov momentum and the cosine schedule of Loshchilov & Hutter 2017 (arXiv 1608.03983), one cycle,
-no restarts; mixed precision with gradient scaling of Micikevicius et al. 2018 (arXiv 1710.03740).
+no restarts; AdamW Loshchilov & Hutter 2019 (arXiv 1711.05101); mixed precision with gradient scaling of Micikevicius et al.
+2018 (arXiv 1710.03740).
 """
 
 import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,48 +18,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench import files, states
-from workbench.subjects.data import Split, Task
+from workbench import files, machine
+from workbench.batches import Batch, call, count, mapped
+from workbench.subjects import states
+from workbench.subjects.objectives import Objective
+from workbench.subjects.subject import Subject
+from workbench.subjects.tasks import Split, Task
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 SAVE_EVERY_S = 60.0
-SCHEDULES = ("cosine", "step", "constant")
-Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]  # (model, images, labels, progress 0-1) -> scalar
+SCHEDULES, OPTIMIZERS = ("cosine", "step", "constant"), ("sgd", "adamw")
+Loss = Callable[[nn.Module, Batch, Objective, float], Tensor]  # (model, batch, objective, progress 0-1) -> scalar
 AfterStep = Callable[[nn.Module, int, int], None]  # (model with its gradients, steps done, steps in all)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. shift: largest random translation, pixels; flip: mirror half of the images.
+    """How to train. shift: largest random translation of pictures, pixels; flip: mirror half of them.
 
-    schedule: "cosine" to zero, "step" (a tenth at 1/2 and at 3/4 of the steps), or "constant"; each step its own rate.
-    precision: "fp32", "bf16" (autocast), or "fp16" (autocast with the loss scaled and the gradients unscaled).
+    optimizer: "sgd" (Nesterov, `momentum`) or "adamw". warmup: the fraction of the steps in which the rate climbs from 0.
+    schedule: then "cosine" to zero, "step" (a tenth at 1/2 and at 3/4 of the steps), or "constant"; each step its own rate.
+    precision: "fp32", "bf16" (autocast), "fp16" (autocast with the loss scaled and the gradients unscaled), or "auto": bf16
+    where the processor multiplies it in hardware, else fp32.
     """
 
     epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 0.1
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
+    warmup: float = 0.0
     schedule: str = "cosine"
-    precision: str = "bf16"
+    precision: str = "auto"
     shift: int = 2
     flip: bool = True
 
     def __post_init__(self):
-        for name, known in (("schedule", SCHEDULES), ("precision", tuple(PRECISIONS))):
+        for name, known in (("schedule", SCHEDULES), ("precision", tuple(PRECISIONS)), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name in ("epochs", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe: {name} is {getattr(self, name)!r}, expected more than 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"recipe: warmup is {self.warmup!r}, expected a fraction of the steps, 0 <= warmup < 1")
 
     def rate(self, progress: float) -> float:
         """Learning rate when the fraction `progress` (0-1) of all steps is done."""
+        if progress < self.warmup:
+            return self.learning_rate * progress / self.warmup
+        rest = (progress - self.warmup) / (1 - self.warmup)
         if self.schedule == "cosine":
-            return self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+            return self.learning_rate * (1 + math.cos(math.pi * rest)) / 2
         return self.learning_rate * (0.1 ** ((progress >= 0.5) + (progress >= 0.75)) if self.schedule == "step" else 1)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What autocast computes in, None for float32."""
+        if self.precision == "auto":
+            return torch.bfloat16 if machine.multiplies_bf16() else None
+        return PRECISIONS[self.precision]
+
+    def optimizer_of(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer over `parameters`, those that want no gradient left out."""
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(trained, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay,
+                               nesterov=self.momentum > 0)
 
 
 @dataclass(frozen=True)
@@ -69,147 +98,192 @@ class Trained:
     history: pd.DataFrame
 
 
+class Loop:
+    """Steps of one optimizer over `parts`, which can be saved between two of them and taken up to the same weights.
+
+    parts: by name what has a state (modules, regrowing masks). recipe: optimizer, rate and precision; its epochs are not
+    looked at. steps: how many in all. identity: what the training is; a state of another one is refused. progress: plain
+    numbers that are saved with the state, "step" among them. Every draw follows from (seed, step).
+    """
+
+    def __init__(self, parts: Mapping, parameters: Iterable[Tensor], recipe: Recipe, *, steps: int, seed: int, identity: dict,
+                 device: str = "cpu"):
+        self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        self.recipe, self.steps, self.seed, self.device = recipe, steps, seed, device
+        self.identity = identity | asdict(recipe) | {"seed": seed}
+        self.optimizer = recipe.optimizer_of(parameters)
+        self.scaler = torch.amp.GradScaler(device, enabled=recipe.precision == "fp16")
+        self.progress: dict = {"step": 0, "rows": []}
+
+    def run(self, loss: Callable[[int], Tensor], *, state: Path | str | None = None, title: str = "training",
+            before_update: Callable[[], None] = lambda: None, after_update: Callable[[int, float, float], None] | None = None,
+            each: int = 0) -> None:
+        """Take the steps that are left. loss(step) gives the scalar to be lowered; after_update(steps done, loss, seconds).
+
+        state: a file to go on from, saved once a minute, every `each` steps (0: never) and at the end.
+
+        Raises ValueError where the loss is no longer finite, or `state` is damaged or belongs to another training.
+        """
+        state = Path(state) if state else None
+        if state and state.exists():
+            self.restore(state)
+        bar = files.progress(total=self.steps, title=title, unit="step")
+        bar.update(self.progress["step"])
+        saved = time.monotonic()
+        while self.progress["step"] < self.steps:
+            started = time.perf_counter()
+            value = self.advance(loss, before_update, title)
+            step = self.progress["step"]
+            if after_update:
+                after_update(step, value, time.perf_counter() - started)
+            bar.update()
+            due = step == self.steps or (each and step % each == 0) or time.monotonic() - saved > SAVE_EVERY_S
+            if state and due:
+                self.save(state)
+                saved = time.monotonic()
+        bar.close()
+
+    def advance(self, loss: Callable[[int], Tensor], before_update: Callable[[], None], title: str) -> float:
+        """One step: the loss, the scaled gradients, the update. Returns the loss."""
+        step, dtype = self.progress["step"], self.recipe.dtype
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(step / self.steps)
+        with torch.random.fork_rng(devices=[]):  # what the network itself draws (dropout) follows from the step too
+            torch.manual_seed(seed_of(self.seed, step))
+            with torch.autocast(self.device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                value = loss(step)
+            if not math.isfinite(value.item()):
+                raise ValueError(f"{title}: the loss became {value.item()} at step {step} of {self.steps}; lower learning_rate "
+                                 "or use precision fp32")
+            self.scaler.scale(value).backward()
+        before_update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.progress["step"] = step + 1
+        return value.item()
+
+    def save(self, path: Path) -> None:
+        """Write everything to one safetensors file, whole or not at all."""
+        states.save(path, self.parts, self.optimizer, self.identity, self.progress | {"scaler": self.scaler.state_dict()})
+
+    def restore(self, path: Path) -> None:
+        """Take up what `save` wrote. Raises ValueError where it is damaged or of another training."""
+        self.progress = states.restore(path, self.parts, self.optimizer, self.identity)
+        self.scaler.load_state_dict(self.progress.pop("scaler"))
+
+
 def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: Path | str | None = None,
         loss: Loss | None = None, after_step: AfterStep | None = None, device: str = "cpu") -> Trained:
     """Train a copy of `model` on task.train and return it as it stands after the last epoch.
 
-    loss(model, images, labels, progress) defaults to cross entropy; progress is the fraction of the steps done. A loss
-    that is a module trains with the model, such as one with regressors; a copy of it, so that every call starts alike.
+    loss(model, batch, objective, progress) defaults to the objective's own; progress is the fraction of the steps done. A
+    loss that is a module trains with the model, such as one with regressors; a copy of it, so that every call starts alike.
     after_step(model, step, steps) runs after each update, such as sparsity.Regrow, and its before_step(model), where it
     has one, between gradients and update. A copy of it runs; where it has a state_dict, that is saved with the rest.
 
     Every random choice follows from (seed, step), so the same seed gives the same weights, and a run that is killed and
     called again with the same `state` path goes on from the last save (each epoch's end, and once a minute) to the
-    weights that it would have had. A state knows its start weights, images, recipe and seed, and loss and after_step by
+    weights that it would have had. A state knows its start weights, examples, recipe and seed, and loss and after_step by
     their attribute `identity`, where they have one.
 
-    History: epoch, loss (mean), train_top1 (of augmented images), validation_top1, learning_rate, seconds.
+    History: epoch, loss (mean), train_right (share that is right, of augmented pictures), validation_METRIC, learning_rate,
+    seconds.
 
     Raises ValueError where the loss is no longer finite, or `state` belongs to another run.
 
     Example: `small = training.fit(small, task, recipe=Recipe(epochs=5, learning_rate=0.01)).model`
     """
-    run = _Run(model, task, recipe, seed, loss or _cross_entropy(recipe), after_step, device)
-    state = Path(state) if state else None
-    if state and state.exists():
-        run.restore(state)
-    bar = files.progress(total=run.steps, title="training", unit="step")
-    bar.update(run.step)
-    saved = time.monotonic()
-    while run.step < run.steps:
-        run.advance()
-        bar.update()
-        if run.step % run.epoch_steps == 0:
-            run.close_epoch()
-            bar.set_postfix(run.rows[-1], refresh=False)
-        if state and (run.step % run.epoch_steps == 0 or time.monotonic() - saved > SAVE_EVERY_S):
-            run.save(state)
-            saved = time.monotonic()
-    bar.close()
-    return Trained(run.model.eval().to("cpu"), pd.DataFrame(run.rows))
+    run = _Fit(model, task, recipe, seed, loss or own_loss(recipe), after_step, device)
+    run.loop.run(run.loss, state=state, each=run.epoch_steps, before_update=run.before_update, after_update=run.after_update)
+    return Trained(run.model.eval().to("cpu"), pd.DataFrame(run.loop.progress["rows"]))
 
 
-class _Run:
-    """All that a training consists of between two steps; `save` and `restore` keep exactly that."""
+class _Fit:
+    """A loop over the epochs of a task's training split."""
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe, seed: int, loss: Loss, after_step: AfterStep | None,
                  device: str):
         if not len(task.train):
-            raise ValueError(f"{task.name} has no training images")
+            raise ValueError(f"{task.name} has no training {task.objective.unit}s")
         self.task, self.recipe, self.seed, self.device = task, recipe, seed, device
         self.model = copy.deepcopy(model).train().to(device, memory_format=torch.channels_last)
-        self.loss, self.after_step = copy.deepcopy(loss), copy.deepcopy(after_step)
-        self.parts = {"model": self.model, "loss": self.loss, "after_step": self.after_step}  # what has a state to keep
-        self.parts = {name: part for name, part in self.parts.items() if hasattr(part, "state_dict")}
-        rule = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": recipe.momentum > 0}
-        trained = [*self.model.parameters(), *(self.loss.to(device).parameters() if isinstance(self.loss, nn.Module) else ())]
-        self.optimizer = torch.optim.SGD(trained, recipe.learning_rate, **rule)
-        self.scaler = torch.amp.GradScaler(device, enabled=recipe.precision == "fp16")
+        self.criterion, self.after_step = copy.deepcopy(loss), copy.deepcopy(after_step)
+        trained = [*self.model.parameters()]
+        trained += self.criterion.to(device).parameters() if isinstance(self.criterion, nn.Module) else ()
         self.epoch_steps = math.ceil(len(task.train) / recipe.batch_size)
-        self.steps = self.epoch_steps * recipe.epochs
-        self.step, self.rows, self.sums = 0, [], {"loss": 0.0, "hits": 0, "images": 0, "seconds": 0.0}
+        targets = task.train.targets
+        identity = {"task": task.name, "examples": len(task.train),
+                    "targets": files.fingerprint([targets]) if isinstance(targets, Tensor) else len(targets),
+                    "start": files.fingerprint(model.state_dict().values()), "loss": getattr(loss, "identity", None),
+                    "after_step": getattr(after_step, "identity", None)}
+        parts = {"model": self.model, "loss": self.criterion, "after_step": self.after_step}
+        self.loop = Loop(parts, trained, recipe, steps=self.epoch_steps * recipe.epochs, seed=seed, identity=identity, device=device)
+        self.loop.progress["sums"] = {"loss": 0.0, "right": 0.0, "examples": 0, "seconds": 0.0}
         self._order: tuple[int, Tensor] | None = None
-        self.identity = asdict(recipe) | {"seed": seed, "task": task.name, "images": len(task.train),
-                                          "labels": files.fingerprint([task.train.labels]),
-                                          "start": files.fingerprint(model.state_dict().values()),
-                                          "loss": getattr(loss, "identity", None),
-                                          "after_step": getattr(after_step, "identity", None)}
+        self._now: tuple[float, int] = (0.0, 0)  # of the last batch: how much was right, of how many
 
-    def advance(self) -> None:
-        """One step: a batch, its loss, the scaled gradients, the update."""
-        started = time.perf_counter()
-        images, labels = self._batch()
-        dtype = PRECISIONS[self.recipe.precision]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step / self.steps)
-        with torch.random.fork_rng(devices=[]):  # what the network itself draws (dropout) follows from the step too
-            torch.manual_seed(_seed(self.seed, self.step))
-            with torch.autocast(self.device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-                loss, logits = self._loss_and_logits(images, labels)
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"training: the loss became {loss.item()} at step {self.step} of epoch "
-                                 f"{self.step // self.epoch_steps + 1}; lower learning_rate or use precision fp32")
-            self.scaler.scale(loss).backward()
-        if hasattr(self.after_step, "before_step"):
-            self.after_step.before_step(self.model)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.step += 1
-        if self.after_step:
-            self.after_step(self.model, self.step, self.steps)
-        self.optimizer.zero_grad()
-        self.sums["loss"] += loss.item() * len(labels)
-        self.sums["hits"] += int((logits.argmax(1) == labels).sum())
-        self.sums["images"] += len(labels)
-        self.sums["seconds"] += time.perf_counter() - started
-
-    def close_epoch(self) -> None:
-        """Add the epoch's row and begin the next one's sums."""
-        images = self.sums["images"]
-        row = {"epoch": self.step // self.epoch_steps, "loss": self.sums["loss"] / images,
-               "train_top1": self.sums["hits"] / images, "validation_top1": self._validate(),
-               "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": round(self.sums["seconds"], 3)}
-        self.rows.append(row)
-        self.sums = dict.fromkeys(self.sums, 0) | {"loss": 0.0, "seconds": 0.0}
-
-    def save(self, path: Path) -> None:
-        """Write everything to one safetensors file, whole or not at all."""
-        progress = {"step": self.step, "rows": self.rows, "sums": self.sums, "scaler": self.scaler.state_dict()}
-        states.save(path, self.parts, self.optimizer, self.identity, progress)
-
-    def restore(self, path: Path) -> None:
-        """Take up what `save` wrote. Raises ValueError where it is damaged or of another run."""
-        progress = states.restore(path, self.parts, self.optimizer, self.identity)
-        self.step, self.rows, self.sums = progress["step"], progress["rows"], progress["sums"]
-        self.scaler.load_state_dict(progress["scaler"])
-
-    def _loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits: list[Tensor] = []
-        handle = self.model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.detach()))
+    def loss(self, step: int) -> Tensor:
+        """The loss of the step's batch; how much of it is right is kept for the history."""
+        batch = self._batch(step)
+        outputs: list = []
+        handle = self.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
-            return self.loss(self.model, images, labels, self.step / self.steps), logits[0]
+            value = self.criterion(self.model, batch, self.task.objective, step / self.loop.steps)
         finally:
             handle.remove()
+        with torch.no_grad():
+            logits = self.task.objective.read(outputs[0])
+            self._now = float(self.task.objective.right(logits, batch.targets).sum()), count(batch.inputs)
+        return value
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(self.step, self.epoch_steps)
+    def before_update(self) -> None:
+        """What `after_step` wants to do with the gradients."""
+        if hasattr(self.after_step, "before_step"):
+            self.after_step.before_step(self.model)
+
+    def after_update(self, step: int, loss: float, seconds: float) -> None:
+        """Count the step, and close the epoch at its end."""
+        if self.after_step:
+            self.after_step(self.model, step, self.loop.steps)
+        right, examples = self._now
+        new = {"loss": loss * examples, "right": right, "examples": examples, "seconds": seconds}
+        sums = {key: value + new[key] for key, value in self.loop.progress["sums"].items()}
+        if step % self.epoch_steps == 0:
+            row = {"epoch": step // self.epoch_steps, "loss": sums["loss"] / sums["examples"],
+                   "train_right": sums["right"] / sums["examples"], f"validation_{self.task.objective.metric}": self._validate(),
+                   "learning_rate": self.loop.optimizer.param_groups[0]["lr"], "seconds": round(sums["seconds"], 3)}
+            self.loop.progress["rows"].append(row)
+            sums = dict.fromkeys(sums, 0.0) | {"examples": 0}
+        self.loop.progress["sums"] = sums
+
+    def _batch(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.epoch_steps)
         if self._order is None or self._order[0] != epoch:
-            shuffle = torch.Generator().manual_seed(_seed(self.seed, epoch, 1))
+            shuffle = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
             self._order = epoch, torch.randperm(len(self.task.train), generator=shuffle)
         chosen = self._order[1][place * self.recipe.batch_size:(place + 1) * self.recipe.batch_size]
-        draw = torch.Generator().manual_seed(_seed(self.seed, self.step, 2))
-        images = augment(self.task.train.images[chosen], shift=self.recipe.shift, flip=self.recipe.flip, generator=draw)
-        return self.task.train.normalise(images).to(self.device), self.task.train.labels[chosen].to(self.device)
+        stored = self.task.train.stored(chosen)
+        if isinstance(stored.inputs, Tensor) and stored.inputs.dtype == torch.uint8 and stored.inputs.dim() == 4:
+            draw = torch.Generator().manual_seed(seed_of(self.seed, step, 2))
+            moved = augment(stored.inputs, shift=self.recipe.shift, flip=self.recipe.flip, generator=draw)
+            stored = stored._replace(inputs=moved)
+        made = self.task.train.prepare(stored)
+        self.task.objective.check_targets(made.inputs, made.targets)
+        return Batch(mapped(lambda value: value.to(self.device), made.inputs), made.targets.to(self.device))
 
     @torch.inference_mode()
     def _validate(self) -> float:
         split: Split = self.task.validation
         if not len(split):
             return float("nan")
+        asked, sums = self.task.objective, 0.0
         self.model.eval()
-        hits = sum(int((self.model(x.to(self.device)).argmax(1).cpu() == y).sum()) for x, y in split.batches(500))
+        for inputs, targets in split.batches(500 if isinstance(split.inputs, Tensor) else 64):
+            outputs = call(self.model, mapped(lambda value: value.to(self.device), inputs))
+            sums = sums + asked.statistics(asked.read(outputs).cpu(), targets).sum(0)
         self.model.train()
-        return hits / len(split)
+        return float(asked.value(sums, len(split)))
 
 
 def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -226,12 +300,39 @@ def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generato
     return images
 
 
-def _cross_entropy(recipe: Recipe) -> Loss:
-    def loss(model: nn.Module, images: Tensor, labels: Tensor, _progress: float) -> Tensor:
-        return F.cross_entropy(model(images).float(), labels, label_smoothing=recipe.label_smoothing)
+def own_loss(recipe: Recipe) -> Loss:
+    """The objective's own loss, with the recipe's label smoothing."""
+    def loss(model: nn.Module, batch: Batch, objective: Objective, _progress: float) -> Tensor:
+        logits = objective.read(call(model, batch.inputs), batch.targets)
+        return objective.loss(logits, batch.targets, smoothing=recipe.label_smoothing)
 
     return loss
 
 
-def _seed(*words: int) -> int:
+@dataclass(frozen=True)
+class Train:
+    """The step of a plan that trains: `recipe` on the task's training split, `examples` of it (all where 0), by `seed`."""
+
+    recipe: Recipe
+    examples: int = 0
+    seed: int = 0
+    state: str | None = None
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject with its model trained."""
+        task = few(subject.task, self.examples, seed=self.seed)
+        return subject.with_model(fit(subject.model, task, recipe=self.recipe, seed=self.seed, state=self.state).model)
+
+
+def few(task: Task, examples: int, *, validation: int = 0, seed: int = 0) -> Task:
+    """The task with so many training and validation examples drawn by `seed`, all where 0."""
+    parts = {"train": examples, "validation": validation}
+    drawn = {name: getattr(task, name).subset(size, seed=seed) for name, size in parts.items() if size}
+    return replace(task, **drawn)
+
+
+def seed_of(*words: int) -> int:
+    """One seed that follows from several numbers."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+

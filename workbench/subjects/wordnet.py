@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from workbench.subjects import data
+from workbench.subjects import embedded
 
 THINGS = tuple(f"noun.{name}" for name in ("Tops", "act", "animal", "artifact", "body", "communication", "event", "food",
                                            "location", "object", "person", "phenomenon", "plant", "shape", "substance"))
@@ -20,7 +20,7 @@ def load(topics: Sequence[str] | None = None) -> pd.DataFrame:
 
     Raises ValueError for an unknown topic, FileNotFoundError where the embedded file is missing.
     """
-    table = pd.read_parquet(data.verify(data.folder() / "wordnet" / "synsets.parquet")).astype(str)
+    table = pd.read_parquet(embedded.verified("wordnet", "synsets.parquet")).astype(str)
     known = sorted(table.topic.unique())
     for topic in topics or ():
         if topic not in known:

@@ -1,4 +1,4 @@
-"""Ground floor: a training between two steps as one safetensors file, written whole, taken up only by the same training."""
+"""A training between two steps as one safetensors file, written whole, taken up only by the same training."""
 
 import json
 from collections.abc import Mapping

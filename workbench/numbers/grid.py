@@ -1,4 +1,4 @@
-"""Ground floor: the grids that numbers are put on, their scales, and fake quantisation.
+"""The grids that numbers are put on, their scales, and fake quantisation.
 
 q = clamp(round(x / s) + z, q_min, q_max), x' = s (q - z); symmetric has z = 0 and q from -2^(b-1), asymmetric q from 0.
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.layers import UnsupportedModelError
+from workbench.errors import UnsupportedModelError
 
 GRANULARITIES = ("tensor", "channel", "group")
 LEVELS = ("uniform", "kmeans")

@@ -1,4 +1,4 @@
-"""Ground floor: whole numbers as bytes, as few as their frequencies allow, and back bit for bit.
+"""Whole numbers as bytes, as few as their frequencies allow, and back bit for bit.
 
 An asymmetric numeral system (Duda 2013, arXiv 1311.2540) of the library constriction, with the counts of the numbers in
 front of it, so that the size is all that a reader needs; packed at a fixed width where that is smaller.

@@ -1,24 +1,22 @@
-"""Ground floor: name a model's layers, see what they put out, replace one in a copy."""
+"""Name a model's layers, see what they put out, count what they cost, replace some in a copy."""
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from workbench.batches import Inputs, call, rows
+from workbench.errors import UnsupportedModelError, listed
+
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity)  # Identity stands where a folded norm stood
-
-
-class UnsupportedModelError(Exception):
-    """A model, or a layer of it, that a method cannot handle; the message names the layer and the way out."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def named(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in weighted):
-            raise ValueError(f"no layer matches {pattern!r}; the layers are {_list(weighted)}")
+            raise ValueError(f"no layer matches {pattern!r}; the layers are {listed(weighted)}")
     return {name: layer for name, layer in weighted.items() if any(fnmatchcase(name, p) for p in patterns)}
 
 
@@ -60,74 +58,38 @@ def replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
         holder = new.get_submodule(parent)
         getattr(holder, child)
     except AttributeError as error:
-        raise ValueError(f"no layer {name!r}; the layers are {_list(named(model))}") from error
+        raise ValueError(f"no layer {name!r}; the layers are {listed(named(model))}") from error
     setattr(holder, child, layer)
     return new
 
 
-def macs_of(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one image, float32 (1 of n, C, H, W): half the operations that torch counts.
+def macs_of(model: nn.Module, example: Inputs) -> int:
+    """Multiply-accumulates of one example, the first of `example`: half the operations that torch counts.
 
     Source: torch.utils.flop_counter, which counts convolutions, matrix products and attention.
     """
     return sum(macs_by_module(model, example).get("Global", {0: 0}).values())
 
 
-def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, dict]:
-    """Multiply-accumulates of one image, by path of module ("Global" for all) and by operation."""
+def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
+    """Multiply-accumulates of one example, by path of module ("Global" for all) and by operation."""
     counter = FlopCounterMode(display=False)
     # attention as plain products: the counter does not know the CPU's fused kernel
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        model(example[:1])
+        call(model, rows(example, slice(0, 1)))
     return {path: {op: count // 2 for op, count in ops.items()} for path, ops in counter.get_flop_counts().items()}
 
 
-class Tracer(fx.Tracer):
-    """Keeps modules without children whole, such as a convolution of a library's own class, as torch's are."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return super().is_leaf_module(module, name) or not list(module.children())
-
-
-class Stepper:
-    """A model traced by torch.fx, to be run node by node; modules by name, and where each value is last used.
-
-    Raises UnsupportedModelError where it cannot be traced; `remedy` ends the message.
-    """
-
-    def __init__(self, model: nn.Module, *, remedy: str):
-        try:
-            self.traced = model if isinstance(model, fx.GraphModule) else fx.GraphModule(model, Tracer().trace(model))
-        except Exception as error:  # tracing runs the model's own code, which may raise anything
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); "
-                                        f"{remedy}") from error
-        self.nodes = list(self.traced.graph.nodes)
-        self.modules = dict(self.traced.named_modules())
-        self.last_use = {user: i for i, node in enumerate(self.nodes) for user in node.all_input_nodes}
-
-    def step(self, i: int, values: dict[fx.Node, object], images: Tensor,
-             replaced: Mapping[str, nn.Module] | None = None) -> None:
-        """Compute node i into `values` and drop those that nothing needs any more. replaced: other modules, by name."""
-        node = self.nodes[i]
-        args, kwargs = load(node.args, values), load(node.kwargs, values)
-        if node.op == "call_module":
-            values[node] = (replaced or {}).get(node.target, self.modules[node.target])(*args, **kwargs)
-        elif node.op == "call_function":
-            values[node] = node.target(*args, **kwargs)
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-        elif node.op == "placeholder":
-            values[node] = images
-        else:
-            values[node] = functools.reduce(getattr, node.target.split("."), self.traced)
-        for used in node.all_input_nodes:
-            if self.last_use[used] == i:
-                values.pop(used, None)
-
-
-def load(arguments, values: Mapping[fx.Node, object]):
-    """The arguments of a node with their values in the place of nodes."""
-    return fx.node.map_arg(arguments, lambda node: values[node])
+def own_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
+    """Multiply-accumulates of one example by module, without those of the modules in it; a functional operation (attention,
+    say) counts for the module whose forward calls it."""
+    counts = {path: sum(ops.values()) for path, ops in macs_by_module(model, example).items()}
+    root = type(model).__name__
+    whole = {name: counts.get(f"{root}.{name}" if name else root, 0) for name, _ in model.named_modules()}
+    whole[""] = whole[""] or counts.get("Global", 0)
+    inner = {name: [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+             for name, module in model.named_modules()}
+    return {name: whole[name] - sum(whole.get(child, 0) for child in inner[name]) for name in whole}
 
 
 def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) -> Tensor:
@@ -195,7 +157,7 @@ def watch(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]
     for name in names:
         if name not in modules:
             raise ValueError(f"no module {name!r} in {type(model).__name__}; its blocks are "
-                             f"{_list(child for child, _ in model.named_children())}")
+                             f"{listed(child for child, _ in model.named_children())}")
 
     def keep(name: str):
         return lambda _module, _inputs, output: outputs.__setitem__(name, output)
@@ -218,14 +180,3 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _list(names) -> str:
-    names = list(names)
-    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")

@@ -11,8 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.kernels import is_layer
-from workbench.layers import Stepper, named
+from workbench.batches import Inputs, rows
+from workbench.graph.kinds import is_float, is_layer
+from workbench.graph.layers import named
+from workbench.graph.tracing import Runner
 
 FLOAT = 32  # the bits of a layer that is not rounded
 
@@ -29,32 +31,33 @@ def choices(curves: pd.DataFrame, model: nn.Module) -> pd.DataFrame:
                          "size_bytes": curves.layer.map(sizes) * bits / 8})
 
 
-def borders(model: nn.Module, example: Tensor) -> pd.DataFrame:
-    """What passes from layer to layer for one image: layer, reader, numbers, one row per pair, readers in their order.
+def borders(model: nn.Module, example: Inputs) -> pd.DataFrame:
+    """What passes from layer to layer for one example: layer, reader, numbers, one row per pair, readers in their order.
 
-    Besides layers there are "(images)" and the nodes where several values meet, "(add)", "(add_1)", ....
+    Besides layers there are "(inputs)" and the nodes where several values meet, "(add)", "(add_1)", ....
 
     Raises UnsupportedModelError where the model cannot be traced.
     """
-    graph = Stepper(model, remedy="write its forward without branches on values")
-    values, made_by, rows = {}, {}, []  # made_by: of each tensor the layer or joint that it comes from
+    graph = Runner(model, example)
+    feed = graph.feed(rows(example, slice(0, 1)))
+    values, made_by, lines = {}, {}, []  # made_by: of each tensor the layer or joint that it comes from
     with torch.no_grad():
         for i, node in enumerate(graph.nodes[:-1]):
             inputs = {read: values[read].numel() for read in node.all_input_nodes if read in made_by}
-            graph.step(i, values, example[:1])
+            graph.step(i, values, feed)
             layer = is_layer(node, graph.modules)
             if layer or len(inputs) > 1:
                 made_by[node] = node.target if layer else f"({node.name})"
-                rows += [(made_by[read], made_by[node], numbers) for read, numbers in inputs.items()]
-            elif node.op == "placeholder":
-                made_by[node] = "(images)"
+                lines += [(made_by[read], made_by[node], numbers) for read, numbers in inputs.items()]
+            elif node.op == "placeholder" and is_float(node):
+                made_by[node] = "(inputs)"
             elif inputs and isinstance(values.get(node), Tensor):
                 made_by[node] = made_by[next(iter(inputs))]
-    return pd.DataFrame(rows, columns=["layer", "reader", "numbers"])
+    return pd.DataFrame(lines, columns=["layer", "reader", "numbers"])
 
 
 def crossing(borders: pd.DataFrame, rounded: Collection[str]) -> int:
-    """How many numbers change format for one image where the layers `rounded` are in 8 bits and the others float.
+    """How many numbers change format for one example where the layers `rounded` are in 8 bits and the others float.
 
     What a rounded layer puts out or reads is stored as integers, as quantization.quantize has it; several values meet as
     integers where they and their result are stored so.
@@ -74,7 +77,7 @@ def allocate(choices: pd.DataFrame, budget: float, *, cost: str = "size_bytes",
 
     choices: layer, bits, loss and the column `cost` (bytes, or milliseconds measured), one row per layer and width; 32 bits
     are float. borders: those of the model, with the same column for what it costs to convert what passes; counted where it is
-    converted, as `crossing` does. Of equal losses the larger cost wins, for a measured loss of nothing is not nothing.
+    converted, as `crossing` does. On a tie the costlier format wins: a measured loss of zero is only an estimate.
 
     Raises ValueError where the budget is below the cheapest choice, or a loss or cost is NaN.
 
@@ -128,7 +131,7 @@ def _converting(choices: pd.DataFrame, borders: pd.DataFrame | None, cost: str) 
         reasons = [rounded[name], *(rounded[reader] for reader in readers)]
         rows += [stored[name] - reason for reason in reasons] + [sum(reasons) - stored[name]]
         rows += [made[name] - stored[name] + integer[name], stored[name] - joint[name]]
-        rows += [-joint[name]] if name == "(images)" else []
+        rows += [-joint[name]] if name == "(inputs)" else []
         prices[v + i] = borders[cost][borders.layer == name].max() if len(readers) else 0.0
     for i, (layer, reader, price) in enumerate(zip(borders.layer, borders.reader, borders[cost], strict=True)):
         rows += [one[n + 3 * v + i] - stored[layer] + integer[reader], stored[layer] - joint[reader]]

@@ -1,0 +1,67 @@
+"""The layers of an ONNX file: its nodes whose weight is a stored tensor called LAYER.weight."""
+
+from collections import defaultdict
+
+import onnx
+
+from workbench.errors import UnsupportedModelError
+
+_PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape")  # nodes through which a weight keeps its name
+
+
+def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The model of an ONNX file with every weighted layer's value among its outputs, and those values by layer name.
+
+    A layer is a Conv, ConvTranspose, Gemm or MatMul node whose weight is a stored tensor called "LAYER.weight"; where
+    a BatchNormalization, or the addition of a stored bias, directly follows, its output is the one that counts.
+    """
+    model = onnx.load(path)
+    values: dict[str, str] = {}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    for layer, node, behind in _layers_of(model, path):
+        normed = len(behind) == 1 and behind[0].op_type == "BatchNormalization"
+        biased = len(behind) == 1 and behind[0].op_type == "Add" and set(behind[0].input) & stored
+        values[layer] = (behind[0] if normed or biased else node).output[0]
+    present = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
+    return model, values
+
+
+def _layers_of(model, path: str) -> list[tuple]:
+    """Name, node and readers of each weighted layer of an ONNX model. Raises UnsupportedModelError where none has a name."""
+    made_by = {value: node for node in model.graph.node for value in node.output}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    readers: dict[str, list] = defaultdict(list)
+    for node in model.graph.node:
+        for value in node.input:
+            readers[value].append(node)
+    named = [(_layer_name(node, made_by, stored), node, readers[node.output[0]])
+             for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    found = [entry for entry in named if entry[0]]
+    if not found:
+        raise UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its layers have no names")
+    return found
+
+
+def with_layer_names(path: str) -> onnx.ModelProto:
+    """The model of an ONNX file in which "layer=NAME=" stands in the names of each layer's node and of what it and the ReLU
+    behind it put out: the runtime names its own nodes after either."""
+    model = onnx.load(path)
+    fixed, new = {output.name for output in model.graph.output}, {}
+    for layer, node, behind in _layers_of(model, path):
+        chain = [node, *(behind if len(behind) == 1 and behind[0].op_type in ("Relu", "Clip") else [])]
+        for k, link in enumerate(chain):
+            link.name = f"layer={layer}={k}"
+            new |= {link.output[0]: link.name} if link.output[0] not in fixed else {}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new.get(name, name) for name in names]
+    return model
+
+
+def _layer_name(node, made_by: dict, stored: set[str]) -> str | None:
+    value = node.input[1]
+    while value in made_by and made_by[value].op_type in _PASSED_ON:
+        value = made_by[value].input[0]
+    layer, _, kind = value.rpartition(".")
+    return layer if value in stored and kind.startswith("weight") else None

@@ -1,0 +1,200 @@
+"""What is changed in an exported ONNX graph so that ONNX Runtime finds its integer kernels, and layers keep their names.
+
+Each function changes a model of onnx_ir, itself. Padding is folded, and metadata cleared, by onnxscript and onnx_ir.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
+from torch import Tensor
+
+from workbench.errors import UnsupportedModelError
+
+BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a scale in ONNX Runtime's 4-bit kernel
+
+
+def finish(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]], *, quantised: bool) -> ir.Model:
+    """The exported model, ready for the runtime. packed: integers and scales of layers for the 4-bit kernel, by name.
+
+    Raises UnsupportedModelError, naming the layer, where the 4-bit kernel has no place.
+    """
+    _name_weights(model)
+    ClearMetadataAndDocStringPass()(model)
+    model = rewrite(model, [fuse_pad_into_conv_rule])
+    _four_bits(model, packed)
+    if quantised:
+        _own_zeros(model)
+        _reshape_integers(model)
+        _transpose_integers(model)
+        _integer_biases(model)
+        _fold_clips(model)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _nodes(model: ir.Model, *kinds: str) -> Iterator[ir.Node]:
+    return iter([node for node in model.graph if node.op_type in kinds])
+
+
+def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node of this kind that makes the value."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def _number(value: ir.Value | None) -> np.ndarray | None:
+    """The array of a stored value, None for one that is computed."""
+    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+
+
+def _stored(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer."""
+    value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+    model.graph.register_initializer(value)
+    return value
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Call the stored weight of a layer LAYER.weight, by the modules that the exporter tells of; constants that it folded and
+    integers have other names."""
+    for node in _nodes(model, "Conv", "Gemm", "MatMul"):
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        value = node.inputs[1]
+        while _maker(value, "DequantizeLinear") or _maker(value, "Transpose"):
+            value = value.producer().inputs[0]
+        if not scopes or value.name not in model.graph.initializers or value.name.endswith(".weight"):
+            continue
+        name = f"{ast.literal_eval(scopes)[-2]}.weight"
+        if name != ".weight" and name not in model.graph.initializers:
+            model.graph.initializers.pop(value.name)
+            value.name = name
+            model.graph.register_initializer(value)
+
+
+def _four_bits(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put MatMulNBits in the place of these layers' products: two weights a byte, the first in the lower half, zero at 8."""
+    for layer, (integers, scale) in packed.items():
+        node = next((node for node in _nodes(model, "Gemm", "MatMul") if node.inputs[1].name == f"{layer}.weight"), None)
+        if node is None:
+            raise UnsupportedModelError(f"layer {layer} did not become a Gemm or MatMul node, which 4-bit groups need; "
+                                        "use granularity 'channel'")
+        rows, inputs = integers.shape
+        block = integers.numel() // len(scale)
+        halves = (integers + 8).to(torch.uint8).reshape(rows, -1, block // 2, 2)
+        parts = {"integers": (halves[..., 0] | halves[..., 1] << 4).numpy(), "scale": scale.reshape(rows, -1).numpy()}
+        stored = [_stored(model, f"{layer}.weight_{name}", part) for name, part in parts.items()]
+        bias = [None, None, node.inputs[2]] if node.op_type == "Gemm" and len(node.inputs) == 3 else []
+        new = ir.node("MatMulNBits", [node.inputs[0], *stored, *bias], domain="com.microsoft", name=node.name, version=1,
+                      attributes={"K": inputs, "N": rows, "bits": 4, "block_size": block, "accuracy_level": 4})
+        _replace(model, node, new)
+    if packed:
+        model.graph.opset_imports["com.microsoft"] = 1
+
+
+def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Let `new`, of one output, stand where `old` stood; its output keeps the name."""
+    name, value = old.outputs[0].name, old.outputs[0]
+    model.graph.insert_after(old, new)
+    new.outputs[0].shape, new.outputs[0].dtype = value.shape, value.dtype
+    value.replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+    new.outputs[0].name = name
+
+
+def _own_zeros(model: ir.Model) -> None:
+    """Give each layer's integers a zero point of their own: the exporter lets layers share one, and ONNX Runtime, where it makes
+    weights unsigned for processors that would saturate, replaces each only once."""
+    for node in _nodes(model, "DequantizeLinear"):
+        zero = _number(node.inputs[2]) if len(node.inputs) > 2 else None
+        if zero is not None and _number(node.inputs[0]) is not None and len(node.inputs[2].uses()) > 1:
+            node.replace_input_with(2, _stored(model, f"{node.inputs[0].name}_zero", zero))
+
+
+def _reshape_integers(model: ir.Model) -> None:
+    """Flatten integers, not what they stand for: a linear layer that does not find them next to it has its weights made float
+    anew in every run."""
+    for view in _nodes(model, "Reshape", "Flatten"):
+        source = _maker(view.inputs[0], "DequantizeLinear")
+        if source is None or len(view.inputs[0].uses()) > 1 or _number(source.inputs[1]) is None or _number(source.inputs[1]).ndim:
+            continue
+        moved = ir.node(view.op_type, [source.inputs[0], *view.inputs[1:]], attributes={name: kept.value for name, kept in view.attributes.items()})
+        model.graph.insert_before(view, moved)
+        _replace(model, view, ir.node("DequantizeLinear", [moved.outputs[0], *source.inputs[1:]]))
+
+
+def _transpose_integers(model: ir.Model) -> None:
+    """Store the integers of a matrix product the way round that it wants them, for the same reason."""
+    for turn in _nodes(model, "Transpose"):
+        source = _maker(turn.inputs[0], "DequantizeLinear")
+        integers = _number(source.inputs[0]) if source is not None else None
+        if integers is None or integers.ndim != 2:
+            continue
+        value = source.inputs[0]
+        name = value.name
+        model.graph.initializers.pop(name)
+        value.name = f"{name}_as_trained"
+        turned = _stored(model, name, integers.T)
+        axis = 1 if _number(source.inputs[1]).ndim else 0
+        _replace(model, turn, ir.node("DequantizeLinear", [turned, *source.inputs[1:]], attributes={"axis": axis}))
+        if not source.outputs[0].uses():
+            model.graph.remove(source, safe=True)
+
+
+def _integer_biases(model: ir.Model) -> None:
+    """Store biases as int32 at the scale of the products that they join, as integer kernels want them."""
+    for node in _nodes(model, "Conv", "Gemm"):
+        bias = _number(node.inputs[2]) if len(node.inputs) == 3 else None
+        sources = [_maker(value, "DequantizeLinear") for value in node.inputs[:2]]
+        if bias is None or None in sources:
+            continue
+        step = _number(sources[0].inputs[1])
+        _hold_bias(model, sources[1], np.abs(bias) / step / 2**30)
+        scale = (step * _number(sources[1].inputs[1])).astype(np.float32)
+        parts = {"integers": np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32), "scale": scale,
+                 "zero": np.zeros_like(scale, np.int32)}
+        name = node.inputs[2].name
+        stored = [_stored(model, f"{name}_{kind}", part) for kind, part in parts.items()]
+        made = ir.node("DequantizeLinear", stored, attributes={"axis": 0})
+        model.graph.insert_before(node, made)
+        made.outputs[0].name = f"{name}_dequantized"
+        node.replace_input_with(2, made.outputs[0])
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            model.graph.initializers.pop(name)
+
+
+def _hold_bias(model: ir.Model, weights: ir.Node, least: np.ndarray) -> None:
+    """Raise the scale of channels whose weights are next to nothing, so that their biases fit 32 bits at that scale."""
+    integers, old, zero = (_number(value) for value in weights.inputs)
+    new = np.maximum(old, least if old.ndim else least.max()).astype(np.float32)
+    if (new <= old).all():
+        return
+    shape, zero = (-1, *[1] * (integers.ndim - 1)) if old.ndim else (), zero.astype(np.int32)
+    rounded = np.rint((integers - zero.reshape(shape)) * (old / new).reshape(shape)) + zero.reshape(shape)
+    for value, array in zip(weights.inputs, (rounded.astype(integers.dtype), new), strict=False):
+        value.const_value = ir.tensor(array, name=value.name)
+
+
+def _fold_clips(model: ir.Model) -> None:
+    """Leave out a ReLU or ReLU6 whose result is only quantised, to a range that does not go beyond it: the integers end where it
+    would cut. ONNX Runtime does so too, but not where 255 * scale is 6 and a rounding error more."""
+    for clip in _nodes(model, "Relu", "Clip"):
+        after = [use.node for use in clip.outputs[0].uses()]
+        ends = [_number(value) for value in clip.inputs[1:3]] if clip.op_type == "Clip" else [np.zeros(1), np.full(1, np.inf)]
+        if len(after) != 1 or after[0].op_type != "QuantizeLinear" or len(ends) < 2 or any(end is None for end in ends):
+            continue
+        scale, zero = (_number(value) for value in after[0].inputs[1:3])
+        if scale is None or zero is None:
+            continue
+        step, whole = scale.astype(np.float64), np.iinfo(zero.dtype)
+        low, high = ((end - zero.astype(np.float64)) * step for end in (whole.min, whole.max))
+        if (low >= ends[0] - 1e-6 * step).all() and (high <= ends[1] + 1e-3 * step).all():
+            after[0].replace_input_with(0, clip.inputs[0])
+            model.graph.remove(clip, safe=True)

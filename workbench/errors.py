@@ -1,0 +1,23 @@
+"""What goes wrong with a model: the one error that every room raises for it, and how a library's own error is told."""
+
+
+class UnsupportedModelError(Exception):
+    """A model, or a layer of it, that a method cannot handle; the message names the layer and the way out."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing.
+
+    Example: `reason(ValueError("no such file")) == "no such file"`
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def listed(names, *, most: int = 6) -> str:
+    """The first names of many, for a message.
+
+    Example: `listed("abcdefgh") == "a, b, c, d, e, f, ... (8 in all)"`
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

@@ -1,0 +1,1 @@
+"""Numbers on fewer bits, whatever model they are in: grids, quantisers, entropy coding."""

@@ -1,0 +1,58 @@
+"""Steps in a row, and their stages in one table.
+
+A step is a frozen dataclass with one `apply`, which stands beside the method that it is: channels.Prune, training.Train,
+quantization.Quantize, ...
+"""
+
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+
+from workbench.deployment import onnx
+from workbench.files import progress
+from workbench.measures import accuracy, cost, latency
+from workbench.subjects.subject import Step, Subject
+from workbench.subjects.tasks import Split
+
+Stages = dict[str, Subject]
+
+
+def plan(start: Subject, steps: Iterable[Step] | Mapping[str, Step]) -> Stages:
+    """The subject after each step, by the step's name: "start", then its own or the name of its class.
+
+    Example: `stages = steps.plan(start, [Prune(macs=0.5), Train(Recipe(epochs=1)), Fold(), Quantize(bits=8)])`
+    """
+    named = steps.items() if isinstance(steps, Mapping) else [(None, step) for step in steps]
+    stages: Stages = {"start": start}
+    for name, step in progress(list(named), title="plan", unit="step"):
+        label = name or type(step).__name__.lower()
+        times = sum(known == label or known.startswith(f"{label} ") for known in stages)
+        stages[label if not times else f"{label} {times + 1}"] = step.apply(list(stages.values())[-1])
+    return stages
+
+
+def compare(stages: Mapping[str, Subject], test: Split | None = None, *, folder=None, threads: int = 1, blocks: int = 10,
+            seed: int = 0) -> pd.DataFrame:
+    """One row per stage, each against the first on the same examples: stage, the task's metric with interval, its paired
+    change, params, macs and, where `folder` is given, size_bytes, latency_ms and ratio of its ONNX file there.
+
+    test: the examples, by default the task's test split. Files are timed interleaved, one example, on `threads`.
+
+    Raises UnsupportedModelError where a stage cannot be exported.
+
+    Example: `steps.compare(steps.plan(start, [Prune(macs=0.5)]), folder="exports")`
+    """
+    first = next(iter(stages.values()))
+    test, example = test or first.task.test, first.example
+    scores = {name: accuracy.evaluate(subject.model, test) for name, subject in stages.items()}
+    base = next(iter(scores.values()))
+    frame = pd.DataFrame([{"stage": name, **score.row(), **accuracy.difference(base, score).row(),
+                           **cost.total(stages[name].model, example)} for name, score in scores.items()])
+    if folder is None:
+        return frame
+    paths = {name: onnx.export(subject.model, example, f"{folder}/{place}.onnx") for place, (name, subject) in enumerate(stages.items())}
+    timed = latency.paired(paths, example, threads=threads, blocks=blocks, seed=seed)
+    frame["size_bytes"] = [path.stat().st_size for path in paths.values()]
+    frame[["latency_ms", "ratio", "ratio_low", "ratio_high"]] = timed[["latency_ms", "ratio", "ratio_low", "ratio_high"]]
+    frame.attrs["machine"] = timed.attrs["machine"]
+    return frame

@@ -1,0 +1,132 @@
+"""Checkpoints as plain safetensors: weights, and in the header how the model is built anew, cut or not."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from workbench import files
+
+
+def save(model: nn.Module, path: Path | str, *, notes: dict[str, str] | None = None) -> None:
+    """Write the weights as safetensors, with the architecture and `notes` in its header, whole or not at all.
+
+    Raises ValueError where the model did not come from models.load or models.wrap, or holds NaN.
+    """
+    if not hasattr(model, "origin"):
+        raise ValueError("this model does not know its architecture; start from models.load, or models.wrap for your own")
+    refuse_nan(model, "the model to be saved")
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}  # tied weights: each once more
+    with files.atomic(path) as new:
+        save_file(tensors, new, metadata=model.origin | (notes or {}))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The text that a safetensors file carries beside its tensors. Raises as models.load does for an unreadable file."""
+    return _read(path)[1]
+
+
+def fill(model: nn.Module, path: Path, architecture: str) -> None:
+    """Put the weights of a checkpoint into `model`, itself, which takes their shapes where the checkpoint is of a cut model.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit, naming the first tensor.
+    """
+    tensors, header = _read(path)
+    if header.get("cut") == "true":
+        _shrink(model, tensors)
+        set_attributes(model, json.loads(header.get("attributes", "{}")))
+        model.origin |= {key: header[key] for key in ("cut", "attributes") if key in header}
+    if header.get("change") == "low rank":
+        tensors = _changed(model, tensors)
+    wanted = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    stored = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    odd = sorted(wanted.keys() ^ stored.keys())
+    if odd:
+        where = "lacks" if odd[0] in wanted else "has, unknown to it,"
+        raise ValueError(f"checkpoint {path} is of another architecture than {architecture}: it {where} {odd[0]!r} "
+                         f"({len(odd)} such names); load it as NAME@{path} with the right NAME")
+    for key, tensor in stored.items():
+        if tensor.shape != wanted[key].shape:
+            raise ValueError(f"checkpoint {path} does not fit {architecture}: {key} has shape {tuple(tensor.shape)}, "
+                             f"expected {tuple(wanted[key].shape)}")
+    model.load_state_dict({k: v.to(wanted[k].dtype) if k in wanted else v for k, v in tensors.items()}, strict=False)
+
+
+def set_attributes(model: nn.Module, attributes: dict[str, int]) -> None:
+    """Set numbers of modules by their dotted names, such as how many heads are left of an attention."""
+    for name, value in attributes.items():
+        holder, _, key = name.rpartition(".")
+        setattr(model.get_submodule(holder), key, value)
+
+
+def refuse_nan(model: nn.Module, where: str) -> None:
+    """Raise ValueError, naming the tensor, where a weight is NaN or infinite."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{where}: {key} holds NaN or infinity; train or fetch these weights again")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {path} is not a whole safetensors file ({error}); fetch or write it again") from error
+
+
+def save_change(model: nn.Module, base: nn.Module, path: Path | str, *, rank: int, notes: dict[str, str] | None = None) -> None:
+    """Write only how `model` differs from `base`, which it was trained from, as float16: of each matrix that changed the best
+    change of this rank (singular values), other tensors that changed as they are.
+
+    Raises ValueError where the two have other tensors. Source: low-rank changes of fine-tuning, Hu et al. 2021 (arXiv
+    2106.09685), here found after training.
+    """
+    before, tensors = base.state_dict(), {}
+    if before.keys() != model.state_dict().keys():
+        raise ValueError("save_change: the two models have other tensors; give the model that training started from")
+    for key, after in model.state_dict().items():
+        change = after - before[key] if after.is_floating_point() else torch.zeros(1)
+        if change.any() and change.dim() == 2 and min(change.shape) > rank:
+            left, values, right = torch.linalg.svd(change, full_matrices=False)
+            tensors |= {f"{key}.left": (left[:, :rank] * values[:rank].sqrt()).half().contiguous(),
+                        f"{key}.right": (right[:rank] * values[:rank, None].sqrt()).half().contiguous()}
+        elif change.any():
+            tensors[key] = after.half().contiguous()
+    with files.atomic(path) as new:
+        save_file(tensors, new, metadata=model.origin | {"change": "low rank"} | (notes or {}))
+
+
+def _changed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own tensors with the changes that `save_change` wrote."""
+    new = {key: value.clone() for key, value in model.state_dict().items()}
+    for key, value in tensors.items():
+        if key.endswith(".left"):
+            name = key.removesuffix(".left")
+            new[name] += value.float() @ tensors[f"{name}.right"].float()
+        elif not key.endswith(".right"):
+            new[key] = value.to(new[key].dtype)
+    return new
+
+
+def _shrink(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give each convolution, linear layer and norm the shape that its stored tensors have."""
+    for name, module in model.named_modules():
+        weight = tensors.get(f"{name}.weight")
+        if weight is None or not hasattr(module, "weight") or weight.shape == module.weight.shape:
+            continue
+        for key, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            new = torch.zeros(tensors.get(f"{name}.{key}", old).shape, dtype=old.dtype)
+            setattr(module, key, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            depthwise = module.groups == module.out_channels == module.in_channels
+            module.groups = len(weight) if depthwise else module.groups
+            module.out_channels, module.in_channels = len(weight), weight.shape[1] * module.groups
+        else:
+            module.num_features = len(weight)

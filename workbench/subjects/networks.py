@@ -1,0 +1,139 @@
+"""Small networks of our own: CIFAR ResNets, a RepVGG, and towers for several inputs.
+
+Sources: CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2) with option A shortcuts, parameter names as
+in akamaster/pytorch_resnet_cifar10; RepVGG of Ding et al. 2021 (arXiv 2101.03697), a small one of our own widths.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))  # channels and blocks, the first of stride 2, behind a stem of 16 channels
+
+
+class PadShortcut(nn.Module):
+    """Option A shortcut: every second pixel, `padding` channels of zeros before and behind; no parameters."""
+
+    def __init__(self, padding: int):
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, C, H, W) -> (n, C + 2 padding, H / 2, W / 2)
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norm and a shortcut around both."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.shortcut = PadShortcut((channels_out - channels_in) // 2) if stride == 2 else nn.Identity()
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNet: a 3 x 3 stem, three stages of 16, 32 and 64 channels, average pooling, one linear layer."""
+
+    def __init__(self, blocks: int, *, in_channels: int = 3, classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(channels_in: int, channels_out: int, blocks: int, *, stride: int) -> nn.Sequential:
+        rest = [BasicBlock(channels_out, channels_out, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(BasicBlock(channels_in, channels_out, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, in_channels, H, W) -> logits (n, classes)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class RepVGGBlock(nn.Module):
+    """Trained as the sum of a 3 x 3 branch, a 1 x 1 branch and, where the shape stays, the input, each behind its batch
+    norm; then a ReLU. `fused` gives one convolution that computes the same in eval mode. Without `branches` the 3 x 3 one
+    stands alone.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1, *, branches: bool = True):
+        super().__init__()
+        self.conv3 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False) if branches else None
+        self.bn1 = nn.BatchNorm2d(channels_out) if branches else None
+        self.bn0 = nn.BatchNorm2d(channels_in) if branches and channels_in == channels_out and stride == 1 else None
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, channels_in, H, W) -> (n, channels_out, H / stride, W / stride)
+        y = self.bn3(self.conv3(x))
+        if self.conv1 is not None:
+            y = y + self.bn1(self.conv1(x))
+        return self.relu(y if self.bn0 is None else y + self.bn0(x))
+
+    def fused(self) -> nn.Sequential:
+        """Convolution and ReLU: W = sum of g / s W_branch, b = sum of beta - m g / s, the 1 x 1 branch and the input as
+        3 x 3 kernels with zeros around."""
+        conv = nn.Conv2d(self.conv3.in_channels, self.conv3.out_channels, 3, self.conv3.stride, 1)
+        eye = torch.eye(len(self.conv3.weight))[:, :, None, None]
+        kernels = [(self.conv3.weight, self.bn3)]
+        kernels += [(F.pad(self.conv1.weight, (1, 1, 1, 1)), self.bn1)] if self.conv1 is not None else []
+        kernels += [(F.pad(eye, (1, 1, 1, 1)), self.bn0)] if self.bn0 is not None else []
+        gains = [norm.weight / (norm.running_var + norm.eps).sqrt() for _, norm in kernels]
+        with torch.no_grad():
+            conv.weight.copy_(sum(k * g.view(-1, 1, 1, 1) for (k, _), g in zip(kernels, gains, strict=True)))
+            conv.bias.copy_(sum(norm.bias - norm.running_mean * g for (_, norm), g in zip(kernels, gains, strict=True)))
+        return nn.Sequential(conv, nn.ReLU()).to(memory_format=torch.channels_last).eval()
+
+
+class RepVGG(nn.Module):
+    """A stem of 16 channels and three stages of RepVGG blocks, average pooling, one linear layer."""
+
+    def __init__(self, *, branches: bool = True, in_channels: int = 3, classes: int = 10):
+        super().__init__()
+        blocks, before = [RepVGGBlock(in_channels, 16, branches=branches)], 16
+        for width, count in REPVGG_STAGES:
+            for k in range(count):
+                blocks.append(RepVGGBlock(before, width, 2 if k == 0 else 1, branches=branches))
+                before = width
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(before, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, in_channels, H, W) -> logits (n, classes)
+        return self.linear(self.blocks(x).mean((2, 3)))
+
+
+class Towers(nn.Module):
+    """One network for each named input; what they put out, side by side, goes into `head`.
+
+    Example: `Towers({"signal": nn.Linear(8, 16), "station": nn.Embedding(4, 16)}, nn.Linear(32, 3))`
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], head: nn.Module):
+        super().__init__()
+        self.parts, self.head = nn.ModuleDict(parts), head
+
+    def forward(self, **inputs: Tensor) -> Tensor:  # (n, ...) each -> (n, classes)
+        missing = [name for name in (*self.parts, *inputs) if name not in inputs or name not in self.parts]
+        if missing:
+            raise ValueError(f"input {missing[0]!r} is missing or unknown; expected {', '.join(self.parts)}")
+        return self.head(torch.cat([part(inputs[name]) for name, part in self.parts.items()], 1))

@@ -1,0 +1,195 @@
+"""What a task asks of a model: how its outputs are read, what is right for each example, the loss.
+
+An objective is the only place that knows what kind of answer counts. `statistics` gives each example a row of numbers whose
+sums over examples make the metric: so a metric of a whole set, its interval and a paired difference all come from rows.
+Targets at `IGNORED` do not count, neither in the loss nor in the metric.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workbench.batches import answer, tensors
+
+IGNORED = -100  # as in Hugging Face's label columns: padding, special tokens, all but the first piece of a word
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One class for each example; the base of the others. metric: how its column is called. unit: what the interval is over.
+    output: the name of the output that is the answer, where a model has several."""
+
+    metric: str = "top1"
+    unit: str = "image"
+    output: str | None = None
+
+    def read(self, outputs, targets: Tensor | None = None) -> Tensor:
+        """Logits float (n, classes) of what a model puts out.
+
+        Raises ValueError where they do not fit the targets, TypeError where there is no tensor to read.
+        """
+        logits = answer(outputs, self.output)
+        if logits.dim() != 2:
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, {self._wanted()}")
+        if targets is not None:
+            self._check(logits, targets)
+        return logits
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What counts, one decision a row: logits (m, classes) and targets int64 (m,)."""
+        return logits, targets
+
+    def loss(self, logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Mean cross entropy of the decisions, a scalar."""
+        chosen, wanted = self.decisions(logits, targets)
+        return F.cross_entropy(chosen.float(), wanted, label_smoothing=smoothing)
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """The chosen class of each example, int64 (n,)."""
+        return logits.argmax(-1)
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """How right each example is, float (n,): 0 or 1 for a class, the share of its tokens otherwise."""
+        return (self.answers(logits) == targets).float()
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Float64 (n, columns), of which `value` makes the metric."""
+        return self.right(logits, targets).double()[:, None]
+
+    def value(self, sums: Tensor, n) -> Tensor:
+        """The metric of sums of statistics (..., columns) over `n` examples."""
+        return sums[..., 0] / n
+
+    def check_targets(self, inputs, targets: Tensor) -> None:
+        """Raise ValueError where targets do not belong to inputs; nothing to check for one class an example."""
+
+    def _wanted(self) -> str:
+        return "expected (n, classes), one class an example; give the task another objective or the model another head"
+
+    def _check(self, logits: Tensor, targets: Tensor) -> None:
+        if len(logits) != len(targets):
+            raise ValueError(f"the model answers {len(logits)} times for {len(targets)} examples")
+        if len(targets) and int(targets.max()) >= logits.shape[1]:
+            raise ValueError(f"the model knows {logits.shape[1]} classes, a target is class {int(targets.max())}; "
+                             "load the model with a head for this task")
+
+
+@dataclass(frozen=True)
+class Tagging(Objective):
+    """A tag for each token, B- and I- marking entities; the metric is the F1 of whole entities, as seqeval counts them.
+
+    tags: their names, in the order of the model's classes. Source: CoNLL-2000 evaluation, Tjong Kim Sang & Buchholz 2000.
+    """
+
+    tags: Sequence[str] = ()
+    metric: str = "f1"
+    unit: str = "sentence"
+
+    def read(self, outputs, targets: Tensor | None = None) -> Tensor:
+        """Logits float (n, tokens, tags). Raises as `Objective.read` does, and where there is not a target for each token."""
+        logits = answer(outputs, self.output)
+        if logits.dim() != 3 or logits.shape[2] != len(self.tags):
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, tokens, {len(self.tags)}), a tag "
+                             "for each token")
+        if targets is not None and targets.shape != logits.shape[:2]:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(logits.shape[:2])}; give one tag "
+                             f"a token, {IGNORED} for those that do not count")
+        return logits
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that count."""
+        return logits[targets != IGNORED], targets[targets != IGNORED]
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The share of each sentence's tokens that are right, float (n,)."""
+        return _share((self.answers(logits) == targets), targets != IGNORED)
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """By sentence: entities that are right, entities found, entities there."""
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        rows = []
+        for chosen, wanted in zip(self.answers(logits).tolist(), targets.tolist(), strict=True):
+            kept = [k for k, tag in enumerate(wanted) if tag != IGNORED]
+            found, there = (set(get_entities([self.tags[line[k]] for k in kept])) for line in (chosen, wanted))
+            rows.append([len(found & there), len(found), len(there)])
+        return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+
+    def value(self, sums: Tensor, n) -> Tensor:
+        """F1 = 2 right / (found + there), 1 where there are none and none is found."""
+        both = sums[..., 1] + sums[..., 2]
+        return torch.where(both > 0, 2 * sums[..., 0] / both.clamp_min(1), 1.0)
+
+    def check_targets(self, inputs, targets: Tensor) -> None:
+        """Raise ValueError where a sentence has not one target for each of its tokens."""
+        _check_lengths(inputs, targets)
+
+
+@dataclass(frozen=True)
+class NextToken(Objective):
+    """Each token from those before it; the metric is perplexity, exp of the mean negative log likelihood of a token.
+
+    Targets are the tokens themselves, at their own places: the logits at place k answer for place k + 1.
+    """
+
+    metric: str = "perplexity"
+    unit: str = "sentence"
+
+    def read(self, outputs, targets: Tensor | None = None) -> Tensor:
+        """Logits float (n, tokens, vocabulary). Raises as `Objective.read` does."""
+        logits = answer(outputs, self.output)
+        if logits.dim() != 3:
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, tokens, vocabulary)")
+        if targets is not None and targets.shape != logits.shape[:2]:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(logits.shape[:2])}; the targets are "
+                             "the tokens themselves")
+        return logits
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that follow another and count."""
+        return super().decisions(logits[:, :-1][targets[:, 1:] != IGNORED], targets[:, 1:][targets[:, 1:] != IGNORED])
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The share of each sentence's tokens that are guessed from those before them, float (n,)."""
+        return _share(self.answers(logits)[:, :-1] == targets[:, 1:], targets[:, 1:] != IGNORED)
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """By sentence: the negative log likelihood, in nats, and how many tokens it is of."""
+        wanted = targets[:, 1:]
+        lost = F.cross_entropy(logits[:, :-1].transpose(1, 2).double(), wanted, reduction="none", ignore_index=IGNORED)
+        return torch.stack([lost.sum(1), (wanted != IGNORED).sum(1).double()], 1)
+
+    def value(self, sums: Tensor, n) -> Tensor:
+        """exp(nats / tokens)."""
+        return (sums[..., 0] / sums[..., 1].clamp_min(1)).exp()
+
+    def check_targets(self, inputs, targets: Tensor) -> None:
+        """Raise ValueError where a sentence has not one target for each of its tokens."""
+        _check_lengths(inputs, targets)
+
+
+OBJECTIVES = {"class": Objective, "tags": Tagging, "next_token": NextToken}
+
+
+def objective(name: str, **options) -> Objective:
+    """The objective called `name`: "class", "tags" or "next_token". Raises ValueError for another name.
+
+    Example: `objective("class", unit="speaker").unit == "speaker"`
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(OBJECTIVES)}, or an Objective of your own")
+    return OBJECTIVES[name](**options)
+
+
+def _share(hits: Tensor, counted: Tensor) -> Tensor:
+    return (hits & counted).sum(1) / counted.sum(1).clamp_min(1)
+
+
+def _check_lengths(inputs, targets: Tensor) -> None:
+    tokens = next((value for value in tensors(inputs) if value.dim() == 2 and not value.is_floating_point()), None)
+    if tokens is not None and targets.shape != tokens.shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(tokens.shape)}; give one target a token, "
+                         f"{IGNORED} for those that do not count")

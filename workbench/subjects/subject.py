@@ -1,0 +1,47 @@
+"""What a step of a plan takes and gives: a model with its task, and the model that it began as."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import nn
+
+from workbench.batches import Inputs
+from workbench.subjects.tasks import Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the task that it is for. reference: the model before any step, which teaches and which repairs compare
+    with; made: what the steps so far leave for later ones and for the reader (a history, a table), by name.
+
+    Example: `Subject(model, task)`
+    """
+
+    model: nn.Module
+    task: Task
+    reference: nn.Module | None = None
+    made: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.reference is None:
+            object.__setattr__(self, "reference", self.model)
+
+    def __repr__(self) -> str:
+        return f"Subject({type(self.model).__name__}, {self.task.name}{', ' + ', '.join(self.made) if self.made else ''})"
+
+    @property
+    def example(self) -> Inputs:
+        """One input of the model."""
+        return self.task.example
+
+    def with_model(self, model: nn.Module, **made: object) -> "Subject":
+        """The same subject with another model, and what was made on the way."""
+        return replace(self, model=model, made={**self.made, **made})
+
+
+class Step(Protocol):
+    """One method with its settings: a frozen dataclass whose fields are what a recipe writes."""
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject after the step; the one given is left as it was."""

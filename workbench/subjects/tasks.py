@@ -1,0 +1,216 @@
+"""A task: examples with what is right for them, how they are prepared for a model, and what is asked of it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.batches import Batch, Inputs, rows, tensors
+from workbench.errors import reason
+from workbench.subjects.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become a network's input: resized and cropped when decoded; called, (pixel / 255 - mean) / std by channel.
+
+    size: side in pixels of the square input; None keeps the pictures' own size.
+    crop: fraction of the resized shorter side that the centre crop keeps.
+
+    Example: `Preprocessing(mean=(0.5,), std=(0.5,))(Batch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))).inputs.min() == -1`
+    """
+
+    size: int | None = None
+    crop: float = 1.0
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __call__(self, stored: Batch) -> Batch:
+        """Pictures uint8 (n, C, H, W) as float32, channels-last."""
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (self.mean, self.std))
+        made = ((stored.inputs.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        return Batch(made, stored.targets)
+
+
+def as_stored(stored: Batch) -> Batch:
+    """Nothing to prepare: the examples are the model's inputs already."""
+    return stored
+
+
+class Pictures:
+    """Encoded pictures of a `datasets` column, decoded to uint8 (n, C, H, W) when indexed by an int64 tensor or a slice.
+
+    `take` chooses pictures without decoding them.
+    """
+
+    def __init__(self, column, preprocessing: Preprocessing, name: str, places: Tensor | None = None):
+        self.column, self.preprocessing, self.name = column, preprocessing, name
+        self.places = torch.arange(len(column)) if places is None else places
+        self.shape = (len(self.places), *self._decode(int(self.places[0])).shape)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, places: Tensor) -> "Pictures":
+        return Pictures(self.column, self.preprocessing, self.name, self.places[places])
+
+    def _decode(self, index: int) -> Tensor:
+        from PIL import Image
+
+        how = self.preprocessing
+        try:
+            picture = self.column[index].convert("RGB" if len(how.mean) == 3 else "L")
+        except (OSError, AttributeError) as error:  # damaged or truncated; None where there is no picture
+            raise ValueError(f"{self.name}: image {index} cannot be decoded ({reason(error)}); "
+                             "remove or replace it") from error
+        if how.size:
+            scale = how.size / how.crop / min(picture.size)
+            wide, high = (max(how.size, round(side * scale)) for side in picture.size)
+            picture = picture.resize((wide, high), Image.Resampling[how.interpolation.upper()])
+            left, top = (wide - how.size) // 2, (high - how.size) // 2
+            picture = picture.crop((left, top, left + how.size, top + how.size))
+        return torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+
+    def __getitem__(self, places: Tensor | slice) -> Tensor:
+        chosen = self.places[places].tolist()
+        with ThreadPoolExecutor() as threads:
+            decoded = list(threads.map(self._decode, chosen))
+        odd = next((i for i, image in zip(chosen, decoded, strict=True) if image.shape != self.shape[1:]), None)
+        if odd is not None:
+            raise ValueError(f"{self.name}: image {odd} has another size than image 0, {self.shape[2]} x {self.shape[3]} "
+                             "pixels; give preprocessing=models.preprocessing(MODEL), which resizes them")
+        return torch.stack(decoded)
+
+
+class Texts:
+    """Sentences (or lists of words) to be indexed as a tensor is, by an int64 tensor or a slice."""
+
+    def __init__(self, lines: Sequence):
+        self.lines = np.empty(len(lines), dtype=object)
+        self.lines[:] = lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, places: Tensor | slice) -> "Texts":
+        return Texts(list(self.lines[places if isinstance(places, slice) else places.numpy()]))
+
+    take = __getitem__
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples with what is right for them.
+
+    inputs: what is stored, a tensor, a tuple or mapping of tensors, `Pictures` or `Texts`, N examples along axis 0.
+    targets: int64 (N, ...), or `Texts` of lists of numbers. prepare: stored Batch -> the Batch that a model reads. units: int64 (N,), equal where examples
+    belong together (sentences of one speaker), None where each stands for itself.
+    """
+
+    inputs: Inputs | Pictures | Texts
+    targets: Tensor | Texts
+    prepare: Callable[[Batch], Batch] = as_stored
+    objective: Objective = field(default_factory=Objective)
+    name: str = "split"
+    units: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        return f"Split({self.name!r}, {len(self):,} {self.objective.unit}s, {self.prepare})"
+
+    def stored(self, places: Tensor | slice) -> Batch:
+        """The examples at `places` as they are stored."""
+        inputs = self.inputs[places] if isinstance(self.inputs, Pictures | Texts) else rows(self.inputs, places)
+        return Batch(inputs, self.targets[places])
+
+    def batch(self, places: Tensor | slice = slice(None)) -> Batch:
+        """The examples at `places` as a model reads them, all of them by default."""
+        made = self.prepare(self.stored(places))
+        self.objective.check_targets(made.inputs, made.targets)
+        return made
+
+    def batches(self, size: int = 256) -> Iterator[Batch]:
+        """Batches of inputs and targets as a model reads them, in order, of at most `size`.
+
+        Raises ValueError where the split is empty.
+        """
+        if not len(self):
+            raise ValueError(f"{self.name} holds no {self.objective.unit}s")
+        for places in torch.arange(len(self)).split(size):
+            yield self.batch(places)
+
+    def take(self, places: Tensor) -> "Split":
+        """The examples at `places`, int64 (n,), in that order; nothing is decoded."""
+        lazy = isinstance(self.inputs, Pictures | Texts) and len(places)
+        inputs = self.inputs.take(places) if lazy else self.stored(places).inputs
+        units = None if self.units is None else self.units[places]
+        return replace(self, inputs=inputs, targets=self.targets[places], units=units)
+
+    def subset(self, count: int, *, seed: int = 0) -> "Split":
+        """`count` of the examples (all, if there are fewer), drawn without replacement by `seed`, in their old order."""
+        if count < 1:
+            raise ValueError(f"a subset of {self.name} needs at least 1 {self.objective.unit}, found {count}")
+        if count >= len(self):
+            return self
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        return self.take(chosen)
+
+    def empty(self, name: str) -> "Split":
+        """A split of the same kind without examples."""
+        inputs = self.inputs if isinstance(self.inputs, Pictures | Texts) else rows(self.inputs, slice(0, 0))
+        inputs = torch.empty(0) if isinstance(inputs, Pictures) else Texts([]) if isinstance(inputs, Texts) else inputs
+        return replace(self, inputs=inputs, targets=self.targets[:0], name=name,
+                       units=None if self.units is None else self.units[:0])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and what is asked of a model: splits, names of the classes, source and licence."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    source: str
+    licence: str = field(default="see its source")
+
+    @property
+    def objective(self) -> Objective:
+        """What is asked of a model."""
+        return self.test.objective
+
+    @property
+    def example(self) -> Inputs:
+        """One input of a model: the first test example."""
+        return self.test.batch(torch.arange(1)).inputs
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(split):,} {kind}" for kind, split in (("train", self.train), ("validation", self.validation),
+                                                                       ("test", self.test)) if split is not None)
+        return f"Task({self.name!r}: {sizes}; {len(self.classes)} classes)"
+
+
+def described(inputs: Inputs) -> str:
+    """The shapes of inputs, for a message or a caption.
+
+    Example: `described(torch.zeros(1, 3, 8, 8)) == "3 x 8 x 8"`
+    """
+    def one(value: Tensor) -> str:
+        return " x ".join(map(str, value.shape[1:])) or "1"
+
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name} {one(value)}" for name, value in inputs.items())
+    return ", ".join(map(one, tensors(inputs)))
+
+
+def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split]:
+    """Every twelfth example of `train` as a split called `name`: (the rest, those)."""
+    aside = torch.arange(len(train)) % every == 0
+    return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]), name=name)
