@@ -80,7 +80,8 @@ def test_a_taught_student_comes_nearer_to_its_teacher():
     apart = {}
     for taught in (None, teacher):
         student, _ = alignment.align({"image": Linear(12, 7), "text": Linear(10, 8)}, TRAIN, EACH, teacher=taught,
-                                     recipe=Recipe(steps=150, batch_size=20, learning_rate=0.02), teaching=distillation.embeddings)
+                                     recipe=Recipe(steps=150, batch_size=20, learning_rate=0.02),
+                                    teaching=distillation.embeddings)
         found = alignment.embed(student, TRAIN)
         apart[taught is None] = sum((1 - (found[k] * teacher[k]).sum(1)).mean().item() for k in found)
     assert apart[False] < 0.5 * apart[True]

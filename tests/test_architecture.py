@@ -16,7 +16,8 @@ PACKAGE = ROOT / "workbench"
 GROUND = {"errors", "files", "machine", "batches"}
 BELOW = {  # what each room may import of the package
     "": set(), "errors": set(), "files": set(), "machine": set(), "batches": {"errors"}, "numbers": GROUND,
-    "graph": GROUND | {"numbers"}, "subjects": GROUND | {"numbers", "graph"}, "methods": GROUND | {"numbers", "graph", "subjects"},
+    "graph": GROUND | {"numbers"}, "subjects": GROUND | {"numbers", "graph"},
+    "methods": GROUND | {"numbers", "graph", "subjects"},
     "deployment": GROUND | {"numbers", "graph"}, "measures": GROUND | {"numbers", "graph", "subjects", "deployment"},
     "plans": GROUND | {"numbers", "graph", "subjects", "methods", "deployment", "measures"},
     "reporting": {"files", "machine"}, "__main__": {"errors", "reporting", "measures", "subjects"},

@@ -14,7 +14,8 @@ from workbench.subjects import checkpoints, data, models
 from workbench.subjects.objectives import IGNORED, NextToken, Tagging
 
 transformers = pytest.importorskip("transformers")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##ing", "the", "cat", "dog", "sing", "runs", "sleeps", "in", "london", "paris", "."]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##ing", "the", "cat", "dog", "sing", "runs", "sleeps", "in",
+         "london", "paris", "."]
 LINES = ["the cat runs .", "the dog sleeps in london", "singing in paris .", "the dog runs", "the cat sleeps", "paris ."] * 10
 
 
@@ -112,7 +113,8 @@ def test_heads_of_other_spellings_can_go(kind):
 
 def test_exact_counts_on_sentences_are_the_plain_loops(model, task):
     method = channels.silencing(model, example=task.example)
-    both = [sensitivity.scan(model, task.test, method, levels=[0.25, 0.5], mode=mode, batch_size=20) for mode in ("exact", "plain")]
+    both = [sensitivity.scan(model, task.test, method, levels=[0.25, 0.5], mode=mode, batch_size=20)
+            for mode in ("exact", "plain")]
     assert both[0].top1.equals(both[1].top1)
     assert (both[0][both[0].removed > 0].distance > 0).all()
 
@@ -202,7 +204,8 @@ def other_head(folder, task, tmp_path):
     (other_head, "has a head for 3 labels, wiki_topics has 11; load it with new_head=True"),
     (lambda *_: models.load("hf:/nowhere"), "hf:/nowhere could not be read"),
     (lambda *_: next(data.load("wiki_topics").test.batches()), "this task is text: a model reads tokens"),
-    (lambda folder, *_: data.load("fashion_mnist", preprocessing=models.preprocessing(f"hf:{folder}")), "fashion_mnist has one channel"),
+    (lambda folder, *_: data.load("fashion_mnist", preprocessing=models.preprocessing(f"hf:{folder}")),
+     "fashion_mnist has one channel"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(folder, task, tmp_path, call, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:

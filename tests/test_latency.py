@@ -68,7 +68,8 @@ def test_the_table_states_threads_batch_and_machine(exported):
 
 
 def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported, model, task, tmp_path):
-    made = quantization.quantize(reparameterization.fold_batchnorm(model, task.example), list(task.validation.subset(50).batches(50)))
+    made = quantization.quantize(reparameterization.fold_batchnorm(model, task.example),
+                                 list(task.validation.subset(50).batches(50)))
     paths = {"float32": exported, "int8": onnx.export(made, task.example, tmp_path / "int8.onnx")}
     frame = latency.by_layer(paths, task.example, runs=10)
     for name, path in paths.items():

@@ -265,7 +265,8 @@ def test_sensitivity_by_bits_needs_nothing_new(folded, tiny):
 
 @pytest.mark.parametrize(("call", "words"), [
     (lambda m: quantization.quantize(m, []), "calibration saw no examples"),
-    (lambda m: quantization.quantize(m, [(torch.ones(4, 1, 28, 28), None)]), "every number of input x is 1 in every example; give real"),
+    (lambda m: quantization.quantize(m, [(torch.ones(4, 1, 28, 28), None)]),
+     "every number of input x is 1 in every example; give real"),
     (lambda m: quantization.quantize(m, [(torch.full((1, 1, 28, 28), float("nan")), None)]), "of input x hold NaN"),
     (lambda m: quantization.quantize(m, [(EXAMPLE, None)], calibrator="median"), "unknown calibrator 'median'"),
     (lambda m: quantization.prepare(m, EXAMPLE, by="best"), "unknown way to fit weights 'best'"),

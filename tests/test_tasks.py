@@ -30,7 +30,8 @@ def test_f1_is_seqevals():
     chosen = torch.where(torch.rand(30, 8) < 0.7, targets.clamp_min(0), torch.randint(0, 4, (30, 8)))
     logits = nn.functional.one_hot(chosen, 4).float()
     kept = [[k for k in range(8) if line[k] != IGNORED] for line in targets]
-    wanted, found = ([[TAGS[line[k]] for k in places] for line, places in zip(lines, kept, strict=True)] for lines in (targets, chosen))
+    wanted, found = ([[TAGS[line[k]] for k in places] for line, places in zip(lines, kept, strict=True)]
+                     for lines in (targets, chosen))
     score = accuracy.scored(asked.statistics(logits, targets), asked)
     assert score.value == pytest.approx(f1_score(wanted, found))
     assert score.low < score.value < score.high
@@ -64,7 +65,8 @@ def test_examples_of_one_speaker_stand_or_fall_together():
 
 
 def test_tokens_that_do_not_count_change_nothing():
-    asked, logits, targets = Tagging(tags=TAGS), torch.randn(2, 5, 4), torch.tensor([[0, 1, 2, IGNORED, IGNORED], [3, 0, 0, 0, 1]])
+    asked, logits = Tagging(tags=TAGS), torch.randn(2, 5, 4)
+    targets = torch.tensor([[0, 1, 2, IGNORED, IGNORED], [3, 0, 0, 0, 1]])
     other = logits.clone()
     other[0, 3:] += 9
     assert torch.equal(asked.loss(logits, targets), asked.loss(other, targets))
@@ -97,7 +99,8 @@ def test_a_tuple_of_tensors_goes_through_training_plan_export_and_int8(tmp_path)
     assert found.row["cosine_min"] > 0.99999
     assert found.row["agreement"] == 1
     assert abs(found.row["int8_top1_change"]) < 0.05
-    outputs = sessions.open(found.files["float32"]).outputs(dict(zip(("signal", "station"), task.test.batch().inputs, strict=True)))
+    outputs = sessions.open(found.files["float32"]).outputs(dict(zip(("signal", "station"), task.test.batch().inputs,
+                                                                     strict=True)))
     assert list(outputs) == ["state", "logits"]
 
 
@@ -141,12 +144,16 @@ def test_a_state_is_fed_back(tmp_path):
     (lambda: data.of((torch.zeros(3, 2), torch.zeros(4))), "3 inputs and 4 targets"),
     (lambda: data.of((torch.tensor([[1.0], [math.nan]]), torch.zeros(2))), "example 1 holds NaN"),
     (lambda: data.of(7), "found int; expected"),
-    (lambda: models.wrap(nn.Linear(5, 2), data.of((torch.zeros(30, 6), torch.zeros(30).long()))), "Linear does not run on the task's"),
-    (lambda: models.wrap(nn.Identity(), data.of((torch.zeros(30, 6, 2), torch.zeros(30).long()))), r"Identity: the model's answer has shape"),
-    (lambda: accuracy.evaluate(nn.Linear(6, 2), data.of((torch.zeros(30, 6), torch.full((30,), 3))).test), "knows 2 classes, a target is class 3"),
+    (lambda: models.wrap(nn.Linear(5, 2), data.of((torch.zeros(30, 6), torch.zeros(30).long()))),
+     "Linear does not run on the task's"),
+    (lambda: models.wrap(nn.Identity(), data.of((torch.zeros(30, 6, 2), torch.zeros(30).long()))),
+     r"Identity: the model's answer has shape"),
+    (lambda: accuracy.evaluate(nn.Linear(6, 2), data.of((torch.zeros(30, 6), torch.full((30,), 3))).test),
+     "knows 2 classes, a target is class 3"),
     (lambda: next(Split(torch.ones(2, 5).long(), torch.zeros(2, 4).long(), objective=Tagging(tags=TAGS)).batches()),
      r"targets have shape \(2, 4\), the tokens \(2, 5\)"),
-    (lambda: models.load("resnet20", data.of((torch.zeros(30, 6), torch.zeros(30).long())), pretrained=False), "this network reads pictures"),
+    (lambda: models.load("resnet20", data.of((torch.zeros(30, 6), torch.zeros(30).long())), pretrained=False),
+     "this network reads pictures"),
 ])
 def test_bad_input_gets_one_line(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:

@@ -22,8 +22,8 @@ def decoder():
 
 def bert():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
-                                     num_labels=3)
+    config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                     vocab_size=50, num_labels=3)
     ids = torch.randint(1, 50, (3, 7))
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -51,7 +51,8 @@ def mobile():
 def test_a_graph_computes_what_the_model_does_as_a_whole_and_node_by_node(make):
     model, inputs = make()
     model.eval()
-    one = {name: value[:1, :5] if value.dtype == torch.int64 and value.dim() > 1 else value[:1] for name, value in inputs.items()} \
+    one = {name: value[:1, :5] if value.dtype == torch.int64 and value.dim() > 1 else value[:1]
+           for name, value in inputs.items()} \
         if isinstance(inputs, dict) else inputs[:1]
     graph, values = Runner(model, one), {}
     with torch.no_grad():
@@ -99,13 +100,15 @@ def test_what_cannot_be_traced_is_one_line():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(UnsupportedModelError, match="Branching cannot be traced .*; write its forward without branches on values"):
+    with pytest.raises(UnsupportedModelError,
+                       match="Branching cannot be traced .*; write its forward without branches on values"):
         trace(Branching(), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(("inputs", "message"), [
     ({"signal": torch.zeros(1, 8)}, "input 'station' is missing"),
-    ({"signal": torch.zeros(1, 8), "station": torch.zeros(1).long(), "sound": torch.zeros(1)}, "input 'sound' is not the model's")])
+    ({"signal": torch.zeros(1, 8), "station": torch.zeros(1).long(), "sound": torch.zeros(1)},
+     "input 'sound' is not the model's")])
 def test_a_missing_or_unknown_input_is_named(inputs, message):
     model, known = towers()
     with pytest.raises(ValueError, match=message):

@@ -2,15 +2,17 @@
 
 The rooms, in the order a model passes through them:
 
-    subjects     data, models, training: what is compressed
+    numbers      grids, quantisers, histograms, entropy coding
+    graph        a traced model: its layers by name, what follows a layer, running it node by node, which channels go together
+    subjects     tasks and objectives, data, models, training: what is compressed
     methods      one way of compressing a file; each returns a new model and leaves the caller's as it was
-    deployment   export to ONNX; any model as a callable session
+    deployment   export to ONNX; any model as a session with named inputs, outputs and state
     measures     accuracy, cost, equivalence, latency, retrieval, sensitivity: each a DataFrame or a verdict with its limit
+    plans        several methods together: steps and stages, one model from end to end
     reporting    runs the notebooks, draws DataFrames
 
-Beneath them stand `layers` (name, capture and replace a model's layers), `coupling` (channels that only go together),
-`files` (atomic writes, checksums, progress) and `machine` (what this computer is). Importing the package imports
-nothing else; import the rooms that you need:
+Beneath them stand `batches` (what a model reads and answers), `errors`, `files` (atomic writes, checksums, progress) and
+`machine` (what this computer is). Importing the package imports nothing else; import the rooms that you need:
 
     from workbench.subjects import data, models
 """

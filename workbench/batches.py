@@ -145,8 +145,8 @@ def check(inputs: Inputs) -> None:
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
         for name, value in inputs.items():
             if name.endswith("mask") and value.dim() == 2 and value.shape != inputs["input_ids"].shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(inputs['input_ids'].shape)}; expected the "
-                                 "same")
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(inputs['input_ids'].shape)}; expected "
+                                 "the same")
 
 
 def axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:

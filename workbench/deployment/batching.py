@@ -15,8 +15,9 @@ from workbench.deployment import sessions
 class Batcher:
     """Serves one model to many callers: `submit(example)` gives a Future of its output.
 
-    size: examples a batch at most; 1 is no batching. Shorter sentences are padded with zeros, their masks too. deadline_ms: how long the first of a batch waits for others at most.
-    One thread runs the model, batch after batch. To be used in a `with` block, at whose end what waits is still served.
+    size: examples a batch at most; 1 is no batching. Shorter sentences are padded with zeros, their masks too. deadline_ms:
+    how long the first of a batch waits for others at most. One thread runs the model, batch after batch. To be used in a
+    `with` block, at whose end what waits is still served.
 
     Raises ValueError for a size below 1 or a negative deadline; what the model raises, each Future of the batch raises.
 

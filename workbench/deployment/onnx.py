@@ -30,7 +30,8 @@ TOLERANCE = 1e-3  # largest relative L2 distance between torch and the export, p
 QUANTISED_TOLERANCE = 0.2  # the same where both round: values near a midpoint between two integers may round differently
 
 
-def export(model: nn.Module, example: Inputs, path: Path | str, *, dynamic: Mapping[str, Mapping[int, str]] | None = None) -> Path:
+def export(model: nn.Module, example: Inputs, path: Path | str, *,
+           dynamic: Mapping[str, Mapping[int, str]] | None = None) -> Path:
     """Write `model` as an ONNX file; return its path.
 
     example: inputs of the model; the file takes any number of examples, and token ids and masks of any length. Its inputs have

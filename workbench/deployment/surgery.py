@@ -122,9 +122,11 @@ def _reshape_integers(model: ir.Model) -> None:
     anew in every run."""
     for view in _nodes(model, "Reshape", "Flatten"):
         source = _maker(view.inputs[0], "DequantizeLinear")
-        if source is None or len(view.inputs[0].uses()) > 1 or _number(source.inputs[1]) is None or _number(source.inputs[1]).ndim:
+        if (source is None or len(view.inputs[0].uses()) > 1 or _number(source.inputs[1]) is None
+                or _number(source.inputs[1]).ndim):
             continue
-        moved = ir.node(view.op_type, [source.inputs[0], *view.inputs[1:]], attributes={name: kept.value for name, kept in view.attributes.items()})
+        moved = ir.node(view.op_type, [source.inputs[0], *view.inputs[1:]],
+                        attributes={name: kept.value for name, kept in view.attributes.items()})
         model.graph.insert_before(view, moved)
         _replace(model, view, ir.node("DequantizeLinear", [moved.outputs[0], *source.inputs[1:]]))
 

@@ -89,5 +89,6 @@ def _with_quantizer(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.
     found = chain(node, modules)
     last = found[-1] if found else node
     follower = next(iter(last.users)) if len(last.users) == 1 else None
-    quantised = follower is not None and follower.op == "call_module" and isinstance(modules[follower.target], ActivationQuantizer)
+    quantised = (follower is not None and follower.op == "call_module"
+                 and isinstance(modules[follower.target], ActivationQuantizer))
     return [*found, follower] if quantised else found

@@ -2,10 +2,9 @@
 
 A unit is a layer with the batch norm and the activation quantiser behind it. A unit has a fault where a repair at the same
 bits brings its weights nearer to what they were before rounding, or its own output, on the reference's inputs, nearer to
-the reference's: by image, paired. With z the reference's
-logits and z_l those of the reference in which unit l alone is as the candidate has it, the effect of a unit is the mean
-over examples of |z_l - z|^2 / |z|^2, and its blame is the part of that which the repair removes. What a unit without a fault costs
-is the price of its bits.
+the reference's: by image, paired. With z the reference's logits and z_l those of the reference in which unit l alone is as
+the candidate has it, the effect of a unit is the mean over examples of |z_l - z|^2 / |z|^2, and its blame is the part of
+that which the repair removes. What a unit without a fault costs is the price of its bits.
 """
 
 import copy
@@ -128,7 +127,8 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
                      {name: repairs[name] for name in table.layer if name in repairs})
 
 
-def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = None, by: float = 8.0, batches: Iterable[Batch] = ()) -> nn.Module:
+def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = None, by: float = 8.0,
+          batches: Iterable[Batch] = ()) -> nn.Module:
     """A copy of a quantised `model` with a fault in `layer`, to see whether the doctor finds it.
 
     fault "scale": the scale of its weights times `by`; "range": that of its activations; "per_tensor": one scale for all

@@ -1,7 +1,8 @@
 """Do two models compute the same? One verdict over many images, and the first layer at which they part.
 
 For the outputs a, b (flattened) of one example: cosine = a.b / (|a| |b|); L2 = |a - b|, in units of the outputs (logits);
-agreement = 1 where argmax a = argmax b, at every token that an attention mask keeps. SQNR = 10 log10(sum a^2 / sum (a - b)^2), in dB.
+agreement = 1 where argmax a = argmax b, at every token that an attention mask keeps. SQNR = 10 log10(sum a^2 /
+sum (a - b)^2), in dB.
 """
 
 import contextlib
@@ -203,7 +204,8 @@ def _near(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batches(inputs, size: int, title: str) -> Iterator[Inputs]:
-    """The inputs in batches, each looked through for NaN; of a Split, an input with its examples along axis 0, or as they come."""
+    """The inputs in batches, each looked through for NaN; of a Split, an input with its examples along axis 0, or as
+    they come."""
     total = len(inputs) if hasattr(inputs, "batches") else None
     if hasattr(inputs, "batches"):
         batches: Iterable = (batch for batch, _ in inputs.batches(size))

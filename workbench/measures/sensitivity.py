@@ -11,6 +11,7 @@ Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mea
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,14 +59,14 @@ class _Point:
 
 def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[float], layers: Sequence[str] | None = None,
          mode: str = "exact", tolerance: float = 0.03, shard: tuple[int, int] = (0, 1), seed: int = 0,
-         batch_size: int = 250, state: Path | str | None = None) -> pd.DataFrame:
+         batch_size: int = 100, state: Path | str | None = None) -> pd.DataFrame:
     """One row per layer and level: how the share that is right changes when `method` changes that layer, alone, to that level.
 
-    mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor multiplies it, examples in random order by `seed`, each
-    point until the half-width of its interval is at most `tolerance` (fraction), the interval being for the change on
-    the whole split and 95 % over all the looks at it; "plain": each point evaluated by itself, slow, what the others
-    are checked against. layers: those of method.layers by default. shard (k, m): every
-    m-th layer from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
+    mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor multiplies it, examples in
+    random order by `seed`, each point until the half-width of its interval is at most `tolerance` (fraction), the interval
+    being for the change on the whole split and 95 % over all the looks at it; "plain": each point evaluated by itself,
+    slow, what the others are checked against. layers: those of method.layers by default. shard (k, m): every m-th layer
+    from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
 
     Columns: layer, layers (coupled ones, " + "), level, removed, of, top1 with interval, top1_change (paired, against
     the unchanged model on the same examples) with interval ("right" instead of "top1" where tokens count: the mean share of a
@@ -88,7 +89,8 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
         raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {listed(known)}")
     chosen = list(layers or known)[shard[0]::shard[1]]
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
-    runner = functools.partial(_plain, model) if mode == "plain" else Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs)
+    runner = (functools.partial(_plain, model) if mode == "plain" else
+              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs))
     scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
@@ -230,8 +232,8 @@ class _Scan:
             change_low, change_high = self._interval(p) if p.n else (0.0, 0.0)
             left = pd.Series(p.change.left, dtype=float).reindex(costs.index).fillna(1.0)
             rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level,
-                         "removed": p.change.removed, "of": p.change.of, name: right / n, f"{name}_low": low, f"{name}_high": high,
-                         f"{name}_change": p.total / n, f"{name}_change_low": change_low,
+                         "removed": p.change.removed, "of": p.change.of, name: right / n, f"{name}_low": low,
+                         f"{name}_high": high, f"{name}_change": p.total / n, f"{name}_change_low": change_low,
                          f"{name}_change_high": change_high, "distance": p.distance / n,
                          "params": round((costs.params * left).sum()), "macs": round((costs.macs * left).sum()), "n": n,
                          "note": p.change.note})
@@ -251,9 +253,10 @@ class _Scan:
             point.distance += float(((output - base).float().pow(2).flatten(1).sum(1) / energy).sum())
             point.n, point.right = point.n + size, point.right + float(now.sum())
             point.right_squares += float(now.square().sum())
-            point.total, point.squares = point.total + float((now - right).sum()), point.squares + float((now - right).square().sum())
+            point.total += float((now - right).sum())
+            point.squares += float((now - right).square().sum())
             self.evaluations += size
-            if self.fast and self.seen >= LEAST_IMAGES and (self.batch & (self.batch - 1)) == 0:  # after 2, 4, 8, ... batches
+            if self.fast and _looks(self.seen) > _looks(self.seen - size):
                 low, high = self._interval(point)
                 point.done = (high - low) / 2 <= self.tolerance
 
@@ -272,8 +275,8 @@ class _Scan:
 
     def _save(self) -> None:
         if self.state:
-            stored = {"identity": self.identity, "counts": [p.counts() for p in self.points], "batch": self.batch, "seen": self.seen,
-                      "base_right": self.base_right, "evaluations": self.evaluations}
+            stored = {"identity": self.identity, "counts": [p.counts() for p in self.points], "batch": self.batch,
+                      "seen": self.seen, "base_right": self.base_right, "evaluations": self.evaluations}
             with files.atomic(self.state) as new:
                 new.write_text(json.dumps(stored))
 
@@ -290,6 +293,11 @@ class _Scan:
             (point.n, point.right, point.right_squares, point.total, point.squares, point.distance, point.done) = kept
         self.batch, self.seen, self.base_right = stored["batch"], stored["seen"], stored["base_right"]
         self.evaluations = stored["evaluations"]
+
+
+def _looks(seen: int) -> int:
+    """How often a fast scan has looked at its points: at 500 examples, 1,000, 2,000, ..."""
+    return 0 if seen < LEAST_IMAGES else 1 + int(math.log2(seen / LEAST_IMAGES))
 
 
 def _plain(model: nn.Module, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:

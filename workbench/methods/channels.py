@@ -101,7 +101,8 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
     for layer, part in free.groupby("layer", sort=False):
         stay = max(len(part) - int(counts.get(layer, 0)), 1)
         stay = min(math.ceil(stay / multiple) * multiple, len(part))
-        chosen[layer] = sorted(part.nsmallest(len(part) - stay, "score", keep="first").channel)
+        lowest = part.score.to_numpy().argsort(kind="stable")[: len(part) - stay]
+        chosen[layer] = sorted(part.channel.to_numpy()[lowest].tolist())
     return {layer: places for layer, places in chosen.items() if places}
 
 
@@ -339,7 +340,8 @@ class Prune:
 
     def apply(self, subject: Subject) -> Subject:
         """The cut subject."""
-        seen = list(subject.task.validation.subset(self.examples, seed=self.seed).batches()) if self.criterion == "taylor" else None
+        seen = (list(subject.task.validation.subset(self.examples, seed=self.seed).batches()) if self.criterion == "taylor" else
+                None)
         scores = score(subject.model, self.criterion, example=subject.example, batches=seen, objective=subject.task.objective,
                        seed=self.seed)
         model = cut_to(subject.model, scores, example=subject.example, macs=self.macs, params=self.params, scope=self.scope,

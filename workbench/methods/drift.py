@@ -34,8 +34,8 @@ class Monitor:
     Example: `monitor = drift.Monitor(model, task.validation.batches(100)); monitor(images); monitor.table()`
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], *, layers: str | Sequence[str] = "*", momentum: float = MOMENTUM,
-                 limit: float = LIMIT, compensate: bool = False):
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], *, layers: str | Sequence[str] = "*",
+                 momentum: float = MOMENTUM, limit: float = LIMIT, compensate: bool = False):
         if not limit > 0 or not 0 < momentum < 1:
             raise ValueError(f"monitor: limit is {limit} and momentum {momentum}; expected limit > 0 and 0 < momentum < 1")
         self.model, self.momentum, self.limit, self.compensate = model, momentum, limit, compensate

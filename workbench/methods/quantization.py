@@ -56,7 +56,8 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
     if not batches and (activations or example is None):
         raise ValueError("calibration saw no examples; give at least one batch" if activations else
                          "quantize needs a batch, or an example, to trace the model with")
-    new = prepare(model, batches[0].inputs if batches else example, weights=weights, activations=activations, by=by, layers=layers)
+    new = prepare(model, batches[0].inputs if batches else example, weights=weights, activations=activations, by=by,
+                  layers=layers)
     if activations:
         calibrate(new, batches, calibrator)
     return round_biases(new)

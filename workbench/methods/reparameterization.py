@@ -1,7 +1,8 @@
 """Structural rewrites that leave the computed function as it is.
 
 Sources: batch-norm folding as in Jacob et al. 2018 (arXiv 1712.05877, section 3.2); branches fused as in RepVGG, Ding et
-al. 2021 (arXiv 2101.03697); ranges equalised as in Nagel et al. 2019 (arXiv 1906.04721). And one that does change it: the batch norms' statistics taken anew.
+al. 2021 (arXiv 2101.03697); ranges equalised as in Nagel et al. 2019 (arXiv 1906.04721). And one that does change it: the
+batch norms' statistics taken anew.
 """
 
 import copy

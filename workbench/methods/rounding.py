@@ -65,7 +65,8 @@ def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *
     return _repair(model, reference, batches, lambda *layer: _adaquant(*layer, steps), "AdaQuant", seed)
 
 
-def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, sweeps: int = SWEEPS, seed: int = 0) -> nn.Module:
+def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, sweeps: int = SWEEPS,
+            seed: int = 0) -> nn.Module:
     """A copy of the quantised `model` whose weights were put, one input of a channel after the other, where each layer's output
     errs least given all others, until none moves: AdaRound's problem over the whole grid, and no steps of training.
 
@@ -215,7 +216,8 @@ def _walk(model: nn.Module, batches: list[Inputs]) -> Iterator[tuple[str, list[T
     graph = Runner(model, batches[0])
     twice = [name for name, calls in graph.calls.items() if calls > 1 and isinstance(graph.modules[name], WEIGHTED)]
     if twice:
-        raise UnsupportedModelError(f"layer {twice[0]} runs {graph.calls[twice[0]]} times, so that no one rounding is best for it")
+        raise UnsupportedModelError(f"layer {twice[0]} runs {graph.calls[twice[0]]} times, so that no one rounding is "
+                                    "best for it")
     values: list[dict] = [{} for _ in batches]
     feeds = [graph.feed(inputs) for inputs in batches]
     for i, node in enumerate(graph.nodes[:-1]):

@@ -50,7 +50,8 @@ def compare(stages: Mapping[str, Subject], test: Split | None = None, *, folder=
                            **cost.total(stages[name].model, example)} for name, score in scores.items()])
     if folder is None:
         return frame
-    paths = {name: onnx.export(subject.model, example, f"{folder}/{place}.onnx") for place, (name, subject) in enumerate(stages.items())}
+    paths = {name: onnx.export(subject.model, example, f"{folder}/{place}.onnx")
+             for place, (name, subject) in enumerate(stages.items())}
     timed = latency.paired(paths, example, threads=threads, blocks=blocks, seed=seed)
     frame["size_bytes"] = [path.stat().st_size for path in paths.values()]
     frame[["latency_ms", "ratio", "ratio_low", "ratio_high"]] = timed[["latency_ms", "ratio", "ratio_low", "ratio_high"]]

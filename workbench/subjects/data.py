@@ -72,7 +72,8 @@ def of(train, test=None, *, validation=None, asks: Objective | str = "class", cl
     if classes is None:
         highest = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0)
         classes = getattr(asked, "tags", ()) or tuple(map(str, range(highest + 1)))
-    return Task(name, splits["train"], splits["validation"], splits["test"], tuple(classes), "the caller's own", "the caller's own")
+    return Task(name, splits["train"], splits["validation"], splits["test"], tuple(classes), "the caller's own",
+                "the caller's own")
 
 
 def _own_split(given, asked: Objective, prepare, name: str) -> Split:
@@ -181,7 +182,8 @@ def _columns(features, name: str) -> dict[str, str]:
     import datasets
 
     image = next((c for c, f in features.items() if _holds_images(f)), None)
-    label = next((c for c, f in features.items() if isinstance(f, datasets.ClassLabel) or c in ("label", "intent", "topic")), None)
+    label = next((c for c, f in features.items()
+                  if isinstance(f, datasets.ClassLabel) or c in ("label", "intent", "topic")), None)
     tags = next((c for c in features if c in ("tags", "ner_tags", "slots")), None)
     text = next((c for c in features if c in ("text", "sentence")), None)
     if image and label:

@@ -57,10 +57,11 @@ def build(kind: str, config, folder: str | None = None) -> nn.Module:
     config.use_cache = False  # one pass a call; a cache is named state of a session
     maker = getattr(transformers, HEADS[kind])
     try:
-        model = maker.from_pretrained(folder, config=config, ignore_mismatched_sizes=True) if folder else maker.from_config(config)
+        model = (maker.from_pretrained(folder, config=config, ignore_mismatched_sizes=True) if folder else
+                 maker.from_config(config))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FileNotFoundError(f"hf:{folder or config.model_type} could not be made ({reason(error)}); give a hub id, or a folder "
-                                "with config.json and model.safetensors") from error
+        raise FileNotFoundError(f"hf:{folder or config.model_type} could not be made ({reason(error)}); give a hub id, or a "
+                                "folder with config.json and model.safetensors") from error
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Conv1D":  # GPT-2's linear layer, whose weight lies the other way round
             model.set_submodule(name, _linear(module))

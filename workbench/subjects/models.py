@@ -45,7 +45,8 @@ def load(name: str, task: Task | None = None, *, pretrained: bool = True, seed: 
     if stored.get("architecture", "").startswith(("hf:", "own:")):
         model = _of_header(base, stored, task, into)
     elif base == "minilm" or base.startswith("hf:"):
-        source, known = base.removeprefix("hf:"), embedded.folder() / "checkpoints" / f"{base}-{task.name if task else None}.safetensors"
+        source = base.removeprefix("hf:")
+        known = embedded.folder() / "checkpoints" / f"{base}-{task.name if task else None}.safetensors"
         if pretrained and not path and known.exists():
             path = str(embedded.verified("checkpoints", known.name))
         changed = bool(path) and read_header(Path(path)).get("change") == "low rank"  # then what it changes is read first
@@ -74,8 +75,8 @@ def wrap(module: nn.Module, task: Task) -> nn.Module:
             outputs = call(module, example)
     except (TypeError, RuntimeError, IndexError) as error:  # of the module's own code
         takes = ", ".join(inspect.signature(module.forward).parameters)
-        raise ValueError(f"{type(module).__name__} does not run on the task's example ({described(example)}): {reason(error)}; its "
-                         f"forward takes {takes}") from error
+        raise ValueError(f"{type(module).__name__} does not run on the task's example ({described(example)}): {reason(error)}; "
+                         f"its forward takes {takes}") from error
     try:
         task.objective.read(outputs)
     except (TypeError, ValueError) as error:
@@ -120,14 +121,17 @@ def _of_header(path: str, header: dict[str, str], task: Task | None, into: nn.Mo
     """What a checkpoint of a Hugging Face model or of a wrapped module was saved from, with its weights."""
     if header["architecture"].startswith("own:"):
         if into is None:
-            raise ValueError(f"checkpoint {path} is of your own class {header['architecture'][4:]}; give a new one of it as into=")
+            raise ValueError(f"checkpoint {path} is of your own class {header['architecture'][4:]}; give a new one of "
+                             "it as into=")
         model = into
         model.origin = {key: header[key] for key in ("architecture", "classes")}
     else:
         model = language.rebuilt(header)
     fill(model, Path(path), header["architecture"])
-    classes = getattr(getattr(model, "config", None), "num_labels", None) if "hf:" in header["architecture"] else header["classes"]
-    if task and task.classes and header["architecture"] not in ("hf:encoder", "hf:next_token") and int(classes) != len(task.classes):
+    classes = (getattr(getattr(model, "config", None), "num_labels", None) if "hf:" in header["architecture"] else
+               header["classes"])
+    if (task and task.classes and header["architecture"] not in ("hf:encoder", "hf:next_token")
+            and int(classes) != len(task.classes)):
         raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
     return model
 

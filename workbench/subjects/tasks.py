@@ -107,8 +107,8 @@ class Split:
     """Examples with what is right for them.
 
     inputs: what is stored, a tensor, a tuple or mapping of tensors, `Pictures` or `Texts`, N examples along axis 0.
-    targets: int64 (N, ...), or `Texts` of lists of numbers. prepare: stored Batch -> the Batch that a model reads. units: int64 (N,), equal where examples
-    belong together (sentences of one speaker), None where each stands for itself.
+    targets: int64 (N, ...), or `Texts` of lists of numbers. prepare: stored Batch -> the Batch that a model reads.
+    units: int64 (N,), equal where examples belong together (sentences of one speaker), None where each stands for itself.
     """
 
     inputs: Inputs | Pictures | Texts

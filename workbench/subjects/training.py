@@ -218,7 +218,8 @@ class _Fit:
                     "start": files.fingerprint(model.state_dict().values()), "loss": getattr(loss, "identity", None),
                     "after_step": getattr(after_step, "identity", None)}
         parts = {"model": self.model, "loss": self.criterion, "after_step": self.after_step}
-        self.loop = Loop(parts, trained, recipe, steps=self.epoch_steps * recipe.epochs, seed=seed, identity=identity, device=device)
+        self.loop = Loop(parts, trained, recipe, steps=self.epoch_steps * recipe.epochs, seed=seed, identity=identity,
+                         device=device)
         self.loop.progress["sums"] = {"loss": 0.0, "right": 0.0, "examples": 0, "seconds": 0.0}
         self._order: tuple[int, Tensor] | None = None
         self._now: tuple[float, int] = (0.0, 0)  # of the last batch: how much was right, of how many
