@@ -225,3 +225,14 @@ def test_inputs_that_do_not_fit_are_named(model, exported, task, change, message
     with pytest.raises(ValueError, match=message) as caught:
         sessions.open(model if kind == "module" else exported)(change(task.test.batch(torch.arange(2)).inputs))
     assert "\n" not in str(caught.value)
+
+
+def test_sentences_of_other_lengths_are_served_together_and_answered_as_alone(exported, task):
+    from workbench.deployment.batching import Batcher
+
+    alone = [task.test.batch(torch.tensor([k])).inputs for k in range(6)]
+    with Batcher(exported, size=6, deadline_ms=200) as served:
+        answers = [served.submit({name: value[0] for name, value in inputs.items()}) for inputs in alone]
+        found = torch.stack([answer.result() for answer in answers])
+    assert served.batches == [6]
+    torch.testing.assert_close(found, torch.cat([sessions.open(exported)(inputs) for inputs in alone]), atol=1e-4, rtol=1e-4)

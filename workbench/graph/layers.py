@@ -35,6 +35,26 @@ class Change:
     note: str = ""
 
 
+class Masked(nn.Module):
+    """A layer with some of its output channels zero, as if their weights and biases were; a function of the layer's own output,
+    so that whoever has that need not compute it again."""
+
+    def __init__(self, layer: nn.Module, channels: Tensor):
+        super().__init__()
+        self.layer = layer
+        kept = torch.ones(len(layer.weight))
+        kept[channels] = 0
+        linear = isinstance(layer, nn.Linear)
+        self.register_buffer("kept", kept if linear else kept.view(-1, *[1] * (layer.weight.dim() - 2)))
+
+    def of_output(self, values: Tensor) -> Tensor:
+        """The layer's output with these channels zero."""
+        return values * self.kept.to(values.dtype)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.of_output(self.layer(values))
+
+
 def named(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn.Module]:
     """The convolution and linear layers whose names match a glob, by name, in the order of definition.
 

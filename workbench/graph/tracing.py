@@ -32,6 +32,7 @@ LAYERS = {  # operator: the class of layer that it computes, and the place of th
     aten.batch_norm.default: (nn.modules.batchnorm._BatchNorm, 1),
     aten.layer_norm.default: (nn.LayerNorm, 2), aten.group_norm.default: (nn.GroupNorm, 2),
 }
+IN_PLACE = {aten.relu.default: aten.relu_.default, aten.add.Tensor: aten.add_.Tensor}
 _TRACED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: (what it was traced as, the graph)
 
 
@@ -270,9 +271,33 @@ class Runner:
             if self.last_use[used] == i:
                 values.pop(used, None)
 
+    def finish(self, start: int, values: dict[fx.Node, object], feed: Mapping[str, Tensor],
+               replaced: Mapping[str, nn.Module]) -> Tensor:
+        """The answer from node `start` on, with other modules by name. A value that was made on the way and that nothing reads
+        again is overwritten by the ReLU or the sum that reads it, which saves the memory and time of a new one."""
+        made: set[fx.Node] = set()
+        for i in range(start, len(self.nodes) - 1):
+            node = self.nodes[i]
+            first = node.args[0] if node.args and node.target in IN_PLACE else None
+            if first in made and self.last_use[first] == i and _overwrites(load(node.args, values)):
+                values[node] = IN_PLACE[node.target](*load(node.args, values), **node.kwargs)
+                for used in node.all_input_nodes:
+                    if self.last_use[used] == i:
+                        values.pop(used, None)
+            else:
+                self.step(i, values, feed, replaced)
+            if node.op == "call_module" or node.target in IN_PLACE:  # else it may be a view of what others read
+                made.add(node)
+        return self.output(values)
+
     def output(self, values: Mapping[fx.Node, object]) -> Tensor:
         """The answer, once all nodes before the output are computed."""
         return answer(load(self.nodes[-1].args[0], values))
+
+
+def _overwrites(arguments: tuple) -> bool:
+    """Whether the first argument can take the result: all are of its shape and number format."""
+    return all(isinstance(a, Tensor) and a.shape == arguments[0].shape and a.dtype == arguments[0].dtype for a in arguments)
 
 
 def load(arguments, values: Mapping[fx.Node, object]):

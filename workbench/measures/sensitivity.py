@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from workbench import files, machine
 from workbench.batches import Batch, Inputs, answer, call, count
 from workbench.errors import UnsupportedModelError, listed
-from workbench.graph.layers import Change, evaluating, named
+from workbench.graph.layers import Change, Masked, evaluating, named
 from workbench.graph.tracing import Runner
 from workbench.measures import cost
 from workbench.measures.accuracy import finite, paired_interval, wilson
@@ -166,10 +166,16 @@ class Branching:
         values: dict[fx.Node, object] = {}
         outputs: list[Tensor | None] = [None] * len(changes)
         for i in range(last + 1):
-            for index in waiting.get(i, ()):
-                outputs[index] = self._finish(i, dict(values), feed, changes[index])
+            before = dict(values)
             if i < last:
                 self.graph.step(i, values, feed)
+            for index in waiting.get(i, ()):
+                changed = changes[index].get(self.graph.nodes[i].target)
+                if isinstance(changed, Masked):  # what it computes is there already
+                    branch = dict(before) | {self.graph.nodes[i]: changed.of_output(values[self.graph.nodes[i]])}
+                    outputs[index] = self.graph.finish(i + 1, branch, feed, changes[index])
+                else:
+                    outputs[index] = self.graph.finish(i, dict(before), feed, changes[index])
         return self.graph.output(values), outputs
 
     def _place(self, name: str) -> int:
@@ -177,11 +183,6 @@ class Branching:
             raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so nothing can branch there; "
                                         "use mode 'plain'")
         return self.graph.place[name]
-
-    def _finish(self, start: int, values: dict, feed: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> Tensor:
-        for i in range(start, len(self.graph.nodes) - 1):
-            self.graph.step(i, values, feed, modules)
-        return self.graph.output(values)
 
 
 class _Scan:

@@ -23,7 +23,7 @@ from workbench.batches import Batch, Inputs, answer, call, count
 from workbench.errors import UnsupportedModelError, listed, reason
 from workbench.graph import coupling
 from workbench.graph.coupling import Group, groups
-from workbench.graph.layers import WEIGHTED, Change, evaluating, macs_of
+from workbench.graph.layers import WEIGHTED, Change, Masked, evaluating, macs_of
 from workbench.subjects.objectives import Objective
 from workbench.subjects.subject import Subject
 
@@ -225,14 +225,10 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     order = {name: layer.weight.detach().abs().flatten(1).sum(1).argsort(stable=True) for name, layer in layers.items()}
 
     def method(layer: str, level: float) -> Change:
-        count = round(level * len(order[layer]))
-        new = copy.deepcopy(layers[layer])
-        with torch.no_grad():
-            new.weight[order[layer][:count]] = 0
-            if new.bias is not None:
-                new.bias[order[layer][:count]] = 0
-        return Change({layer: new} if count else {}, removed=count, of=len(order[layer]), layers=(layer,),
-                      left={layer: 1 - count / len(order[layer])}, note="" if count else "nothing was removed at this level")
+        gone = order[layer][: round(level * len(order[layer]))]
+        return Change({layer: Masked(layers[layer], gone)} if len(gone) else {}, removed=len(gone), of=len(order[layer]),
+                      layers=(layer,), left={layer: 1 - len(gone) / len(order[layer])},
+                      note="" if len(gone) else "nothing was removed at this level")
 
     method.layers = list(layers)
     return method

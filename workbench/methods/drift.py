@@ -4,7 +4,7 @@ Each layer's output has, per channel, a mean and a variance on the images it was
 same over the images that come is set against them; a layer that has moved away is brought back by a scale and a shift,
 y' = (y - m) s0 / s + m0. No labels and no gradients are needed.
 
-Sources: the articles' online calibration (A4); the statistics of batch norm taken anew on drifted inputs, Li et al. 2017
+Sources: the articles' online calibration; the statistics of batch norm taken anew on drifted inputs, Li et al. 2017
 (arXiv 1603.04779), here as a correction behind a layer, so that it also serves a network whose norms are folded.
 """
 
