@@ -90,7 +90,7 @@ def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> 
 
 
 def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Top-1 against the fraction of channels removed, a line per layer of sensitivity.scan, with its paired interval."""
+    """Top-1 against the fraction of channels, neurons or heads removed, a line a layer of sensitivity.scan, with its interval."""
     ax = ax or _axes(8, 5)
     cut = curves[curves.removed > 0]
     layers = list(cut.layer.unique())
@@ -102,8 +102,8 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         low, high = ((base + change) * 100 for change in (line.top1_change_low, line.top1_change_high))
         ax.fill_between(line.level, low, high, color=shade, alpha=0.1)
     ax.axhline((curves.top1 - curves.top1_change).iloc[0] * 100, color=GREY, linestyle=":", label="unchanged")
-    ax.set(xlabel="fraction of the layer's channels removed", ylabel="top-1, %",
-           title=f"Sensitivity, one layer at a time ({curves.n.max():,} images; band: paired 95 %)")
+    ax.set(xlabel="fraction of the layer's channels, neurons or heads removed", ylabel="top-1, %",
+           title=f"Sensitivity, one layer at a time ({curves.n.max():,} examples; band: paired 95 %)")
     ax.legend(frameon=False, fontsize=7, ncols=2)
     return ax
 
