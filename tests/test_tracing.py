@@ -119,3 +119,26 @@ def test_where_a_relu_cuts_is_read_from_the_graph():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU6(), nn.Linear(2, 2), nn.Hardtanh(-2, 3), nn.Linear(2, 2), nn.ReLU())
     found = [ends(node) for node in trace(model.eval(), torch.zeros(2, 2)).graph.nodes if ends(node)]
     assert found == [(0.0, 6.0), (-2.0, 3.0), (0.0, float("inf"))]
+
+
+def test_a_branch_overwrites_nothing_that_others_read():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(torch.relu(self.norm(y)) + y) + y
+
+    model, x = Residual().eval(), torch.randn(5, 4)
+    graph, values = Runner(model, x), {}
+    feed = graph.feed(x)
+    with torch.no_grad():
+        for i in range(graph.place["norm"]):
+            graph.step(i, values, feed)
+        kept = {node: value.clone() for node, value in values.items()}
+        found = graph.finish(graph.place["norm"], dict(values), feed, {"norm": nn.Identity()})
+        y = model.a(x)
+        torch.testing.assert_close(found, model.b(torch.relu(y) + y) + y)
+        assert all(torch.equal(values[node], value) for node, value in kept.items())

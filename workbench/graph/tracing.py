@@ -267,7 +267,11 @@ class Runner:
             values[node] = feed[node.target]
         else:
             values[node] = operator.attrgetter(node.target)(self.traced)
-        for used in node.all_input_nodes:
+        self._drop(i, values)
+
+    def _drop(self, i: int, values: dict[fx.Node, object]) -> None:
+        """Forget the values that node i was the last to read."""
+        for used in self.nodes[i].all_input_nodes:
             if self.last_use[used] == i:
                 values.pop(used, None)
 
@@ -277,16 +281,15 @@ class Runner:
         again is overwritten by the ReLU or the sum that reads it, which saves the memory and time of a new one."""
         made: set[fx.Node] = set()
         for i in range(start, len(self.nodes) - 1):
-            node = self.nodes[i]
-            first = node.args[0] if node.args and node.target in IN_PLACE else None
-            if first in made and self.last_use[first] == i and _overwrites(load(node.args, values)):
-                values[node] = IN_PLACE[node.target](*load(node.args, values), **node.kwargs)
-                for used in node.all_input_nodes:
-                    if self.last_use[used] == i:
-                        values.pop(used, None)
-            else:
-                self.step(i, values, feed, replaced)
-            if node.op == "call_module" or node.target in IN_PLACE:  # else it may be a view of what others read
+            node, arguments = self.nodes[i], load(self.nodes[i].args, values)
+            first = node.args[0] if node.target in IN_PLACE else None
+            if first in made and self.last_use[first] == i and _overwrites(arguments):
+                values[node] = IN_PLACE[node.target](*arguments, **node.kwargs)
+                self._drop(i, values)
+                made.add(node)
+                continue
+            self.step(i, values, feed, replaced)
+            if (node.op == "call_module" or node.target in IN_PLACE) and _is_new(values[node], arguments):
                 made.add(node)
         return self.output(values)
 
@@ -298,6 +301,11 @@ class Runner:
 def _overwrites(arguments: tuple) -> bool:
     """Whether the first argument can take the result: all are of its shape and number format."""
     return all(isinstance(a, Tensor) and a.shape == arguments[0].shape and a.dtype == arguments[0].dtype for a in arguments)
+
+
+def _is_new(value: object, arguments: tuple) -> bool:
+    """Whether the value lies in memory of its own, and is not what an idle module passed on."""
+    return isinstance(value, Tensor) and all(value.data_ptr() != a.data_ptr() for a in arguments if isinstance(a, Tensor))
 
 
 def load(arguments, values: Mapping[fx.Node, object]):
