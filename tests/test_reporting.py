@@ -233,20 +233,20 @@ def test_compare_judges_two_files_and_names_the_layer(tmp_path, model, task):
     from workbench.subjects import models
 
     path = onnx.export(model, task.example, tmp_path / "m.onnx")
-    good = command("compare", "resnet20", path, "--images", 100)
+    good = command("compare", "resnet20", path, "--examples", 100)
     assert good.returncode == 0, good.stderr
     assert "equivalent on 100 images" in good.stdout
     damaged = models.load("resnet20", task)
     damaged.layer2[1].conv2.weight.data += 0.1 * torch.randn(damaged.layer2[1].conv2.weight.shape)
     models.save(damaged, tmp_path / "damaged.safetensors")
-    bad = command("compare", path, tmp_path / "damaged.safetensors", "--images", 100)
+    bad = command("compare", path, tmp_path / "damaged.safetensors", "--examples", 100)
     assert bad.returncode == 1
     assert "the first layer that parts: layer2.1.conv2" in bad.stdout
 
 
 def test_compare_refuses_a_truncated_file_in_one_line(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"nonsense")
-    done = command("compare", "resnet20", tmp_path / "m.onnx", "--images", 10)
+    done = command("compare", "resnet20", tmp_path / "m.onnx", "--examples", 10)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("workbench: m.onnx is not an ONNX file")
 
