@@ -64,7 +64,7 @@ def peak() -> float:
     status = Path("/proc/self/status")
     if not status.exists():
         raise RuntimeError("peak memory is read from /proc, which this system does not have")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) / 1e3
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) * 1024 / 1e6
 
 
 def versions() -> dict[str, str]:
