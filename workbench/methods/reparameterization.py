@@ -167,9 +167,8 @@ class Fold:
     """The step of a plan that folds batch norms."""
 
     def apply(self, subject: Subject) -> Subject:
-        """The subject with its norms folded; the reference is folded as well, for repairs to compare with."""
-        model = fold_batchnorm(subject.model, subject.example)
-        return subject.with_model(model, folded=model)
+        """The subject with its norms folded."""
+        return subject.with_model(fold_batchnorm(subject.model, subject.example))
 
 
 @dataclass(frozen=True)

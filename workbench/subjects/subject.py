@@ -12,8 +12,8 @@ from workbench.subjects.tasks import Task
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the task that it is for. reference: the model before any step, which teaches and which repairs compare
-    with; made: what the steps so far leave for later ones and for the reader (a history, a table), by name.
+    """A model and the task that it is for. reference: the model before any step, which teaches where no other teacher is
+    given; made: what the steps so far leave for later ones and for the reader (a history, a table), by name.
 
     Example: `Subject(model, task)`
     """

@@ -67,13 +67,13 @@ def wiki_topics(prepare=None) -> Task:
 
 
 def glosses(prepare=None) -> Task:
-    """Definitions of WordNet 3.0 by lexicographer file; every eighth word list is test."""
+    """Definitions of WordNet 3.0 by lexicographer file; every eighth definition is a test example."""
     table = wordnet.load()
     topics = tuple(sorted(table.topic.unique()))
     every = _labelled(table.definition, table.topic.map(topics.index), prepare, "wordnet")
     train, test = set_aside(every, "wordnet test", every=8)
     train, validation = set_aside(replace(train, name="wordnet train"), "wordnet validation")
-    return Task("wordnet", train, validation, test, topics, wordnet.__doc__.splitlines()[0], "WordNet 3.0")
+    return Task("wordnet", train, validation, test, topics, "WordNet 3.0, Princeton University", "WordNet 3.0")
 
 
 def of_columns(part, columns: Mapping[str, str], names: tuple[str, ...], prepare, name: str) -> Split:
