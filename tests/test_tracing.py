@@ -7,7 +7,8 @@ from torch import nn
 from workbench.batches import answer, call
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import ends, is_layer
-from workbench.graph.tracing import Runner, trace
+from workbench.graph.running import Runner
+from workbench.graph.tracing import trace
 from workbench.subjects.networks import Towers
 
 
@@ -142,3 +143,24 @@ def test_a_branch_overwrites_nothing_that_others_read():
         y = model.a(x)
         torch.testing.assert_close(found, model.b(torch.relu(y) + y) + y)
         assert all(torch.equal(values[node], value) for node, value in kept.items())
+
+
+@pytest.mark.parametrize("change", ["slice", "view", "chance"])
+def test_a_graph_that_answers_otherwise_is_refused(change):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            if change == "slice":
+                y[:, 0] = 0
+            elif change == "view":
+                y[:, :2].mul_(2)
+            else:
+                y = y + torch.randn_like(y)
+            return self.b(y)
+
+    with pytest.raises(UnsupportedModelError, match="Odd: its traced graph answers otherwise than the model does .*in place"):
+        trace(Odd(), torch.randn(3, 4))

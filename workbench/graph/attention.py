@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from workbench.batches import Inputs
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import aten, is_layer
-from workbench.graph.tracing import Runner
+from workbench.graph.running import Runner
 
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim")  # attributes that hold heads times their width
 

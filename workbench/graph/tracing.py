@@ -8,18 +8,16 @@ dtype of its value.
 """
 
 import copy
-import operator
 import re
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from workbench.batches import Inputs, answer, axes, call, named, repeated, tensors
+from workbench.batches import Inputs, axes, call, named, outputs_by_name, repeated, tensors
 from workbench.errors import UnsupportedModelError, reason
 from workbench.graph.layers import evaluating
 
@@ -32,7 +30,6 @@ LAYERS = {  # operator: the class of layer that it computes, and the place of th
     aten.batch_norm.default: (nn.modules.batchnorm._BatchNorm, 1),
     aten.layer_norm.default: (nn.LayerNorm, 2), aten.group_norm.default: (nn.GroupNorm, 2),
 }
-IN_PLACE = {aten.relu.default: aten.relu_.default, aten.add.Tensor: aten.add_.Tensor}
 _TRACED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: (what it was traced as, the graph)
 
 
@@ -76,7 +73,7 @@ def _traced(model: nn.Module, example: Inputs, inputs: Mapping[str, Tensor]) -> 
     shapes = dynamic if kwargs else tuple(dynamic.values())
     try:
         with evaluating(model), torch.inference_mode(False), torch.no_grad():
-            call(model, probe)  # what is wrong with the example itself is the caller's to know
+            wanted = call(model, probe)  # what is wrong with the example itself is the caller's to know
     except Exception as error:  # the model's own code, which may raise anything
         raise UnsupportedModelError(f"{type(model).__name__} does not run on the example ({reason(error)})") from error
     try:
@@ -86,7 +83,25 @@ def _traced(model: nn.Module, example: Inputs, inputs: Mapping[str, Tensor]) -> 
     except Exception as error:  # torch.export runs the model's own code, and has many kinds of its own
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); write its forward without "
                                     "branches on values") from error
-    return _Rebuilt(model, program).module()
+    graph = _Rebuilt(model, program).module()
+    _compare(model, wanted, graph, probe)
+    return graph
+
+
+def _compare(model: nn.Module, wanted, graph: fx.GraphModule, probe: Inputs) -> None:
+    """Raise UnsupportedModelError where the graph does not answer as the model did."""
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        found = outputs_by_name(graph(*tensors(probe)))
+    for name, value in outputs_by_name(wanted).items():
+        if name in found and not _agree(found[name], value):
+            raise UnsupportedModelError(f"{type(model).__name__}: its traced graph answers otherwise than the model does (in "
+                                        f"{name}); write its forward without changing a slice or view in place, and without "
+                                        "chance in eval mode")
+
+
+def _agree(found: Tensor, wanted: Tensor) -> bool:
+    scale = wanted.abs().max().item() if wanted.is_floating_point() and wanted.numel() else 0.0
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 
 class _Rebuilt:
@@ -229,85 +244,3 @@ def _plain_outputs(outputs):
     if isinstance(outputs, Mapping):
         return {name: value for name, value in outputs.items() if isinstance(value, fx.Node)}
     return outputs
-
-
-class Runner:
-    """A traced model to be run node by node: modules by name, where each is called, and where each value is last used."""
-
-    def __init__(self, model: nn.Module, example: Inputs):
-        self.traced = trace(model, example)
-        self.nodes = list(self.traced.graph.nodes)
-        self.modules = dict(self.traced.named_modules())
-        self.last_use = {user: i for i, node in enumerate(self.nodes) for user in node.all_input_nodes}
-        self.inputs = [node.target for node in self.nodes if node.op == "placeholder"]
-        self.place = {node.target: i for i, node in reversed(list(enumerate(self.nodes))) if node.op == "call_module"}
-        self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
-
-    def feed(self, inputs: Inputs) -> dict[str, Tensor]:
-        """The inputs by the names of the graph. Raises ValueError where one is missing or unknown."""
-        if isinstance(inputs, Mapping):
-            odd = [name for name in (*inputs, *self.inputs) if name not in self.inputs or name not in inputs]
-            if odd:
-                lacks = "is missing" if odd[0] in self.inputs else "is not the model's"
-                raise ValueError(f"input {odd[0]!r} {lacks}; it takes {', '.join(self.inputs)}")
-            return dict(inputs)
-        return dict(zip(self.inputs, tensors(inputs), strict=True))
-
-    def step(self, i: int, values: dict[fx.Node, object], feed: Mapping[str, Tensor],
-             replaced: Mapping[str, nn.Module] | None = None) -> None:
-        """Compute node i into `values` and drop those that nothing needs any more. replaced: other modules, by name."""
-        node = self.nodes[i]
-        args, kwargs = load(node.args, values), load(node.kwargs, values)
-        if node.op == "call_module":
-            other = (replaced or {}).get(node.target)
-            values[node] = (self.modules[node.target] if other is None else plain(other))(*args, **kwargs)
-        elif node.op == "call_function":
-            values[node] = node.target(*args, **kwargs)
-        elif node.op == "placeholder":
-            values[node] = feed[node.target]
-        else:
-            values[node] = operator.attrgetter(node.target)(self.traced)
-        self._drop(i, values)
-
-    def _drop(self, i: int, values: dict[fx.Node, object]) -> None:
-        """Forget the values that node i was the last to read."""
-        for used in self.nodes[i].all_input_nodes:
-            if self.last_use[used] == i:
-                values.pop(used, None)
-
-    def finish(self, start: int, values: dict[fx.Node, object], feed: Mapping[str, Tensor],
-               replaced: Mapping[str, nn.Module]) -> Tensor:
-        """The answer from node `start` on, with other modules by name. A value that was made on the way and that nothing reads
-        again is overwritten by the ReLU or the sum that reads it, which saves the memory and time of a new one."""
-        made: set[fx.Node] = set()
-        for i in range(start, len(self.nodes) - 1):
-            node, arguments = self.nodes[i], load(self.nodes[i].args, values)
-            first = node.args[0] if node.target in IN_PLACE else None
-            if first in made and self.last_use[first] == i and _overwrites(arguments):
-                values[node] = IN_PLACE[node.target](*arguments, **node.kwargs)
-                self._drop(i, values)
-                made.add(node)
-                continue
-            self.step(i, values, feed, replaced)
-            if (node.op == "call_module" or node.target in IN_PLACE) and _is_new(values[node], arguments):
-                made.add(node)
-        return self.output(values)
-
-    def output(self, values: Mapping[fx.Node, object]) -> Tensor:
-        """The answer, once all nodes before the output are computed."""
-        return answer(load(self.nodes[-1].args[0], values))
-
-
-def _overwrites(arguments: tuple) -> bool:
-    """Whether the first argument can take the result: all are of its shape and number format."""
-    return all(isinstance(a, Tensor) and a.shape == arguments[0].shape and a.dtype == arguments[0].dtype for a in arguments)
-
-
-def _is_new(value: object, arguments: tuple) -> bool:
-    """Whether the value lies in memory of its own, and is not what an idle module passed on."""
-    return isinstance(value, Tensor) and all(value.data_ptr() != a.data_ptr() for a in arguments if isinstance(a, Tensor))
-
-
-def load(arguments, values: Mapping[fx.Node, object]):
-    """The arguments of a node with their values in the place of nodes."""
-    return fx.node.map_arg(arguments, lambda node: values[node])

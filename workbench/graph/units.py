@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench.graph.kinds import BATCHNORM, chain, is_idle, is_layer, source
-from workbench.graph.tracing import Runner
+from workbench.graph.running import Runner
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
 

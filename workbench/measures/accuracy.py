@@ -188,17 +188,19 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return (low if hits else 0.0), (high if hits < n else 1.0)
 
 
-def paired_interval(total: float, squares: float, n: int, *, z: float = _Z, population: int | None = None) -> tuple[float, float]:
+def paired_interval(total: float, squares: float, n: int, *, z: float = _Z, population: int | None = None,
+                    added: float = 2) -> tuple[float, float]:
     """95 % interval of total / n, the mean change of an example, after Agresti & Min: half an example more in each of four cells.
 
     total: the sum of the changes, gained less lost; squares: that of their squares, gained and lost, where each is -1, 0 or 1.
     z: the normal quantile, for another level. population: where the n examples are drawn without replacement from that
-    many and the interval is for the difference over those, its half-width shrinks by sqrt(1 - n / population).
+    many and the interval is for the difference over those, its half-width shrinks by sqrt(1 - n / population), and what is
+    added by 1 - n / population. added: the examples that are added, 2 in Agresti & Min.
     """
     rest = 1 - n / population if population else 1.0
-    n += 2
+    n += added * rest
     middle = total / n
-    half = z * sqrt(max(squares + 1 - total**2 / n, 0) * rest) / n
+    half = z * sqrt(max(squares + added * rest / 2 - total**2 / n, 0) * rest) / n
     return max(middle - half, -1.0), min(middle + half, 1.0)
 
 

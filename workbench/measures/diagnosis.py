@@ -19,13 +19,13 @@ from torch.nn.utils import parametrize
 from workbench import files
 from workbench.batches import Batch, Inputs, answer, call, count
 from workbench.errors import UnsupportedModelError, listed
+from workbench.graph.branching import Branching
 from workbench.graph.kinds import is_layer
 from workbench.graph.layers import evaluating, named
-from workbench.graph.tracing import Runner
+from workbench.graph.running import Runner
 from workbench.graph.units import Unit, units
 from workbench.measures import equivalence
 from workbench.measures.accuracy import finite
-from workbench.measures.sensitivity import Branching
 from workbench.numbers.histograms import Histogram
 from workbench.numbers.quantizers import WeightQuantizer
 

@@ -1,8 +1,8 @@
 """How much accuracy goes when one layer is changed: every layer, several levels, the unchanged prefix computed once.
 
-The model is traced (torch.fx) and run node by node. Where a change first touches the graph, a branch goes from there to
-the end with the changed layers, while what stands before it is shared by all. `exact` gives the counts of the plain
-loop; `fast` uses bfloat16 and a growing random subset, and stops each point when its paired interval is narrow enough.
+The model is traced and run node by node. Where a change first touches the graph, a branch goes from there to the end with
+the changed layers, while what stands before it is shared by all. `exact` gives the counts of the plain loop; `fast` uses
+bfloat16 and a growing random subset, and stops each point when its paired interval is narrow enough.
 
 Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mean |w dL/dw|, Molchanov et al. 2019
 (arXiv 1906.10771).
@@ -11,28 +11,28 @@ Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mea
 import copy
 import functools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from workbench import files, machine
 from workbench.batches import Batch, Inputs, answer, call, count
-from workbench.errors import UnsupportedModelError, listed
-from workbench.graph.layers import Change, Masked, evaluating, named
-from workbench.graph.tracing import Runner
+from workbench.errors import listed
+from workbench.graph.branching import Branching
+from workbench.graph.layers import Change, evaluating, named
 from workbench.measures import cost
 from workbench.measures.accuracy import finite, paired_interval, wilson
 from workbench.subjects.objectives import Objective
 from workbench.subjects.tasks import Split
 
 MODES = ("exact", "fast", "plain")
-LEAST_IMAGES = 500  # before a point of the fast scan may stop: fewer leave a rare loss unseen
-Z_OF_LOOKS = 2.576  # 99 %: a fast point is looked at about five times, and 95 % are to hold over all looks (Bonferroni)
+# A point of the fast scan is looked at after every LOOK examples from LEAST on, until its interval is narrow enough. With these
+# figures 95 % hold over all looks, for gains and losses of any size (a test draws them).
+LEAST, LOOK, Z_OF_LOOKS, ADDED = 300, 100, 2.24, 4
 Method = Callable[[str, float], Change]  # (layer, level) -> what changes; method.layers: the names it knows
 
 
@@ -90,7 +90,8 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
     chosen = list(layers or known)[shard[0]::shard[1]]
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
     runner = (functools.partial(_plain, model) if mode == "plain" else
-              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs))
+              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs, fused=True,
+                        recount=not (mode == "fast" and machine.multiplies_bf16())))
     scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
@@ -150,41 +151,6 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
     return out
 
 
-class Branching:
-    """A traced model that runs once per batch and branches wherever a change begins, `changes` being modules by name."""
-
-    def __init__(self, model: nn.Module, example: Inputs):
-        self.graph = Runner(model, example)
-
-    def __call__(self, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
-        """The unchanged model's answer (n, ...), and that with each change."""
-        feed, last = self.graph.feed(inputs), len(self.graph.nodes) - 1
-        starts = [min(map(self._place, modules), default=last) for modules in changes]
-        waiting: dict[int, list[int]] = {}
-        for index, start in enumerate(starts):
-            waiting.setdefault(start, []).append(index)
-        values: dict[fx.Node, object] = {}
-        outputs: list[Tensor | None] = [None] * len(changes)
-        for i in range(last + 1):
-            before = dict(values)
-            if i < last:
-                self.graph.step(i, values, feed)
-            for index in waiting.get(i, ()):
-                changed = changes[index].get(self.graph.nodes[i].target)
-                if isinstance(changed, Masked):  # what it computes is there already
-                    branch = dict(before) | {self.graph.nodes[i]: changed.of_output(values[self.graph.nodes[i]])}
-                    outputs[index] = self.graph.finish(i + 1, branch, feed, changes[index])
-                else:
-                    outputs[index] = self.graph.finish(i, dict(before), feed, changes[index])
-        return self.graph.output(values), outputs
-
-    def _place(self, name: str) -> int:
-        if name not in self.graph.place:
-            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so nothing can branch there; "
-                                        "use mode 'plain'")
-        return self.graph.place[name]
-
-
 class _Scan:
     """The counts of all points over the batches seen so far; saved after each batch, so that a killed scan goes on."""
 
@@ -196,7 +162,7 @@ class _Scan:
         if self.fast:
             self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         changed = (tensor for p in points for module in p.change.modules.values() for tensor in module.state_dict().values())
-        self.identity = [3, mode, tolerance, seed, batch_size, len(split), split.name,
+        self.identity = [4, mode, tolerance, seed, batch_size, len(split), split.name,
                          files.fingerprint(model.state_dict().values()), files.fingerprint(changed),
                          [(p.layer, p.level, p.change.removed) for p in points]]
         for point in points:
@@ -257,7 +223,7 @@ class _Scan:
             point.total += float((now - right).sum())
             point.squares += float((now - right).square().sum())
             self.evaluations += size
-            if self.fast and _looks(self.seen) > _looks(self.seen - size):
+            if self.fast and self.seen >= LEAST and self.seen // LOOK > (self.seen - size) // LOOK:
                 low, high = self._interval(point)
                 point.done = (high - low) / 2 <= self.tolerance
 
@@ -272,7 +238,8 @@ class _Scan:
     def _interval(self, point: _Point) -> tuple[float, float]:
         if not self.fast:
             return paired_interval(point.total, point.squares, point.n)
-        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS, population=len(self.split))
+        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS, population=len(self.split),
+                               added=ADDED)
 
     def _save(self) -> None:
         if self.state:
@@ -294,11 +261,6 @@ class _Scan:
             (point.n, point.right, point.right_squares, point.total, point.squares, point.distance, point.done) = kept
         self.batch, self.seen, self.base_right = stored["batch"], stored["seen"], stored["base_right"]
         self.evaluations = stored["evaluations"]
-
-
-def _looks(seen: int) -> int:
-    """How often a fast scan has looked at its points: at 500 examples, 1,000, 2,000, ..."""
-    return 0 if seen < LEAST_IMAGES else 1 + int(math.log2(seen / LEAST_IMAGES))
 
 
 def _plain(model: nn.Module, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:

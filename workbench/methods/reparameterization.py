@@ -16,7 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 from workbench.batches import Batch, Inputs, call
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import BATCHNORM, aten, is_idle, is_layer
-from workbench.graph.tracing import Runner
+from workbench.graph.running import Runner
 from workbench.subjects.subject import Subject
 
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised

@@ -24,7 +24,8 @@ from workbench.graph.kinds import is_layer
 from workbench.graph.layers import WEIGHTED, named
 from workbench.graph.moments import Moments
 from workbench.graph.moments import moments as second_moments
-from workbench.graph.tracing import Runner, trace
+from workbench.graph.running import Runner
+from workbench.graph.tracing import trace
 from workbench.graph.units import round_biases
 from workbench.numbers.grid import affine, fake_quantize
 from workbench.numbers.quantizers import WeightQuantizer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench.batches import Inputs, rows
 from workbench.graph.kinds import is_float, is_layer
 from workbench.graph.layers import named
-from workbench.graph.tracing import Runner
+from workbench.graph.running import Runner
 
 FLOAT = 32  # the bits of a layer that is not rounded
 
