@@ -3,9 +3,15 @@
 import os
 
 import pytest
-import torch
+
+from workbench import machine
 
 os.environ.setdefault("WORKBENCH_PROGRESS", os.devnull)
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: each with its share of the cores, and so its notebooks
+    share = machine.cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+import torch  # noqa: E402
 
 from workbench.subjects import data, models  # noqa: E402
 from workbench.subjects.tasks import Task  # noqa: E402

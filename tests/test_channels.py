@@ -9,6 +9,7 @@ from torch import nn
 
 from workbench.errors import UnsupportedModelError
 from workbench.graph.layers import macs_of
+from workbench.measures import accuracy
 from workbench.methods import channels
 from workbench.subjects import models
 
@@ -190,7 +191,7 @@ def test_a_model_that_cannot_be_traced_is_refused():
         def forward(self, x):
             raise RuntimeError("not today")
 
-    with pytest.raises(UnsupportedModelError, match="the channels of Odd cannot be traced: not today"):
+    with pytest.raises(UnsupportedModelError, match=r"Odd does not run on the example \(not today\)"):
         channels.groups(Odd(), torch.zeros(1, 3, 8, 8))
 
 
@@ -199,7 +200,8 @@ def test_a_cut_meets_its_target_and_not_by_much(target):
     from workbench.graph.layers import macs_of
 
     model, example = zoo("resnet20")
-    small = channels.cut_to(model, channels.score(model, "l1", example=example), example=example, scope="layer", **target)
+    with pytest.warns(UserWarning, match="still hold the statistics of the whole one; before it is judged give batches="):
+        small = channels.cut_to(model, channels.score(model, "l1", example=example), example=example, scope="layer", **target)
     left = {"macs": macs_of(small, example) / macs_of(model, example),
             "params": sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())}
     (kind, wanted), = target.items()
@@ -213,7 +215,8 @@ def test_any_cost_can_be_the_target():
     def first_stage(candidate):
         return sum(p.numel() for p in candidate.layer1.parameters())
 
-    small = channels.cut_to(model, scores, example=example, share=0.6, cost=first_stage, scope="layer")
+    seen = [(torch.randn(8, *example.shape[1:]), None)]
+    small = channels.cut_to(model, scores, example=example, share=0.6, cost=first_stage, scope="layer", batches=seen)
     assert 0.5 < first_stage(small) / first_stage(model) <= 0.6
 
 
@@ -232,6 +235,15 @@ def test_cutting_by_turns_reaches_the_target_and_recovers_after_each():
     assert 0.2 < macs_of(small, example) / macs_of(model, example) <= 0.25
     with pytest.raises(ValueError, match="steps is 0"):
         channels.iteratively(model, macs=0.25, steps=0, score=None, recover=None, example=example)
+
+
+def test_a_cut_network_takes_the_statistics_of_its_own_activations(model, tiny):
+    cut = {"example": tiny.example, "macs": 0.7, "scope": "layer"}
+    scores = channels.score(model, "l1", example=tiny.example)
+    small = channels.cut_to(model, scores, batches=tiny.validation.batches(50), **cut)
+    with pytest.warns(UserWarning, match="batch norms"):
+        stale = channels.cut_to(model, scores, **cut)
+    assert accuracy.evaluate(small, tiny.test).value > accuracy.evaluate(stale, tiny.test).value + 0.1
 
 
 def test_impossible_targets_are_refused():

@@ -166,7 +166,8 @@ def test_bad_requests_are_refused(call, message):
 
 
 def test_hints_between_widths_train_their_regressors_and_leave_the_teacher(tiny, model):
-    narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example)
+    narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example,
+                             batches=tiny.validation.batches(50))
     layers = ("layer1.0.conv1", "layer3.1.conv1")
     loss = distillation.loss(model, "hint", layers=layers, student=narrow, example=tiny.example)
     between = loss.regressors
@@ -191,7 +192,8 @@ def test_hints_between_widths_train_their_regressors_and_leave_the_teacher(tiny,
 
 
 def test_regressors_learn(tiny, model):
-    narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example)
+    narrow = channels.cut_to(model, channels.score(model, "l1", example=tiny.example), macs=0.5, example=tiny.example,
+                             batches=tiny.validation.batches(50))
     layers = ("layer2.1.conv1",)
     loss = distillation.loss(model, "hint", layers=layers, weight=1.0, student=narrow, example=tiny.example)
     batch = next(tiny.test.batches(32))

@@ -58,7 +58,7 @@ def test_a_budget_is_kept_and_used(net, images, cost):
     from workbench.graph.layers import macs_of
 
     for budget in (0.3, 0.6, 0.95):
-        small = factorization.factorize(net, budget=budget, cost=cost, example=images)
+        small = factorization.factorize(net, share_of_layers=budget, cost=cost, example=images)
         whole, left = (macs_of(m, images) if cost == "macs" else sum(p.numel() for n, p in m.named_parameters() if "weight" in n)
                        for m in (net, small))
         assert 0.6 * budget * whole <= left <= budget * whole
@@ -66,7 +66,8 @@ def test_a_budget_is_kept_and_used(net, images, cost):
 
 
 def test_a_larger_budget_loses_less_energy(net):
-    errors = [(factorization.table(factorization.factorize(net, budget=b), net).error ** 2).sum() for b in (0.3, 0.5, 0.7, 1.0)]
+    thin = [factorization.factorize(net, share_of_layers=share) for share in (0.3, 0.5, 0.7, 1.0)]
+    errors = [(factorization.table(one, net).error ** 2).sum() for one in thin]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0
 
@@ -75,9 +76,10 @@ def test_a_layer_of_zeros_leaves_the_others_their_ranks():
     torch.manual_seed(0)
     layers = [nn.Linear(32, 32) for _ in range(6)]
     layers[2].weight.data *= 1e-8
-    almost = factorization.table(factorization.factorize(nn.Sequential(*layers), budget=0.4), nn.Sequential(*layers))["rank"]
+    net = nn.Sequential(*layers)
+    almost = factorization.table(factorization.factorize(net, share_of_layers=0.4), net)["rank"]
     layers[2].weight.data.zero_()
-    found = factorization.table(factorization.factorize(nn.Sequential(*layers), budget=0.4), nn.Sequential(*layers))["rank"]
+    found = factorization.table(factorization.factorize(net, share_of_layers=0.4), net)["rank"]
     assert (found.drop(2) >= almost.drop(2)).all()
 
 

@@ -1,14 +1,17 @@
 """Integer arithmetic in PyTorch against ONNX Runtime's kernels, and against sums of integers written out."""
 
+import onnx as onnx_format
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from workbench.deployment import integers, onnx, sessions
 from workbench.errors import UnsupportedModelError
+from workbench.measures import accuracy
 from workbench.methods import quantization, reparameterization
 from workbench.numbers.grid import Scheme
-from workbench.numbers.quantizers import quantizers
+from workbench.numbers.quantizers import ActivationQuantizer, quantizers
 
 
 def apart(found, expected):
@@ -28,6 +31,50 @@ def test_a_network_answers_as_the_runtime_does_to_the_bit(model, task, tiny, tmp
         assert apart(made(images), session(images)) > 1e-3, "float sums go the other way now and then"
     kept = [name for name, _ in whole.named_modules() if name.startswith("integer_")]
     assert len(kept) == sum(1 for _ in quantizers(made)) - 1, "all but the average"
+
+
+def test_a_sum_is_the_kernels_for_every_pair_of_integers():
+    """QLinearAdd on all 256 x 256 pairs, where the order in which it multiplies and adds decides ties."""
+    helper, kinds, pairs = onnx_format.helper, onnx_format.TensorProto, torch.cartesian_prod(torch.arange(256), torch.arange(256))
+    draw = torch.Generator().manual_seed(0)
+    for trial in range(40):
+        scales = 0.005 + 0.045 * torch.rand(2, generator=draw)
+        scales = torch.cat([scales, scales.sum()[None] * (0.4 + 0.6 * torch.rand(1, generator=draw))])
+        zeros = torch.randint(0, 200, (3,), generator=draw) * torch.tensor([1, trial % 2, trial % 2])
+        grids = []
+        for scale, zero in zip(scales, zeros, strict=True):
+            grids.append(ActivationQuantizer(quantization.UINT8_ACTIVATIONS, place="x"))
+            grids[-1].scale.data, grids[-1].zero.data = scale, zero.float()
+        stored = [onnx_format.numpy_helper.from_array(value, f"{kind}{k}") for k in range(3)
+                  for kind, value in (("s", scales[k].numpy()), ("z", zeros[k].to(torch.uint8).numpy()))]
+        names = ["a", "s0", "z0", "b", "s1", "z1", "s2", "z2"]
+        shapes = [helper.make_tensor_value_info(name, kinds.UINT8, [None]) for name in ("a", "b", "y")]
+        graph = helper.make_graph([helper.make_node("QLinearAdd", names, ["y"], domain="com.microsoft")], "sum", shapes[:2],
+                                  shapes[2:], stored)
+        made = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17),
+                                                                     helper.make_opsetid("com.microsoft", 1)])
+        session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+        a, b = (column.contiguous() for column in pairs.T)
+        expected, = session.run(None, {"a": a.to(torch.uint8).numpy(), "b": b.to(torch.uint8).numpy()})
+        found = integers._Sum(*grids)((a - zeros[0]) * scales[0], (b - zeros[1]) * scales[1]) / scales[2]
+        assert torch.equal(found.round() + zeros[2], torch.from_numpy(expected).float())
+
+
+def test_what_is_judged_is_what_the_file_answers(model, task, tiny, tmp_path):
+    seen = list(task.validation.subset(100).batches(50))
+    made = quantization.quantize(model, seen, weights=Scheme(3, granularity="channel"))
+    again = quantization.quantize(reparameterization.fold_batchnorm(model, task.example), seen,
+                                  weights=Scheme(3, granularity="channel"))
+    path = onnx.export(made, task.example, tmp_path / "made.onnx", tolerance=1e-4)
+    served, judged = (accuracy.evaluate(judge, tiny.test) for judge in (path, made))
+    assert torch.equal(served.predictions, judged.predictions)
+    images = tiny.test.batch().inputs
+    assert apart(sessions.open(made)(images), sessions.open(path)(images)) < 1e-5
+    assert apart(sessions.open(again)(images), sessions.open(path)(images)) < 1e-5, "quantising folds the norms"
+    floats = sessions.open(made, whole=False)
+    with torch.no_grad():
+        assert torch.equal(floats(images), made(images))
+    assert list(floats.activations(images[:2])) == list(sessions.open(made).activations(images[:2]))
 
 
 def test_linear_layers_and_concatenations(tmp_path):

@@ -105,7 +105,7 @@ def test_equivalence_equals_the_formula_and_does_not_depend_on_batches():
     for one in found:
         assert one.cosine_mean == pytest.approx(torch.cosine_similarity(a, b).mean().item(), abs=1e-6)
         assert one.cosine_min == pytest.approx(torch.cosine_similarity(a, b).min().item(), abs=1e-6)
-        assert one.l2_max == pytest.approx((a - b).norm(dim=1).max().item(), abs=1e-5)
+        assert one.l2_max == pytest.approx(((a - b).norm(dim=1) / a.norm(dim=1)).max().item(), abs=1e-5)
         assert one.agreement == pytest.approx((a.argmax(1) == b.argmax(1)).double().mean().item())
 
 

@@ -53,6 +53,17 @@ def test_blocks_of_timm_are_fused_by_their_own_method():
     assert len(list(fused.parameters())) < len(list(model.parameters()))
 
 
+def test_norms_of_timm_are_folded_and_leave_their_activation():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("mobilenetv3_small_050", num_classes=4).eval()
+    x = torch.randn(2, 3, 64, 64)
+    model = reparameterization.reestimate_batchnorm(model, [(torch.randn(8, 3, 64, 64), None)])
+    folded = reparameterization.fold_batchnorm(model, x)
+    with torch.no_grad():
+        assert torch.allclose(folded(x), model(x), atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
 def test_a_model_without_branches_is_refused(model):
     with pytest.raises(UnsupportedModelError, match="no block with branches"):
         reparameterization.fuse_branches(model)

@@ -106,6 +106,10 @@ def test_a_notebook_that_raises_keeps_the_last_good_report_and_is_run_again(fold
 def test_several_notebooks_at_a_time_leave_the_same(folder):
     summary = run(folder, workers=2)
     assert [entry["status"] for entry in summary["reports"]] == ["passed", "passed"]
+    half = machine.cores() / 2
+    for name in ("01_one", "02_two"):
+        ran = json.loads((folder.parent / "reports" / name / "run.json").read_text())
+        assert ran["hardware"]["cores"] in (max(1, int(half)), math.ceil(half)), "each of two has cores of its own"
 
 
 def test_a_dask_cluster_leaves_the_same(folder):
@@ -179,6 +183,11 @@ def test_a_profile_that_names_what_is_not_there_is_refused(folder):
             notebooks.plan([], folder=folder)
 
 
+def test_a_folder_of_notebooks_needs_no_profiles(folder):
+    (folder / "profiles.yaml").unlink()
+    assert notebooks.plan([], folder=folder)[0].parameters
+
+
 def test_settings_and_defaults_keep_their_types(folder):
     job, = notebooks.plan(["01_one"], folder=folder, settings=["least=1e-4"])
     assert job.parameters == {"images": 10, "least": 1e-4, "pause": 0.0, "fault": False}
@@ -209,21 +218,18 @@ def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
         report.check("c", 1, at_least=0, at_most=2)
 
 
-def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(tmp_path):
-    done = command("report", "--profile", "smoke", "--jobs", 2, "--out", tmp_path / "reports")
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")))
+def test_a_notebook_of_the_house_holds_its_checks_and_its_pages_need_no_network(name, tmp_path):
+    out = tmp_path / "reports"
+    done = command("report", name, "--profile", "smoke", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
-    assert {path.parent.name for path in (tmp_path / "reports").glob("*/run.json")} == names
-    for page in (tmp_path / "reports").rglob("*.html"):
+    for page in out.rglob("*.html"):
         text = page.read_text()
         assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text), page
         assert not re.search(r"<script|@import|url\(http", text), page
-    half = machine.cores() / 2
-    for name in names:
-        ran = json.loads((tmp_path / "reports" / name / "run.json").read_text())
-        assert ran["hardware"]["cores"] in (max(1, int(half)), math.ceil(half)), "each of two has cores of its own"
-        assert list((tmp_path / "reports" / name / "figures").glob("*.png"))
-        assert list((tmp_path / "reports" / name / "tables").glob("*.csv"))
+    assert json.loads((out / name / "run.json").read_text())["status"] == "passed"
+    assert list((out / name / "figures").glob("*.png"))
+    assert list((out / name / "tables").glob("*.csv"))
 
 
 def test_compare_judges_two_files_and_names_the_layer(tmp_path, model, task):

@@ -171,6 +171,14 @@ def test_redundancy_adapts_to_the_network_and_judges_no_layer_alone():
         sensitivity.redundant(scores.assign(score=[1, float("nan"), 1, 1, 1, 1, 1]))
 
 
+def test_redundancy_is_judged_from_a_scan_too_and_not_of_what_cannot_be_cut(exact):
+    judged = sensitivity.redundant(exact)
+    assert set(judged.layer) == set(exact[exact.removed > 0].layer)
+    assert set(exact.layer) - set(judged.layer), "groups that run through padded shortcuts"
+    with pytest.raises(ValueError, match="no layer can be judged"):
+        sensitivity.redundant(exact[exact.removed == 0])
+
+
 def test_fast_intervals_cover_the_truth_over_all_looks():
     """Gains and losses of many sizes, drawn without replacement and looked at as the scan does, until 0.03 is reached."""
     draws, population, tolerance, rng = 500, 5000, 0.03, np.random.default_rng(0)

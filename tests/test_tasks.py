@@ -1,5 +1,6 @@
 """Tasks of one's own, objectives and their metrics; a module of one's own; and what the README shows."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import Split
 from workbench.subjects.training import Recipe, Train
 
+ROOT = Path(__file__).parents[1]
 TAGS = ("O", "B-city", "I-city", "B-day")
 
 
@@ -161,12 +163,25 @@ def test_bad_input_gets_one_line(call, message):
     assert "\n" not in str(caught.value)
 
 
+def own_model_section() -> str:
+    return (ROOT / "README.md").read_text().partition("## Your own model")[2].partition("\n## ")[0]
+
+
+def test_the_readme_shows_the_first_section_of_the_notebook():
+    cells = json.loads((ROOT / "notebooks" / "03_your_own_model.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    block = re.search(r"```python\n(.*?)```", own_model_section(), re.S)[1]
+    own = block.partition('"exports"\n')[2].partition("compare(")[0]
+    lines = [line for line in own.splitlines() if line and not line.startswith("#")]
+    assert len(lines) >= 10
+    assert not [line for line in lines if line not in code]
+
+
 def test_what_the_readme_shows_for_ones_own_model_runs(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    section = text.partition("## Your own model")[2].partition("\n## ")[0]
+    section = own_model_section()
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", section, re.S):
         exec(compile(block, "README", "exec"), names)
-    assert len(names["stages"]) == 5
+    assert list(names["stages"]) == ["start", "train", "prune", "quantize"]
     assert names["found"].row["cosine_min"] > 0.99999

@@ -5,8 +5,9 @@ goes either way, and a deep network carries that on. Integer kernels add product
 
     q = clamp(round(M (sum q_x q_w + q_b)) + z),  M = s_x s_w / s_y in float32, half to even,
 
-and add two values a and b as q = clamp(round(b s_b / s_y + (a s_a / s_y + c))), c what the zero points come to. Here the same
-is done with integers held in floats, exact below 2^24 in float32, else in float64.
+and add two values a and b as q = clamp(round(a s_a / s_y + (b s_b / s_y + c))), c what the zero points come to, each product
+and sum with one rounding (found by trying all pairs of integers against the kernel). Here the same is done
+with integers held in floats, exact below 2^24 in float32, else in float64.
 
 Source: MLAS, the kernels of ONNX Runtime (requantisation, QLinearAdd). Processors without VNNI or the like saturate sums of
 two products at 16 bits, and then answer otherwise.
@@ -24,15 +25,22 @@ from workbench.graph.kinds import adds, ends, is_idle, is_layer, passes
 from workbench.numbers.quantizers import ActivationQuantizer, quantizers
 
 
+def rounds(model: nn.Module) -> bool:
+    """Whether a model is what quantization.quantize returns, its activations on grids."""
+    return isinstance(model, fx.GraphModule) and any(quantizer.settled for _, quantizer in quantizers(model))
+
+
 def exact(model: nn.Module) -> fx.GraphModule:
     """A copy of a model of quantization.quantize that computes as integer kernels do: the input, convolutions and linear layers
     whose results are quantised, additions. What else there is stays fake-quantised, as do layers with group or k-means levels.
 
     Raises UnsupportedModelError for a model that is not traced or has no quantised activations.
 
-    Example: `accuracy.evaluate(integers.exact(quantised), task.test)  # what the exported file will score`
+    `sessions.open` does this by itself, so that what is judged is what the exported file will answer.
+
+    Example: `integers.exact(quantised)(inputs)`
     """
-    if not isinstance(model, fx.GraphModule) or not any(q.settled for _, q in quantizers(model)):
+    if not rounds(model):
         raise UnsupportedModelError(f"{type(model).__name__} has no quantised activations; give what quantization.quantize "
                                     "returns")
     new = copy.deepcopy(model).eval()
@@ -40,7 +48,8 @@ def exact(model: nn.Module) -> fx.GraphModule:
     for node in list(new.graph.nodes):
         quantizer = modules.get(node.target) if node.op == "call_module" else None
         if not isinstance(quantizer, ActivationQuantizer):
-            grids |= {node: grids[node.args[0]]} if node.args and node.args[0] in grids and passes(node) else {}
+            if node.args and node.args[0] in grids and (passes(node) or is_idle(node, modules)):
+                grids[node] = grids[node.args[0]]
             continue
         kernel, inputs = _kernel(node.args[0], quantizer, modules, grids)
         if kernel:
@@ -128,11 +137,16 @@ class _Sum(_Grid):
         self.scales, self.zeros = ([v.detach().reshape(()) for v in pair] for pair in ((first.scale, second.scale),
                                                                                           (first.zero, second.zero)))
         self.factors = [scale / self.scale for scale in self.scales]
-        self.fixed = self.zero - (self.factors[0] * self.zeros[0] + self.factors[1] * self.zeros[1])
+        self.fixed = self.zero - _fused(self.zeros[0], self.factors[0], self.factors[1] * self.zeros[1])
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         total = self.fixed
-        for values, scale, zero, factor in zip((first, second), self.scales, self.zeros, self.factors, strict=True):
-            counted = (values / scale).round() + zero
-            total = (counted.double() * factor.double() + total.double()).float()  # multiplied and added with one rounding
+        for values, scale, zero, factor in zip((second, first), self.scales[::-1], self.zeros[::-1], self.factors[::-1],
+                                               strict=True):
+            total = _fused((values / scale).round() + zero, factor, total)
         return (total.round() - self.zero).clamp(self.low, self.high) * self.scale
+
+
+def _fused(value: Tensor, factor: Tensor, added: Tensor) -> Tensor:
+    """value * factor + added in float32, multiplied and added with one rounding."""
+    return (value.double() * factor.double() + added.double()).float()

@@ -27,16 +27,17 @@ from workbench.graph.layers import named as named_layers
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
 TOLERANCE = 1e-3  # largest relative L2 distance between torch and the export, per example, before `export` refuses
-QUANTISED_TOLERANCE = 0.2  # the same where both round: values near a midpoint between two integers may round differently
+QUANTISED_TOLERANCE = 0.2  # the same where something rounds in floats, and a value between two integers may go either way
 
 
 def export(model: nn.Module, example: Inputs, path: Path | str, *,
-           dynamic: Mapping[str, Mapping[int, str]] | None = None) -> Path:
+           dynamic: Mapping[str, Mapping[int, str]] | None = None, tolerance: float | None = None) -> Path:
     """Write `model` as an ONNX file; return its path.
 
     example: inputs of the model; the file takes any number of examples, and token ids and masks of any length. Its inputs have
     the names of forward's parameters (or of the mapping), its outputs their own, "logits" for a single one. dynamic: further
-    axes that may have any length, by input: {"mels": {2: "frames"}}.
+    axes that may have any length, by input: {"mels": {2: "frames"}}. tolerance: the largest relative L2 distance between the
+    file's outputs and the model's, per example; by default 1e-3, for a quantised model 0.2.
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
     ONNX Runtime to torch's outputs; otherwise nothing is. The weights of a model of quantization.quantize are stored as int8,
@@ -79,7 +80,7 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
         for size in (1, 7):
             batch = repeated(probe, size)
             _check(session(batch), exported(batch if isinstance(batch, Tensor) else named(session.model, batch)),
-                   f"{path} at batch {size}", QUANTISED_TOLERANCE if parts else TOLERANCE)
+                   f"{path} at batch {size}", tolerance or (QUANTISED_TOLERANCE if parts else TOLERANCE))
     return path
 
 
@@ -136,8 +137,9 @@ def _check(expected: Tensor, found: Tensor, where: str, tolerance: float) -> Non
         raise UnsupportedModelError(f"{where} puts out {tuple(found.shape)}, the model {tuple(expected.shape)}")
     distance = (expected - found).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-12)
     if not np.isfinite(distance.max().item()) or distance.max() > tolerance:
-        raise UnsupportedModelError(f"{where} puts out something else than the model: relative L2 distance "
-                                           f"{distance.max():.3g}, at most {tolerance} allowed")
+        raise UnsupportedModelError(f"{where} puts out something else than the model: relative L2 distance {distance.max():.3g}, "
+                                    f"at most {tolerance} allowed; allow more by tolerance=, then equivalence.by_layer shows "
+                                    "where they part")
 
 
 def _freeze(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workbench import machine
 from workbench.batches import ANSWERS, Inputs, answer, call, check, count, named, outputs_by_name, tensors
-from workbench.deployment import nodes
+from workbench.deployment import integers, nodes
 from workbench.errors import UnsupportedModelError, listed, reason
 from workbench.graph.layers import capture
 
@@ -70,15 +70,16 @@ class Session:
 
 
 class TorchSession(Session):
-    """A module in eval mode; one that is training is copied first."""
+    """A module in eval mode; one that is training is copied first. A quantised one computes as integer kernels do, so that it
+    answers as its ONNX file will; where `whole` is false, in floats, whose sums round."""
 
     runtime = "torch"
 
-    def __init__(self, model: nn.Module, *, name: str, threads: int):
+    def __init__(self, model: nn.Module, *, name: str, threads: int, whole: bool = True):
         if any(module.training for module in model.modules()):
             model = copy.deepcopy(model).eval()
         self.model = model
-        super().__init__(model, name=name, threads=threads)
+        super().__init__(integers.exact(model) if whole and integers.rounds(model) else model, name=name, threads=threads)
 
     def prepare(self, inputs: Inputs) -> Callable[[], object]:
         return lambda: self._run(inputs)
@@ -89,14 +90,14 @@ class TorchSession(Session):
             torch.set_num_threads(self.threads)
         try:
             with torch.inference_mode():
-                return call(self.model, inputs)
+                return call(self.function, inputs)
         finally:
             if before != self.threads:
                 torch.set_num_threads(before)
 
     def activations(self, inputs: Inputs) -> dict[str, Tensor]:
-        with capture(self.model) as outputs:
-            self(inputs)
+        with capture(self.model) as outputs, torch.inference_mode():
+            call(self.model, inputs)
         return dict(outputs)
 
     def _refusal(self, inputs: Inputs, error: Exception) -> str:
@@ -209,12 +210,14 @@ class Stateful:
         self.now = dict(self.start)
 
 
-def open(source, *, threads: int | None = None, name: str | None = None, fusion: str = "all") -> Session:  # noqa: A001  (reads sessions.open)
+def open(source, *, threads: int | None = None, name: str | None = None, fusion: str = "all",
+         whole: bool = True) -> Session:  # noqa: A001  (reads sessions.open)
     """A `Session` of a module, a path to an ONNX file, an onnxruntime.InferenceSession, a function, or a `Session`.
 
     threads: processors that one run may use; by default as many as torch would (all, or OMP_NUM_THREADS). fusion: how far
     ONNX Runtime may rewrite a file's graph: "none", "basic" (constants, batch norms), "extended" (activations fused,
-    integer kernels) or "all" (layouts too).
+    integer kernels) or "all" (layouts too). whole: whether a module of quantization.quantize computes with whole numbers, as
+    its file does (`integers.exact`), or else in floats.
 
     Raises TypeError for anything else, FileNotFoundError or ValueError for a missing or damaged file.
 
@@ -228,7 +231,7 @@ def open(source, *, threads: int | None = None, name: str | None = None, fusion:
     if isinstance(source, Session):
         return source
     if isinstance(source, nn.Module):
-        return TorchSession(source, name=name or type(source).__name__, threads=threads)
+        return TorchSession(source, name=name or type(source).__name__, threads=threads, whole=whole)
     if isinstance(source, str | Path):
         return OnnxSession(Path(source), name=name or Path(source).name, threads=threads, fusion=fusion)
     if type(source).__name__ == "InferenceSession":

@@ -1,257 +1,316 @@
-"""Which channels of a network can only go together: those that an addition, a concatenation, a grouped convolution or the
-heads of an attention couple; and a network without some of them.
+"""Which channels of a network can only go together: those that an addition, a grouped convolution or the heads of an attention
+couple.
 
-Source: the dependency graph of torch-pruning (Fang et al. 2023, arXiv 2301.12900), which is asked for each layer's
-group. What it cannot know is settled here: padded shortcuts, layer norms, attention heads, grouped convolutions.
+The traced graph runs on labels: each output channel of a layer has one, operations that move values move the labels, an
+addition makes those that meet one, and a layer that reads them notes at which of its inputs. What an operation does that is
+not known here keeps the channels that reach it.
+
+Source: the grouping is that of the dependency graph of Fang et al. 2023 (DepGraph, arXiv 2301.12900), here by channel instead
+of by layer, so that concatenations, splits and shuffles need no rules of their own.
 """
 
-import contextlib
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
-from workbench.batches import Inputs, call
-from workbench.errors import UnsupportedModelError, reason
+from workbench.batches import Inputs, rows
+from workbench.graph import cutting
 from workbench.graph.attention import Heads, attentions
+from workbench.graph.group import Group, Kept
 from workbench.graph.kinds import BATCHNORM
-from workbench.graph.layers import WEIGHTED, evaluating, own_macs
+from workbench.graph.layers import WEIGHTED, evaluating
+from workbench.graph.running import Runner
 
+NOTHING, FIXED = -1, 0  # labels of what has no channels to remove, and of channels that are no layer's: inputs, parameters
+PARTS = (2, 3, 4, 8)  # that a split may have to keep equal
 
-class Kept(StrEnum):
-    """Why channels cannot be removed."""
-
-    PADDED = "they run through a shortcut padded with zero channels, whose places are fixed"
-    TRANSPOSED = "a layer among them is a transposed convolution, which this does not cut"
-    NORMED = "a layer norm takes its mean over them"
-    OUTPUT = "they are the network's output"
-    SPLIT = "a layer that makes or reads them splits them, as attention does with its heads"
-    OTHER = "a parameter or module that this does not cut holds one number for each of them"
-    GROUPED = "they run through convolutions of groups that do not divide each other"
-
-
-ALONE = (Kept.TRANSPOSED, Kept.NORMED, Kept.SPLIT, Kept.OTHER)  # then what is coupled is not known in full
-
-
-@dataclass(frozen=True)
-class Group:
-    """Coupled channels. layer: the first that makes them; each map goes from a layer's name to the places, within that
-    layer, of each of the group's channels, int64 (channels, places).
-
-    unit: what one of them is, "channel", "neuron" (of a linear layer) or "head". made_by: layers whose output channels they
-    are; normed_by: batch norms over them; read_by: layers whose input channels they are (several places a channel, where an
-    image was flattened or a head has several numbers). With a grouped convolution, one "channel" means one from each group,
-    so that groups keep equal sizes. kept: why they cannot be removed, or None. numbers: attributes of modules that count
-    them, by dotted name.
-    """
-
-    layer: str
-    channels: int
-    made_by: Mapping[str, Tensor]
-    normed_by: Mapping[str, Tensor]
-    read_by: Mapping[str, Tensor]
-    kept: Kept | None = None
-    unit: str = "channel"
-    numbers: Mapping[str, int] = field(default_factory=dict)
+_SAME = {"relu", "relu6", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "clamp", "clamp_min",
+         "clamp_max", "leaky_relu", "elu", "selu", "mish", "softplus", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "square",
+         "reciprocal", "erf", "_to_copy", "to", "type_as", "dropout", "clone", "contiguous", "detach", "alias", "bernoulli"}
+_JOINING = {"add", "sub", "mul", "div", "maximum", "minimum", "where", "pow", "rsub", "addcmul", "lerp"}
+_MOVING = {"permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "cat", "stack", "flip", "repeat", "pad",
+           "constant_pad_nd", "movedim", "getitem"}
+_REGROUPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "slice", "select", "narrow", "split",
+               "split_with_sizes", "chunk", "unbind", "roll", "index_select", "pixel_shuffle", "pixel_unshuffle",
+               "channel_shuffle"}  # whose sizes the forward may have fixed
+_POOLING = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+            "adaptive_max_pool1d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"}
+_REDUCING = {"mean", "sum", "amax", "amin", "var", "linalg_vector_norm"}
 
 
 def groups(model: nn.Module, example: Inputs) -> list[Group]:
     """The groups of `model` in order of definition, those that cannot be cut among them, with the reason.
 
-    Raises UnsupportedModelError where the dependencies cannot be traced.
+    Raises UnsupportedModelError where the model cannot be traced.
 
     Example: `[group.layer for group in coupling.groups(model, task.example) if not group.kept]`
     """
-    names = {module: name for name, module in model.named_modules()}
-    order = {name: place for place, name in enumerate(names.values())}
-    graph = _dependencies(model, example)
     heads = attentions(model, example)
     by_layer = {layer: head for head in heads for layer in head.made_by}
-    known, seen = [], set()
-    for name, module in model.named_modules():
-        if not isinstance(module, WEIGHTED) or name in seen or module not in graph.module2node:
-            continue  # the last: a layer that eval mode does not run, such as an auxiliary classifier
-        group = _of_heads(by_layer[name]) if name in by_layer else _group(graph, module, names, order)
-        seen.update(group.made_by)
-        known.append(group)
-    return known
-
-
-def cut(model: nn.Module, removed: Mapping[Group, Sequence[int]] | Sequence[tuple[Group, Sequence[int]]]) -> dict[str, int]:
-    """Take channels, by group, out of `model` itself. Returns the attributes of modules that were set, by dotted name."""
-    pairs = removed.items() if isinstance(removed, Mapping) else removed
-    rows, norms, columns, numbers = {}, {}, {}, {}  # what goes, by layer: places of outputs, of norms, of inputs
-    for group, places in pairs:
-        for kind, here in ((rows, group.made_by), (norms, group.normed_by), (columns, group.read_by)):
-            for name, at in here.items():
-                kind.setdefault(name, []).append(at[list(places)].flatten())
-        numbers |= {name: size // group.channels * (group.channels - len(places)) for name, size in group.numbers.items()}
-    for name, gone in rows.items():
-        _without_outputs(model.get_submodule(name), torch.cat(gone))
-    for name, gone in norms.items():
-        _without_features(model.get_submodule(name), torch.cat(gone))
-    for name, gone in columns.items():
-        _without_inputs(model.get_submodule(name), torch.cat(gone))
-    for name, value in numbers.items():
-        holder, _, key = name.rpartition(".")
-        setattr(model.get_submodule(holder), key, value)
-    return numbers
-
-
-def shares(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, tuple[float, float]]:
-    """Which fractions of its outputs and of its inputs each layer and norm keeps, by name; those left whole are not named."""
-    outputs: dict[str, float] = {}
-    inputs: dict[str, float] = {}
-    for group, places in removed:
-        left = 1 - len(places) / group.channels
-        for name in (*group.made_by, *group.normed_by):
-            outputs[name] = outputs.get(name, 1.0) * left
-        for name, at in group.read_by.items():
-            width = model.get_submodule(name).weight.shape[1]
-            inputs[name] = inputs.get(name, 1.0) - len(places) * at.shape[1] / width
-        for name in group.numbers:
-            outputs.setdefault(name.rpartition(".")[0], left)
-    return {name: (outputs.get(name, 1.0), inputs.get(name, 1.0)) for name in {*outputs, *inputs}}
-
-
-def costs(model: nn.Module, example: Inputs, *, of_macs: bool) -> dict[str, tuple[float, float]]:
-    """By module what of its parameters or multiply-accumulates goes with its outputs alone, and what with outputs and inputs
-    alike: with `shares`, the cost of a network before it is cut."""
-    if of_macs:
-        return {name: (0.0, macs) for name, macs in own_macs(model, example).items()}
-    counts, seen = {}, set()
-    for name, module in model.named_modules():
-        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in seen}
-        seen.update(map(id, own.values()))
-        both = own["weight"].numel() if "weight" in own and isinstance(module, WEIGHTED) else 0
-        counts[name] = sum(p.numel() for p in own.values()) - both, both
-    return counts
-
-
-def _dependencies(model: nn.Module, example: Inputs):
-    import torch_pruning
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            return torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example, forward_fn=call, verbose=False)
-    except Exception as error:  # it runs the model and walks autograd's graph; either may raise anything
-        raise UnsupportedModelError(f"the channels of {type(model).__name__} cannot be traced: "
-                                    f"{reason(error)}") from error
-
-
-def _pruner(layer: nn.Module):
-    from torch_pruning import function
-
-    if isinstance(layer, nn.Linear):
-        return function.prune_linear_out_channels
-    depthwise = layer.groups == layer.out_channels > 1
-    return function.prune_depthwise_conv_out_channels if depthwise else function.prune_conv_out_channels
+    labels = _Labels(model, example)
+    found = labels.groups([name for name in labels.made if name not in by_layer])
+    known = [_of_heads(head) for head in heads] + list(found)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    doubtful = [group for group in found if found[group] and not group.kept]
+    settled = dict(zip(doubtful, _tried(model, example, doubtful), strict=True))
+    return sorted((settled.get(group, group) for group in known), key=lambda group: order[group.layer])
 
 
 def _of_heads(head: Heads) -> Group:
     return Group(head.layer, head.count, head.made_by, {}, head.read_by, Kept.SPLIT if head.fixed else None, "head", head.numbers)
 
 
-def _group(graph, module: nn.Module, names: Mapping[nn.Module, str], order: Mapping[str, int]) -> Group:
-    """What torch-pruning couples with the outputs of a layer, as places within each layer."""
-    from torch_pruning import function
-
-    outwards = (function.prune_conv_out_channels, function.prune_linear_out_channels, function.prune_depthwise_conv_out_channels)
-    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    made, normed, read, reasons = {}, {}, {}, set()
-    for dependency, places in graph.get_pruning_group(module, _pruner(module), list(range(channels))):
-        target, at = dependency.target.module, torch.tensor(places)
-        name = names.get(target) if isinstance(target, nn.Module) else None
-        if isinstance(target, BATCHNORM) and name is not None:
-            normed[name] = at
-        elif isinstance(target, WEIGHTED) and name is not None:
-            (made if dependency.handler in outwards else read)[name] = at
-        reasons |= _reasons(dependency.target, name)
-    if not read:
-        reasons.add(Kept.OUTPUT)
-    if any(len(at) % channels for at in (*made.values(), *normed.values(), *read.values())):
-        reasons.add(Kept.SPLIT)
-    alone = [why for why in ALONE if why in reasons]
-    if alone:
-        made, normed, read = {names[module]: torch.arange(channels)}, {}, {}
-    layers = sorted(made, key=order.get)
-    unit = "neuron" if isinstance(module, nn.Linear) else "channel"
-    kept = next(iter([*alone, *(why for why in Kept if why in reasons)]), None)
-    return _regrouped(graph.model, layers, channels, made, normed, read, kept, unit)
+def _tried(model: nn.Module, example: Inputs, doubtful: Sequence[Group]) -> list[Group]:
+    """The groups in the first form in which half of each can be taken out and the rest computes the same: channels one by one,
+    or one of each of several parts that a split keeps equal; else kept."""
+    if _works(model, example, doubtful):
+        return list(doubtful)
+    return [next((form for form in group.forms(PARTS) if form.channels > 1 and _works(model, example, [form])),
+                 replace(group, kept=Kept.FIXED)) for group in doubtful]
 
 
-def _reasons(target, name: str | None) -> set[Kept]:
-    """Why the channels that reach a node of the dependency graph have to stay."""
-    module = target.module
-    if "ConstantPad" in str(getattr(target, "name", "")):
-        return {Kept.PADDED}
-    if isinstance(module, nn.ConvTranspose2d):
-        return {Kept.TRANSPOSED}
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return {Kept.NORMED}
-    other = isinstance(module, nn.Parameter) or (name is not None and not isinstance(module, (*WEIGHTED, BATCHNORM))
-                                                 and any(True for _ in module.parameters(recurse=False)))
-    return {Kept.OTHER} if other else set()
+def _works(model: nn.Module, example: Inputs, tried: Sequence[Group]) -> bool:
+    known = {group.layer: group for group in tried}
+    removed = {group.layer: range(0, group.channels, 2)[: group.channels // 2] for group in tried}
+    try:
+        cutting.verified(model, cutting.without(model, removed, known), removed, known, example)
+    except Exception:  # of the model's own forward, which may raise anything
+        return False
+    return True
 
 
-def _regrouped(model: nn.Module, layers: list[str], channels: int, made: dict, normed: dict, read: dict, kept: Kept | None,
-               unit: str) -> Group:
-    """The group, its channels one of each group of the convolutions that make or read them."""
-    parts = {name: model.get_submodule(name).groups for name in (*made, *read)
-             if 1 < getattr(model.get_submodule(name), "groups", 1) < channels}
-    parted = max(parts.values(), default=1)
-    if any(parted % g for g in parts.values()) or channels % parted:
-        kept, parted = kept or Kept.GROUPED, 1
-    channels //= parted
+class _Labels:
+    """The labels of all channels of a model: who makes, norms and reads them, which are one, and why some must stay.
 
-    def places(at: Tensor) -> Tensor:  # (parted * channels * k,) -> (channels, parted * k)
-        return at.view(parted, channels, -1).transpose(0, 1).reshape(channels, -1)
+    A label tensor has the dimensions of its value, of size 1 where the labels are the same all along.
+    """
 
-    made, normed, read = ({name: places(at) for name, at in part.items()} for part in (made, normed, read))
-    for name in parts.keys() & read.keys():  # its weight sees one of its groups only
-        read[name] = read[name][:, : read[name].shape[1] // parted]
-    return Group(layers[0], channels, {name: made[name] for name in layers}, normed, read, kept, unit)
+    def __init__(self, model: nn.Module, example: Inputs):
+        self.graph, self.parent = Runner(model, example), [FIXED]
+        self.reasons: dict[int, set[Kept]] = {}
+        self.regrouped: set[int] = set()
+        self.made, self.normed, self.read = {}, {}, {}  # by layer: labels of outputs, of what a norm or its inputs see
+        self.labels: dict[fx.Node, object] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        example = rows(example, slice(0, 1))
+        with evaluating(model):
+            feed, values = self.graph.feed(example), {}
+            for i, node in enumerate(self.graph.nodes[:-1]):
+                self.graph.step(i, values, feed)
+                value = values.get(node)
+                self.shapes[node] = tuple(value.shape) if isinstance(value, Tensor) else ()
+                self.labels[node] = self._visit(node, value)
+                for used in node.all_input_nodes:
+                    if self.graph.last_use[used] == i:
+                        self.labels.pop(used, None)
+            for node in self.graph.nodes[-1].all_input_nodes:
+                self._keep(self.labels[node], Kept.OUTPUT)
+
+    def groups(self, layers: Sequence[str]) -> dict[Group, bool]:
+        """The groups that these layers make, each with whether an operation that may fix sizes regroups it."""
+        root = torch.tensor([self._find(label) for label in range(len(self.parent))])
+        reasons, regrouped = {}, {self._find(label) for label in self.regrouped}
+        for label, why in self.reasons.items():
+            reasons.setdefault(self._find(label), set()).update(why)
+        at = {kind: {name: _places(root[labels.clamp_min(0)].where(labels >= 0, NOTHING)) for name, labels in part.items()}
+              for kind, part in (("made", self.made), ("normed", self.normed), ("read", self.read))}
+        found = {}
+        for names in _connected({name: at["made"][name] for name in layers}):
+            channels = list(dict.fromkeys(label for name in names for label in at["made"][name]))
+            made, normed, read = ({name: table for name, places in at[kind].items()
+                                   if (table := _table(places, channels)) is not None} for kind in ("made", "normed", "read"))
+            why = set().union(*(reasons.get(label, set()) for label in channels)) | (set() if read else {Kept.OUTPUT})
+            unit = "neuron" if isinstance(self.graph.modules[names[0]], nn.Linear) else "channel"
+            group = Group(names[0], len(channels), {name: made[name] for name in names}, normed, read,
+                          next((reason for reason in Kept if reason in why), None), unit)
+            found[group] = not regrouped.isdisjoint(channels)
+        return found
+
+    def _visit(self, node: fx.Node, value):
+        """The labels of a node's value; what has no channels (sizes, say) stands for itself."""
+        if node.op == "placeholder":
+            return self._of_shape(value, FIXED if value.is_floating_point() else NOTHING)
+        if node.op == "get_attr":
+            return self._of_shape(value, FIXED if value.numel() > 1 else NOTHING)
+        if node.op == "call_module":
+            return self._layer(node, self.graph.modules[node.target], value)
+        name = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+        given = [part for part in node.all_input_nodes if self.shapes[part] or isinstance(self.labels.get(part), list | tuple)]
+        if not isinstance(value, Tensor | list | tuple) or not given:
+            return self._of_shape(value, NOTHING) if isinstance(value, Tensor) else value
+        first = self.labels[given[0]]
+        if name in _JOINING:
+            return self._together([part for part in given if isinstance(self.labels[part], Tensor)], value)
+        if name in _SAME or (name in _POOLING and not any(size > 1 for size in first.shape[2:])):
+            return first
+        if name in _REDUCING:
+            return self._reduced(node, first, value)
+        if name in _MOVING | _REGROUPING:
+            return self._moved(node, name, value)
+        for part in given:
+            self._keep(self.labels[part], Kept.SPLIT)
+        return self._of_shape(value, FIXED)
+
+    def _layer(self, node: fx.Node, module: nn.Module, value: Tensor) -> Tensor:
+        name, source = node.target, node.args[0]
+        seen = self.labels[source]
+        if isinstance(module, BATCHNORM):
+            self._note(self.normed, name, self._along(seen, 1, self.shapes[source][1]))
+            return seen
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            self._keep(seen, Kept.NORMED)
+            return seen
+        if not isinstance(module, WEIGHTED):
+            same = value.shape == self.shapes[source] and not any(True for _ in module.parameters(recurse=False))
+            if not same:
+                self._keep(seen, Kept.OTHER)
+            return seen if same else self._of_shape(value, FIXED)
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        columns, outputs = self._along(seen, axis, self.shapes[source][axis]), value.shape[axis]
+        if name not in self.made:
+            self.made[name] = torch.arange(len(self.parent), len(self.parent) + outputs)
+            self.parent += self.made[name].tolist()
+        mine, parts = self.made[name], getattr(module, "groups", 1)
+        if isinstance(module, nn.ConvTranspose2d):
+            self._keep(columns, Kept.TRANSPOSED)
+            self._keep(mine, Kept.TRANSPOSED)
+        elif parts == len(columns) == outputs > 1:
+            self._join(mine, columns)  # depthwise: it makes what it reads
+        elif parts == len(columns) > 1:
+            self._keep(columns, Kept.GROUPED)
+            self._keep(mine, Kept.GROUPED)
+        else:
+            for labels in (columns, mine) if parts > 1 else ():  # groups keep equal sizes: one of each goes
+                self._join(labels.view(parts, -1), labels.view(parts, -1)[:1])
+            self._note(self.read, name, columns.view(parts, -1)[0])
+        shape = [1] * value.dim()
+        shape[axis] = outputs
+        return mine.view(shape)
+
+    def _together(self, parts: Sequence[fx.Node], value: Tensor) -> Tensor:
+        """The labels where several values meet, number by number; one that is stretched over the others' channels has none."""
+        size = value.dim()
+        given = [(self.labels[part].view([1] * (size - self.labels[part].dim()) + list(self.labels[part].shape)),
+                  [1] * (size - len(self.shapes[part])) + list(self.shapes[part])) for part in parts]
+        varying = [d for d in range(size) if any(labels.shape[d] > 1 for labels, _ in given)]
+        met = None
+        for labels, shape in given:
+            if any(shape[d] == 1 < value.shape[d] for d in varying):
+                self._keep(labels, Kept.SPLIT)
+                continue
+            if met is not None:
+                self._join(met, labels)
+                met, labels = torch.broadcast_tensors(met, labels)
+                met = met.where(met > FIXED, labels)
+            else:
+                met = labels
+        return self._of_shape(value, NOTHING) if met is None else met
+
+    def _reduced(self, node: fx.Node, labels: Tensor, value: Tensor) -> Tensor:
+        """The labels behind a mean or sum over some axes; channels that it goes over must stay."""
+        chosen = next((arg for arg in node.args[1:] if isinstance(arg, list | tuple)), None)
+        axes = [axis % labels.dim() for axis in (chosen or range(labels.dim()))]
+        if any(labels.shape[axis] > 1 for axis in axes):
+            self._keep(labels, Kept.NORMED)
+            return self._of_shape(value, NOTHING)
+        kept = value.dim() == labels.dim()
+        return labels if kept else labels.reshape([size for d, size in enumerate(labels.shape) if d not in axes])
+
+    def _moved(self, node: fx.Node, name: str, value):
+        """The labels behind an operation that moves values: the same, done to the labels."""
+        def whole(part: fx.Node):
+            labels = self.labels[part]
+            return labels.expand(self.shapes[part]).contiguous() if isinstance(labels, Tensor) else labels
+
+        if name in _REGROUPING:
+            for part in node.all_input_nodes:
+                if isinstance(self.labels.get(part), Tensor):
+                    self.regrouped.update(self.labels[part].unique().tolist())
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), whole)
+        if name in ("pad", "constant_pad_nd"):
+            source, sides = self.labels[node.args[0]], node.args[1]
+            axes = [source.dim() - 1 - place // 2 for place, side in enumerate(sides) if side]
+            if not any(source.shape[axis] > 1 for axis in axes):
+                return source
+            self._keep(source, Kept.PADDED)
+            return _narrow(F.pad(whole(node.args[0]), sides, value=NOTHING))
+        moved = node.target(*args, **kwargs)
+        return [_narrow(part) for part in moved] if isinstance(moved, list | tuple) else _narrow(moved)
+
+    def _of_shape(self, value, label: int):
+        if isinstance(value, list | tuple):
+            return [self._of_shape(part, label) for part in value]
+        return torch.full([1] * value.dim(), label) if isinstance(value, Tensor) else value
+
+    def _along(self, labels: Tensor, axis: int, size: int) -> Tensor:
+        """The labels of the channels along an axis, (size,); where they vary along others too, they must stay."""
+        if labels.numel() != labels.shape[axis]:
+            self._keep(labels, Kept.SPLIT)
+            return torch.full([size], FIXED)
+        return labels.flatten().expand(size)
+
+    def _note(self, part: dict[str, Tensor], name: str, labels: Tensor) -> None:
+        """What a layer sees; a layer that runs twice sees one and the same."""
+        if name in part:
+            self._join(part[name], labels)
+        else:
+            part[name] = labels
+
+    def _join(self, one: Tensor, other: Tensor) -> None:
+        """Make labels that meet one; those that meet what is fixed must stay."""
+        pairs = torch.stack([part.flatten() for part in torch.broadcast_tensors(one, other)], dim=1).unique(dim=0)
+        for a, b in pairs.tolist():
+            if a > FIXED and b > FIXED:
+                self.parent[self._find(a)] = self._find(b)
+            elif max(a, b) > FIXED and min(a, b) == FIXED:
+                self.reasons.setdefault(max(a, b), set()).add(Kept.OTHER)
+
+    def _find(self, label: int) -> int:
+        while self.parent[label] != label:
+            self.parent[label] = label = self.parent[self.parent[label]]
+        return label
+
+    def _keep(self, labels, why: Kept) -> None:
+        for part in labels if isinstance(labels, list | tuple) else [labels]:
+            for label in part.unique().tolist() if isinstance(part, Tensor) else []:
+                if label > FIXED:
+                    self.reasons.setdefault(label, set()).add(why)
 
 
-def _kept(size: int, gone: Tensor) -> Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[gone] = False
-    return stays.nonzero()[:, 0]
+def _narrow(labels: Tensor) -> Tensor:
+    """The labels with size 1 along the axes where they are the same all along."""
+    for axis in range(labels.dim()):
+        if labels.shape[axis] > 1 and bool((labels == labels.narrow(axis, 0, 1)).all()):
+            labels = labels.narrow(axis, 0, 1)
+    return labels
 
 
-def _chosen(module: nn.Module, key: str, index: Tensor, axis: int) -> None:
-    old = getattr(module, key)
-    if old is not None:
-        new = old.detach().index_select(axis, index.to(old.device)).clone()
-        setattr(module, key, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+def _places(labels: Tensor) -> dict[int, list[int]]:
+    """Where each label stands, those of layers only."""
+    found: dict[int, list[int]] = {}
+    for place, label in enumerate(labels.tolist()):
+        if label > FIXED:
+            found.setdefault(label, []).append(place)
+    return found
 
 
-def _without_outputs(layer: nn.Module, gone: Tensor) -> None:
-    stays = _kept(len(layer.weight), gone)
-    for key in ("weight", "bias"):
-        _chosen(layer, key, stays, 0)
-    if isinstance(layer, nn.Linear):
-        layer.out_features = len(stays)
-        return
-    if layer.groups == layer.out_channels == layer.in_channels:  # depthwise: it reads what it makes
-        layer.groups = layer.in_channels = len(stays)
-    layer.out_channels = len(stays)
+def _table(places: Mapping[int, list[int]], channels: Iterable[int]) -> Tensor | None:
+    """The places of these channels, int64 (channels, places), -1 where one has fewer; None where there are none."""
+    lines = [places.get(channel, []) for channel in channels]
+    most = max(map(len, lines))
+    return torch.tensor([line + [-1] * (most - len(line)) for line in lines]) if most else None
 
 
-def _without_inputs(layer: nn.Module, gone: Tensor) -> None:
-    stays = _kept(layer.weight.shape[1], gone)
-    _chosen(layer, "weight", stays, 1)
-    if isinstance(layer, nn.Linear):
-        layer.in_features = len(stays)
-    else:
-        layer.in_channels = len(stays) * layer.groups
-
-
-def _without_features(norm: nn.Module, gone: Tensor) -> None:
-    stays = _kept(norm.num_features, gone)
-    for key in ("weight", "bias", "running_mean", "running_var"):
-        _chosen(norm, key, stays, 0)
-    norm.num_features = len(stays)
+def _connected(made: Mapping[str, Mapping[int, list[int]]]) -> list[list[str]]:
+    """Layers that make a channel in common, together, in their order."""
+    parts: list[tuple[set[int], list[str]]] = []
+    for name, places in made.items():
+        mine, names = set(places), [name]
+        for part in [part for part in parts if not part[0].isdisjoint(mine)]:
+            parts.remove(part)
+            mine, names = part[0] | mine, part[1] + names
+        parts.append((mine, names))
+    return [names for _, names in parts]

@@ -100,7 +100,7 @@ def _compare(model: nn.Module, wanted, graph: fx.GraphModule, probe: Inputs) -> 
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:
-    scale = wanted.abs().max().item() if wanted.is_floating_point() and wanted.numel() else 0.0
+    scale = wanted.abs().nan_to_num(0.0, 0.0).max().item() if wanted.is_floating_point() and wanted.numel() else 0.0
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 

@@ -58,12 +58,16 @@ class Diagnosis:
     def repaired(self, *layers: str) -> nn.Module:
         """A copy of the candidate in which `layers` (by default the first suspect) are repaired.
 
-        Raises ValueError for a layer without a fault.
+        Raises ValueError for a layer without a fault, and where no layer has one, naming what to try instead.
         """
+        if not self.repairs:
+            raise ValueError("no layer has a fault to repair: the loss is the price of the bits; try scales by channel, "
+                             "reparameterization.equalize before quantising, rounding.descend after it, or more bits for "
+                             f"{listed(self.table.sort_values('effect', ascending=False).layer, most=3)}")
         new = copy.deepcopy(self.candidate)
         for name in layers or [str(self.table.layer[0])]:
             if name not in self.repairs:
-                raise ValueError(f"layer {name} has no fault to repair; those that have: {', '.join(self.repairs) or 'none'}")
+                raise ValueError(f"layer {name} has no fault to repair; those that have: {listed(self.repairs)}")
             for place, module in self.repairs[name].copy().modules().items():
                 new.set_submodule(place, module)
         return new

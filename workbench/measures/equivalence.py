@@ -1,6 +1,6 @@
 """Do two models compute the same? One verdict over many images, and the first layer at which they part.
 
-For the outputs a, b (flattened) of one example: cosine = a.b / (|a| |b|); L2 = |a - b|, in units of the outputs (logits);
+For the outputs a, b (flattened) of one example: cosine = a.b / (|a| |b|); L2 = |a - b| / |a|, a fraction of the reference's own;
 agreement = 1 where argmax a = argmax b, at every token that an attention mask keeps. SQNR = 10 log10(sum a^2 /
 sum (a - b)^2), in dB.
 """
@@ -23,7 +23,7 @@ from workbench.measures.accuracy import finite
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts as equivalent: the least cosine and the largest L2 of any image, the least share of equal top-1 answers."""
+    """What counts as equivalent: the least cosine and the largest relative L2 of any example, the least agreement."""
 
     cosine: float = 0.995
     l2: float = 1e-4
@@ -32,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Outputs of a candidate against a reference over n images; l2 in units of the outputs."""
+    """Outputs of a candidate against a reference over n examples; l2 relative to the norm of the reference's outputs."""
 
     cosine_mean: float
     cosine_min: float
@@ -47,7 +47,7 @@ class Equivalence:
         return [
             {"name": "cosine, least of any example", "value": self.cosine_min, "limit": f">= {self.limits.cosine}",
              "passed": self.cosine_min >= self.limits.cosine},
-            {"name": "L2 of the outputs, largest of any example", "value": self.l2_max, "limit": f"<= {self.limits.l2}",
+            {"name": "relative L2 of the outputs, largest of any example", "value": self.l2_max, "limit": f"<= {self.limits.l2}",
              "passed": self.l2_max <= self.limits.l2},
             {"name": "top-1 agreement", "value": self.agreement, "limit": f">= {self.limits.agreement}",
              "passed": self.agreement >= self.limits.agreement},
@@ -192,7 +192,7 @@ def _pairs(reference, candidate, inputs, size: int) -> Iterator[tuple[Inputs, Te
 
 
 def _near(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and distance, float64 (n,) each, of rows (n, d); two rows of zeros are the same.
+    """Cosine and relative distance, float64 (n,) each, of rows (n, d); two rows of zeros are the same.
 
     From three products accumulated in float64; the distance from the difference itself, which products would lose.
     """
@@ -200,7 +200,7 @@ def _near(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b = a.double(), b.double()
     product, scale = (a * b).sum(1), (a.square().sum(1) * b.square().sum(1)).sqrt()
     cosine = torch.where(scale > 0, product / scale.clamp_min(1e-300), (a == b).all(1).double()).clamp(-1, 1)
-    return cosine, apart.square().sum(1).sqrt()
+    return cosine, apart.square().sum(1).sqrt() / a.square().sum(1).sqrt().clamp_min(1e-12)
 
 
 def _batches(inputs, size: int, title: str) -> Iterator[Inputs]:

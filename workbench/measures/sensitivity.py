@@ -132,12 +132,23 @@ def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | No
 def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int = 1) -> pd.DataFrame:
     """Which layers can shrink: `scores` (layer, score; in order of depth) with smoothed, limit and redundant added.
 
+    scores: as `taylor` gives them, or a frame of `scan`: then a layer's score is the mean over its levels of how far the answers
+    move (`distance`), and a layer of which nothing could be removed is left out.
+
     No layer is judged alone: smoothed_i is the mean of score i and the trend of its `neighbours` on each side, their
     median. The limit adapts to the network: `threshold` times the mean of all scores. A layer is redundant where its
     smoothed score is below the limit. (The articles give the idea, not the formula; this is ours.)
 
-    Raises ValueError for NaN scores, a threshold that is not positive, or fewer than no neighbours.
+    Raises ValueError for NaN scores, no layer that could be judged, a threshold that is not positive, or fewer than no
+    neighbours.
+
+    Example: `sensitivity.redundant(curves)` with curves of `scan`
     """
+    if "score" not in scores:
+        free = scores[scores.removed > 0]
+        scores = free.groupby("layer", sort=False).distance.mean().rename("score").reset_index()
+    if scores.empty:
+        raise ValueError("no layer can be judged: nothing could be removed of any")
     if scores.score.isna().any():
         raise ValueError(f"the score of layer {scores.layer[scores.score.isna()].iloc[0]} is NaN")
     if threshold <= 0 or neighbours < 0:

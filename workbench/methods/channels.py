@@ -9,8 +9,8 @@ Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its squ
 """
 
 import copy
-import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,11 +19,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.batches import Batch, Inputs, answer, call, count
-from workbench.errors import UnsupportedModelError, listed, reason
-from workbench.graph import coupling
-from workbench.graph.coupling import Group, groups
-from workbench.graph.layers import WEIGHTED, Change, Masked, evaluating, macs_of
+from workbench.batches import Batch, Inputs, call, count
+from workbench.errors import UnsupportedModelError, listed
+from workbench.graph import cutting
+from workbench.graph.coupling import groups
+from workbench.graph.kinds import BATCHNORM
+from workbench.graph.layers import WEIGHTED, Change, Masked, macs_of
+from workbench.graph.norms import reestimate_batchnorm
 from workbench.subjects.objectives import Objective
 from workbench.subjects.subject import Subject
 
@@ -58,10 +60,10 @@ def score(model: nn.Module, criterion: str, *, example: Inputs, batches: Iterabl
             if not group.normed_by and not group.kept:
                 raise UnsupportedModelError(f"layer {group.layer} has no batch norm, so bn_gamma cannot rank its channels; "
                                             "use l1, or taylor")
-            total = sum((modules[n].weight.detach().abs()[at].sum(1) for n, at in group.normed_by.items()),
+            total = sum((_each(modules[n].weight.detach().abs(), at) for n, at in group.normed_by.items()),
                         torch.zeros(group.channels))
         else:
-            total = sum(_filter_scores(modules[n], criterion, gradients.get(n))[at].sum(1) for n, at in group.made_by.items())
+            total = sum(_each(_filter_scores(modules[n], criterion, gradients.get(n)), at) for n, at in group.made_by.items())
         if not torch.isfinite(total).all():
             raise ValueError(f"layer {group.layer}: criterion {criterion} gives NaN or infinity; look at its weights")
         rows += [{"layer": group.layer, "channel": c, "score": float(s), "group_size": group.channels,
@@ -111,7 +113,7 @@ def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inp
 
     It computes what `remove` computes: the weights that read a silenced channel are zero.
     """
-    return _put_in(model, _silenced(model, removed, {group.layer: group for group in groups(model, example)}))
+    return cutting.put_in(model, cutting.silenced(model, removed, {group.layer: group for group in groups(model, example)}))
 
 
 def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inputs) -> nn.Module:
@@ -123,22 +125,38 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: I
     where the cut model fails or computes something else.
     """
     known = {group.layer: group for group in groups(model, example)}
-    return _verified(model, _without(model, removed, known), removed, known, example)
+    return cutting.verified(model, cutting.without(model, removed, known), removed, known, example)
 
 
 def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: float | None = None, params: float | None = None,
            share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
-           multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
+           multiple: int = 1, keep: str | Sequence[str] = (), batches: Iterable[Batch] | None = None) -> nn.Module:
     """`model` without as many of the lowest-scored channels as it takes to keep at most that share of its cost.
 
     macs, params: the fraction (0-1) of the multiply-accumulates of one example, or of the parameters, that may stay;
     share: that of `cost`, any function of a model, such as its measured latency. Exactly one of the three is given. The
     ratio of `select` is found by bisection to 1/256; the cut model is built once, or once a step where `cost` wants one.
+    batches: its batch norms take the statistics of these; without them they keep those of the whole network, with which it
+    may answer no better than chance, and a warning says so.
 
     Raises ValueError where no selection reaches the target, for not exactly one target, and as `select` does.
 
-    Example: `channels.cut_to(model, channels.score(model, "l1", example=x), macs=0.5, example=x)`
+    Example: `channels.cut_to(model, channels.score(model, "l1", example=x), macs=0.5, example=x, batches=seen)`
     """
+    new = _cut_to(model, scores, example=example, macs=macs, params=params, share=share, cost=cost, scope=scope,
+                  multiple=multiple, keep=keep)
+    if not any(isinstance(module, BATCHNORM) for module in new.modules()):
+        return new
+    if batches is not None:
+        return reestimate_batchnorm(new, batches)
+    warnings.warn("the batch norms of the cut model still hold the statistics of the whole one; before it is judged give "
+                  "batches=, train it, or call reparameterization.reestimate_batchnorm", stacklevel=2)
+    return new
+
+
+def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: float | None = None, params: float | None = None,
+            share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
+            multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
     targets = [target for target in (macs, params, share) if target is not None]
     if len(targets) != 1 or (share is None) != (cost is None):
         raise ValueError("give exactly one of macs, params, and share with cost: the fraction of that cost which may stay")
@@ -146,7 +164,7 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: flo
     if not 0 < target <= 1:
         raise ValueError(f"the fraction that stays is {target}, expected more than 0 and at most 1")
     known = {group.layer: group for group in groups(model, example)}
-    counts = None if share is not None else coupling.costs(model, example, of_macs=macs is not None)
+    counts = None if share is not None else cutting.costs(model, example, of_macs=macs is not None)
     whole = cost(model) if counts is None else sum(outward + both for outward, both in counts.values())
 
     def chosen(step: int) -> dict[str, list[int]]:
@@ -155,8 +173,8 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: flo
     def left(step: int) -> float:
         removed = chosen(step)
         if counts is None:
-            return cost(_without(model, removed, known)) / whole
-        kept = coupling.shares(model, [(known[layer], places) for layer, places in removed.items()])
+            return cost(cutting.without(model, removed, known)) / whole
+        kept = cutting.shares(model, [(known[layer], places) for layer, places in removed.items()])
         return sum((outward + both * kept.get(name, (1, 1))[1]) * kept.get(name, (1, 1))[0]
                    for name, (outward, both) in counts.items()) / whole
 
@@ -169,14 +187,15 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: flo
         middle = (low + high) // 2
         low, high = (low, middle) if left(middle) <= target else (middle, high)
     removed = chosen(high)
-    return _verified(model, _without(model, removed, known), removed, known, example)
+    return cutting.verified(model, cutting.without(model, removed, known), removed, known, example)
 
 
 def iteratively(model: nn.Module, *, macs: float, steps: int, score: Callable[[nn.Module], pd.DataFrame],
                 recover: Callable[[nn.Module, int], nn.Module], example: Inputs, **options) -> nn.Module:
     """`model` cut to the fraction `macs` in `steps` equal ratios, the channels scored anew and recovered after each.
 
-    score(model) gives the table that `cut_to` takes, recover(model, step) the model trained again; options: as `cut_to`.
+    score(model) gives the table that `cut_to` takes, recover(model, step) the model trained again; options:
+    scope, multiple, keep.
     Source: Han et al. 2015 (arXiv 1506.02626), prune and retrain by turns.
 
     Raises ValueError for fewer than one step, and as `cut_to` does.
@@ -186,7 +205,7 @@ def iteratively(model: nn.Module, *, macs: float, steps: int, score: Callable[[n
     whole = macs_of(model, example)
     for step in range(1, steps + 1):
         part = min(whole * macs ** (step / steps) / macs_of(model, example), 1.0)
-        model = recover(cut_to(model, score(model), macs=part, example=example, **options), step)
+        model = recover(_cut_to(model, score(model), macs=part, example=example, **options), step)
     return model
 
 
@@ -207,9 +226,9 @@ def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1", batch
         if group.kept:
             return Change({}, removed=0, of=group.channels, layers=tuple(group.made_by), note=str(group.kept))
         places = ranked[layer][: min(round(level * group.channels), group.channels - 1)]
-        left = {name: outputs * inputs for name, (outputs, inputs) in coupling.shares(model, [(group, places)]).items()}
+        left = {name: outputs * inputs for name, (outputs, inputs) in cutting.shares(model, [(group, places)]).items()}
         note = "" if places else "nothing was removed at this level"
-        return Change(_silenced(model, {layer: places}, {layer: group}), removed=len(places), of=group.channels,
+        return Change(cutting.silenced(model, {layer: places}, {layer: group}), removed=len(places), of=group.channels,
                       layers=tuple(group.made_by), left=left, note=note)
 
     method.layers = list(known)
@@ -234,63 +253,9 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     return method
 
 
-def _without(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> nn.Module:
-    """A copy without these channels."""
-    _check(removed, known)
-    new = copy.deepcopy(model).eval()
-    numbers = coupling.cut(new, [(known[layer], places) for layer, places in removed.items() if len(places)])
-    if removed and hasattr(model, "origin"):  # so that its checkpoint is read by its own shapes
-        earlier = json.loads(model.origin.get("attributes", "{}"))
-        new.origin = model.origin | {"cut": "true", "attributes": json.dumps(earlier | numbers)}
-    return new.to(memory_format=torch.channels_last)
-
-
-def _verified(model: nn.Module, new: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group],
-              example: Inputs) -> nn.Module:
-    """`new`, once it is seen to compute what `model` computes with the channels silenced."""
-    expected = _put_in(model, _silenced(model, removed, known))
-    try:
-        with evaluating(expected), evaluating(new):
-            a, b = (answer(call(candidate, example)) for candidate in (expected, new))
-    except RuntimeError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of {listed(removed)}: "
-                                    f"{reason(error)}; keep that layer") from error
-    if a.shape != b.shape or not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):  # so that NaN does not pass
-        raise UnsupportedModelError(f"{type(model).__name__} without channels of {listed(removed)} computes something "
-                                    f"else than with them silenced; keep these layers")
-    return new
-
-
-def _put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    new = copy.deepcopy(model)
-    for name, layer in layers.items():
-        new.set_submodule(name, layer)
-    return new
-
-
-def _silenced(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> dict[str, nn.Module]:
-    """New layers, by name, for all that read a removed channel, with the weights that read it zero."""
-    _check(removed, known)
-    new: dict[str, nn.Module] = {}
-    for layer, places in removed.items():
-        group = known[layer]
-        for name, at in group.read_by.items() if places else ():
-            reader = new.setdefault(name, copy.deepcopy(model.get_submodule(name)))
-            with torch.no_grad():
-                reader.weight[:, at[list(places)].flatten()] = 0
-    return new
-
-
-def _check(removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> None:
-    for layer, places in removed.items():
-        if layer not in known:
-            raise ValueError(f"no group of channels is called {layer!r}; there are {listed(known)}")
-        group = known[layer]
-        if group.kept and places:
-            raise UnsupportedModelError(f"channels of layer {layer} cannot be removed: {group.kept}")
-        if any(not 0 <= place < group.channels for place in places) or len(set(places)) >= group.channels:
-            raise ValueError(f"layer {layer} has channels 0 to {group.channels - 1}, of which one must stay; "
-                             f"found {list(places)}")
+def _each(scores: Tensor, at: Tensor) -> Tensor:
+    """The sum of a layer's scores over the places of each channel, (channels,); -1 is no place."""
+    return (scores[at.clamp_min(0)] * (at >= 0)).sum(1)
 
 
 def _filter_scores(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:  # -> (out channels,)
@@ -322,7 +287,8 @@ def _gradients(model: nn.Module, batches: Iterable[Batch], objective: Objective)
 class Prune:
     """The step of a plan that cuts channels until at most the fraction `macs` or `params` of the subject stays.
 
-    criterion: as `score` has them; taylor looks at `examples` of the validation split. scope, multiple, keep: as `select`.
+    criterion: as `score` has them; taylor looks at `examples` of the validation split, and so do the batch norms, which take
+    their statistics anew. scope, multiple, keep: as `select`.
     """
 
     macs: float | None = None
@@ -336,10 +302,10 @@ class Prune:
 
     def apply(self, subject: Subject) -> Subject:
         """The cut subject."""
-        seen = (list(subject.task.validation.subset(self.examples, seed=self.seed).batches()) if self.criterion == "taylor" else
-                None)
+        validation = subject.task.validation
+        seen = list(validation.subset(self.examples, seed=self.seed).batches(100)) if len(validation) else None
         scores = score(subject.model, self.criterion, example=subject.example, batches=seen, objective=subject.task.objective,
                        seed=self.seed)
         model = cut_to(subject.model, scores, example=subject.example, macs=self.macs, params=self.params, scope=self.scope,
-                       multiple=self.multiple, keep=self.keep)
+                       multiple=self.multiple, keep=self.keep, batches=seen)
         return subject.with_model(model, scores=scores)

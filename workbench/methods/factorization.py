@@ -1,4 +1,4 @@
-"""Low-rank layers: a weight replaced by two thinner ones, the rank given, by energy, or under a budget.
+"""Low-rank layers: a weight replaced by two thinner ones, the rank given, by energy, or by a share of the cost.
 
 A linear layer W (o, i) becomes U V with U (o, r), V (r, i); a convolution W (o, c, h, w) an h x w convolution to r channels
 and a 1 x 1 to o. The factors are the truncated singular value decomposition of W, the best of its rank in Frobenius norm
@@ -74,27 +74,28 @@ class _Factors:
 
 
 def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, energy: float | None = None,
-              budget: float | None = None, cost: str = "params", layers: str | Sequence[str] = "*",
+              share_of_layers: float | None = None, cost: str = "params", layers: str | Sequence[str] = "*",
               batches: Iterable[Batch] | None = None, example: Inputs | None = None) -> nn.Module:
     """A copy of `model` whose linear and convolution layers are low-rank where that makes them smaller.
 
     One of: rank (of every layer, or by name), energy (share of the sum of squared singular values that each layer keeps),
-    budget (share of the chosen layers' `cost`, "params" or "macs", that stays; ranks go where they keep most energy for
-    it). layers: globs. batches: of inputs and targets, for the best factors in the outputs instead of the weights.
-    example: one input, needed for "macs". Grouped convolutions stay as they are.
+    share_of_layers (of the `cost` of the chosen layers alone, "params" or "macs", this share stays; ranks go where they keep most
+    energy for it). A network whose layers all lose a fifth at once is to be trained again. layers: globs. batches: of inputs and
+    targets, for the best factors in the outputs instead of the weights. example: one input, needed for "macs". Grouped
+    convolutions stay as they are.
 
-    Raises ValueError where not exactly one of the three is given or it is out of range, and where the budget is below
+    Raises ValueError where not exactly one of the three is given or it is out of range, and where that share is below
     rank 1 in every layer; UnsupportedModelError where no layer can be factored.
 
-    Example: `factorization.factorize(model, budget=0.5, layers="layer*", batches=task.train.subset(500).batches())`
+    Example: `factorization.factorize(model, share_of_layers=0.5, layers="layer*", batches=task.train.subset(500).batches())`
     """
-    given = [value for value in (rank, energy, budget) if value is not None]
+    given = [value for value in (rank, energy, share_of_layers) if value is not None]
     if len(given) != 1:
-        raise ValueError(f"factorize takes one of rank, energy and budget, {len(given)} were given")
+        raise ValueError(f"factorize takes one of rank, energy and share_of_layers, {len(given)} were given")
     if cost not in COSTS:
         raise ValueError(f"unknown cost {cost!r}; expected one of {', '.join(COSTS)}")
-    if energy is not None and not 0 < energy <= 1 or budget is not None and not 0 < budget <= 1:
-        raise ValueError(f"energy or budget is {given[0]}, expected more than 0 and at most 1")
+    if energy is not None and not 0 < energy <= 1 or share_of_layers is not None and not 0 < share_of_layers <= 1:
+        raise ValueError(f"energy or share_of_layers is {given[0]}, expected more than 0 and at most 1")
     if cost == "macs" and example is None:
         raise ValueError("cost 'macs' needs an example, one input of the model")
     factors = _factors(model, layers, batches, example)
@@ -107,7 +108,7 @@ def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, 
     elif energy is not None:
         ranks = {name: int((f.energy() < energy - 1e-9).sum()) + 1 for name, f in factors.items()}
     else:
-        ranks = _within(factors, budget, cost)
+        ranks = _within(factors, share_of_layers, cost)
     new = copy.deepcopy(model)
     for name, f in factors.items():
         if name in ranks and ranks[name] <= f.most:
@@ -210,15 +211,15 @@ def _positions(model: nn.Module, chosen: Mapping[str, nn.Module], example: Input
     return found
 
 
-def _within(factors: Mapping[str, _Factors], budget: float, cost: str) -> dict[str, int]:
-    """Ranks that keep most energy (each layer's own, as shares) for the budget: rank by rank where the gain for its cost is
+def _within(factors: Mapping[str, _Factors], share_of_layers: float, cost: str) -> dict[str, int]:
+    """Ranks that keep most energy (each layer's own, as shares) for the share: rank by rank where the gain for its cost is
     largest. What is left over makes layers whole again that stand at their largest rank, the cheapest first."""
     unit = {name: f.positions if cost == "macs" else 1 for name, f in factors.items()}
-    left = budget * sum(f.full * unit[name] for name, f in factors.items())
+    left = share_of_layers * sum(f.full * unit[name] for name, f in factors.items())
     ranks = {name: 1 for name, f in factors.items() if f.most >= 1}
     left -= sum((f.each if name in ranks else f.full) * unit[name] for name, f in factors.items())
     if left < 0:
-        raise ValueError(f"budget is {budget}, too little even for rank 1 in every layer; give a larger one")
+        raise ValueError(f"share_of_layers is {share_of_layers}, too little even for rank 1 in every layer; give a larger one")
     steps = ((-(f.values[k] ** 2 / f.values.pow(2).sum().clamp_min(1e-30) / (f.each * unit[name])).item(), k, name)
              for name, f in factors.items() for k in range(1, f.most))
     for _, k, name in sorted(steps):
@@ -236,14 +237,14 @@ def _within(factors: Mapping[str, _Factors], budget: float, cost: str) -> dict[s
 
 @dataclass(frozen=True)
 class Factorize:
-    """The step of a plan that puts low-rank pairs in the place of layers: exactly one of `rank`, `energy` and `budget`.
+    """The step of a plan that puts low-rank pairs in the place of layers: exactly one of `rank`, `energy` and `share_of_layers`.
 
     outputs: the best factors in the layers' outputs on `examples` of the validation split, instead of in the weights.
     """
 
     rank: int | None = None
     energy: float | None = None
-    budget: float | None = None
+    share_of_layers: float | None = None
     cost: str = "params"
     layers: str | Sequence[str] = "*"
     outputs: bool = False
@@ -253,6 +254,6 @@ class Factorize:
     def apply(self, subject: Subject) -> Subject:
         """The factored subject."""
         seen = subject.task.validation.subset(self.examples, seed=self.seed).batches(50) if self.outputs else None
-        model = factorize(subject.model, rank=self.rank, energy=self.energy, budget=self.budget, cost=self.cost,
+        model = factorize(subject.model, rank=self.rank, energy=self.energy, share_of_layers=self.share_of_layers, cost=self.cost,
                           layers=self.layers, batches=seen, example=subject.example)
         return subject.with_model(model)

@@ -3,7 +3,7 @@
 The model is traced. A quantiser stands where an integer kernel reads or writes: before each quantised layer (behind what made
 its input), behind a convolution with the norm and ReLU that follow it alone, and behind additions, concatenations and
 averages of values that lie on grids. What the runtime computes in float (softmax, GELU, layer norm, embeddings) is left in
-float, ids and masks are left alone. Fold the batch norms first (reparameterization.fold_batchnorm), as the runtime does.
+float, ids and masks are left alone. Batch norms are folded first, as the runtime does.
 
 Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krishnamoorthi 2018 (arXiv 1806.08342).
 """
@@ -21,6 +21,7 @@ from workbench import files
 from workbench.batches import Batch, Inputs, call
 from workbench.graph.kinds import is_convolution, is_float, is_layer, joins, last_of, passes, source
 from workbench.graph.layers import Change, evaluating, named
+from workbench.graph.norms import fold_batchnorm
 from workbench.graph.tracing import trace
 from workbench.graph.units import round_biases
 from workbench.numbers.coding import encode, entropy
@@ -35,29 +36,31 @@ UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
 
 def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
              activations: Scheme | None = UINT8_ACTIVATIONS, calibrator: str = "minmax", by: str = "minmax",
-             layers: str | Sequence[str] = "*", example: Inputs | None = None) -> nn.Module:
-    """A copy of `model` with fake-quantised weights and activations, in eval mode, calibrated on `batches`.
+             layers: str | Sequence[str] = "*", example: Inputs | None = None, fold: bool = True) -> nn.Module:
+    """A copy of `model` with its batch norms folded and fake-quantised weights and activations, in eval mode, calibrated on
+    `batches`. Judged by sessions.open and what builds on it, it computes with whole numbers, as its ONNX file does.
 
     batches: of inputs and targets; targets are not looked at. weights, activations: their schemes, None for float; weights
     also by layer (mixed precision): layers that are not listed stay float32. An activation is quantised only if a quantised
     layer reads or writes it. calibrator: how the range of activations is read from what passes: "minmax", "moving_average",
     "percentile", "mse" or "entropy" (KL divergence); that of the model's inputs is always min-max. example: inputs to trace
     the model with, where `batches` is empty. by: how the scales of weights are fitted, "minmax" or
-    "mse". layers: globs of the layers whose weights are quantised. Trained on (training.fit), weights and scales learn
+    "mse". layers: globs of the layers whose weights are quantised. fold: batch norms become part of the layers before them,
+    unless they are to be trained or examined. Trained on (training.fit), weights and scales learn
     through straight-through gradients. The ranges of the activations are those of the float model: what coarse weights do
     to them is for repairs to undo.
 
     Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no examples, NaN, or
     inputs that are constant.
 
-    Example: `quantization.quantize(folded, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
+    Example: `quantization.quantize(model, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
     """
     batches = [Batch(*batch) for batch in batches]
     if not batches and (activations or example is None):
         raise ValueError("calibration saw no examples; give at least one batch" if activations else
                          "quantize needs a batch, or an example, to trace the model with")
     new = prepare(model, batches[0].inputs if batches else example, weights=weights, activations=activations, by=by,
-                  layers=layers)
+                  layers=layers, fold=fold)
     if activations:
         calibrate(new, batches, calibrator)
     return round_biases(new)
@@ -65,13 +68,14 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
 
 def prepare(model: nn.Module, example: Inputs, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
             activations: Scheme | None = UINT8_ACTIVATIONS, by: str = "minmax",
-            layers: str | Sequence[str] = "*") -> fx.GraphModule:
+            layers: str | Sequence[str] = "*", fold: bool = True) -> fx.GraphModule:
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are.
 
     example: inputs to trace the model with. Raises as `quantize` does.
     """
     schemes = _schemes(model, weights, by, layers)
-    new = copy.deepcopy(trace(model, example)).eval()
+    traced = trace(model, example)
+    new = fold_batchnorm(traced, example) if fold else copy.deepcopy(traced).eval()
     if activations:
         _insert(new, activations, set(named(model)) if schemes is None else set(schemes))
     present = named(new)  # without what eval mode leaves out

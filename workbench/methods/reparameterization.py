@@ -6,53 +6,21 @@ batch norms' statistics taken anew.
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch import nn
 
-from workbench.batches import Batch, Inputs, call
+from workbench.batches import Inputs
 from workbench.errors import UnsupportedModelError
-from workbench.graph.kinds import BATCHNORM, aten, is_idle, is_layer
+from workbench.graph.kinds import aten, is_idle, is_layer
+from workbench.graph.norms import fold_batchnorm, reestimate_batchnorm
 from workbench.graph.running import Runner
 from workbench.subjects.subject import Subject
 
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
-_FUSE = {nn.Conv1d: fuse_conv_bn_eval, nn.Conv2d: fuse_conv_bn_eval, nn.Linear: fuse_linear_bn_eval}
 
-
-def fold_batchnorm(model: nn.Module, example: Inputs) -> nn.Module:
-    """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
-
-    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
-    names remain. A norm whose layer feeds something else too, or runs twice, is left alone. The copy is in eval mode.
-
-    A model without such norms comes back as it is, copied. Raises UnsupportedModelError where the model cannot be traced.
-
-    Example: `folded = reparameterization.fold_batchnorm(model, task.example)`
-    """
-    graph = Runner(model, example)
-    pairs = [pair for node in graph.nodes if (pair := _foldable(node, graph))]
-    new = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for layer, norm in pairs:
-            found = new.get_submodule(layer)
-            new.set_submodule(layer, _FUSE[type(found)](found, new.get_submodule(norm)))
-            new.set_submodule(norm, nn.Identity())
-    return new
-
-
-def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
-    """The names of a layer and of the norm that follows it alone, of the node of the norm."""
-    source = node.args[0] if node.args else None
-    if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
-        return None
-    norm, layer = graph.modules[node.target], graph.modules[source.target]
-    once = len(source.users) == 1 and graph.calls[node.target] == graph.calls[source.target] == 1
-    fits = isinstance(norm, BATCHNORM) and type(layer) in _FUSE
-    return (source.target, node.target) if fits and once else None
+__all__ = ["equalize", "fold_batchnorm", "fuse_branches", "reestimate_batchnorm"]
 
 
 def equalize(model: nn.Module, example: Inputs, *, passes: int = 3) -> nn.Module:
@@ -108,36 +76,6 @@ def fuse_branches(model: nn.Module) -> nn.Module:
     for module in others:
         module.reparameterize()
     return new
-
-
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-    """A copy whose batch norms hold the mean and variance of `batches`, each batch weighing the same; nothing else changes.
-
-    What a cut or quantised model needs before it is judged: the statistics of its own activations. Batches have at least
-    two examples; targets are not looked at. Raises ValueError where there are none, UnsupportedModelError where no batch
-    norm is left.
-
-    Example: `reparameterization.reestimate_batchnorm(cut, task.validation.subset(1000).batches(100))`
-    """
-    new = copy.deepcopy(model).eval()
-    norms = [module for module in new.modules() if isinstance(module, BATCHNORM)]
-    if not norms:
-        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm whose statistics could be taken anew")
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average
-        norm.train()
-    count = 0
-    with torch.no_grad():
-        for inputs, _ in batches:
-            call(new, inputs)
-            count += 1
-    if not count:
-        raise ValueError("re-estimation of batch norms saw no examples; give at least one batch")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return new.eval()
 
 
 def _pairs(graph: Runner) -> list[tuple[str, str]]:

@@ -20,10 +20,11 @@ from torch.nn.utils import parametrize
 from workbench import files
 from workbench.batches import Batch, Inputs
 from workbench.errors import UnsupportedModelError, listed
-from workbench.graph.kinds import is_layer
+from workbench.graph.kinds import BATCHNORM, is_layer
 from workbench.graph.layers import WEIGHTED, named
 from workbench.graph.moments import Moments
 from workbench.graph.moments import moments as second_moments
+from workbench.graph.norms import fold_batchnorm
 from workbench.graph.running import Runner
 from workbench.graph.tracing import trace
 from workbench.graph.units import round_biases
@@ -42,7 +43,7 @@ def correct_bias(model: nn.Module, reference: nn.Module, batches: Iterable[Batch
     b' = b + W E[x] - W' E[x'], layer by layer. Raises ValueError where there are no examples, UnsupportedModelError where the
     two models have other layers.
 
-    Example: `rounding.correct_bias(quantised, folded, list(task.validation.subset(500).batches()))`
+    Example: `rounding.correct_bias(quantised, model, list(task.validation.subset(500).batches()))`
     """
     return _repair(model, reference, batches, lambda quantizer, weight, moments: None, "bias correction", seed)
 
@@ -54,7 +55,7 @@ def adaround(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *
     the quadratic form plus a term that drives h to 0 or 1; where plain rounding errs less in a channel, that is kept. The
     biases are corrected. Raises as `correct_bias`.
 
-    Example: `rounding.adaround(quantised, folded, list(task.validation.subset(500).batches()))`
+    Example: `rounding.adaround(quantised, model, list(task.validation.subset(500).batches()))`
     """
     return _repair(model, reference, batches, lambda *layer: _adaround(*layer, steps), "AdaRound", seed)
 
@@ -74,7 +75,7 @@ def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *,
     The scales (and zero points) are first chosen as by `adaround`. With P = (W' - W*) G, weight k goes to the level nearest
     to w'_k - P_k / G_kk. The biases are corrected. Raises as `correct_bias`.
 
-    Example: `rounding.descend(quantised, folded, list(task.validation.subset(500).batches()))`
+    Example: `rounding.descend(quantised, model, list(task.validation.subset(500).batches()))`
     """
     return _repair(model, reference, batches, lambda *layer: _descended(*layer, sweeps), "coordinate descent", seed)
 
@@ -84,6 +85,8 @@ def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], ch
     if not batches:
         raise ValueError(f"{title} saw no examples; give at least one batch")
     new, reference = copy.deepcopy(model).eval(), copy.deepcopy(trace(reference, batches[0])).eval()
+    if not any(isinstance(module, BATCHNORM) for module in new.modules()):  # quantising folded them
+        reference = fold_batchnorm(reference, batches[0])
     known, layers = named(reference), named(new)
     if list(known) != list(layers):
         raise UnsupportedModelError(f"the quantised model has the layers {listed(layers, most=4)}, the reference "

@@ -103,6 +103,9 @@ def record(folder: Path) -> dict | None:
 
 
 def _profiles(path: Path, known: Mapping[str, Path]) -> dict:
+    """What profiles.yaml sets, by profile and notebook; nothing where a folder has none."""
+    if not path.exists():
+        return {}
     try:
         stored = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:

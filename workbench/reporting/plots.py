@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 BLUE, RED, GREY = "#1f5fa8", "#b3261e", "#8a97a5"
+NAMED = 12  # lines that a legend names; more would hide them
 
 
 def images(pictures: np.ndarray, titles: Sequence[str], *, columns: int = 10) -> Figure:
@@ -94,27 +95,31 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or _axes(8, 5)
     cut = curves[curves.removed > 0]
     layers = list(cut.layer.unique())
+    what = "top1" if "top1" in curves else "right"  # the share of a sentence's tokens that are right, where tokens count
+    worst = cut.groupby("layer")[f"{what}_change"].min().nsmallest(NAMED).index
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
     for layer, shade in zip(layers, shades, strict=True):
         line = cut[cut.layer == layer]
-        base = line.top1 - line.top1_change
-        ax.plot(line.level, line.top1 * 100, color=shade, label=layer)
-        low, high = ((base + change) * 100 for change in (line.top1_change_low, line.top1_change_high))
+        base = line[what] - line[f"{what}_change"]
+        ax.plot(line.level, line[what] * 100, color=shade, label=layer if layer in worst else None)
+        low, high = ((base + line[f"{what}_change_{end}"]) * 100 for end in ("low", "high"))
         ax.fill_between(line.level, low, high, color=shade, alpha=0.1)
-    ax.axhline((curves.top1 - curves.top1_change).iloc[0] * 100, color=GREY, linestyle=":", label="unchanged")
-    ax.set(xlabel="fraction of the layer's channels, neurons or heads removed", ylabel="top-1, %",
+    ax.axhline((curves[what] - curves[f"{what}_change"]).iloc[0] * 100, color=GREY, linestyle=":", label="unchanged")
+    ax.set(xlabel="fraction of the layer's channels, neurons or heads removed",
+           ylabel="top-1, %" if what == "top1" else "right tokens, %",
            title=f"Sensitivity, one layer at a time ({curves.n.max():,} examples; band: paired 95 %)")
-    ax.legend(frameon=False, fontsize=7, ncols=2)
+    title = f"most sensitive {NAMED} of {len(layers)}; colour: depth" if len(layers) > NAMED else None
+    ax.legend(frameon=False, fontsize=7, ncols=2, title=title, title_fontsize=7)
     return ax
 
 
 def sensitivity_map(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Points of top-1 lost, layer by level; grey where nothing could be removed."""
-    lost = (-100 * curves.top1_change).where(curves.removed > 0)
+    what = "top1" if "top1" in curves else "right"
+    lost = (-100 * curves[f"{what}_change"]).where(curves.removed > 0)
     grid = curves.assign(lost=lost).pivot(index="layer", columns="level", values="lost").loc[curves.layer.unique()]
     ax = ax or _axes(8, 0.32 * len(grid) + 1.5)
-    shades = plt.get_cmap("Reds").copy()
-    shades.set_bad("#d9dee4")
+    shades = plt.get_cmap("Reds").with_extremes(bad="#d9dee4")
     ax.imshow(np.ma.masked_invalid(grid.to_numpy()), cmap=shades, aspect="auto", vmin=0)
     for (row, column), value in np.ndenumerate(grid.to_numpy()):
         dark = np.isfinite(value) and value > 0.6 * np.nanmax(grid.to_numpy())
@@ -200,12 +205,17 @@ def bits(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axe
 
 
 def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Paired difference of each rung with float32, in points, with its 95 % interval, one below the other."""
+    """Paired difference of each row with the first kind of model, in points, with its 95 % interval, one below the other.
+
+    Columns: top1_change, top1_change_low and top1_change_high, as `accuracy.difference` gives them, and the name of each row in
+    `rung`, `stage`, `candidate` or `model`, else in the first column.
+    """
     ax = ax or _axes(8, 0.45 * len(table) + 1.4)
+    names = next((name for name in ("rung", "stage", "candidate", "model") if name in table), table.columns[0])
     errors = [(table.top1_change - table.top1_change_low) * 100, (table.top1_change_high - table.top1_change) * 100]
     ax.errorbar(table.top1_change * 100, range(len(table)), xerr=errors, fmt="o", capsize=3, color=BLUE)
     ax.axvline(0, color=GREY, linestyle=":")
-    ax.set_yticks(range(len(table)), table.rung)
+    ax.set_yticks(range(len(table)), table[names])
     ax.invert_yaxis()
     ax.set(xlabel="top-1 against float32, points (same test images)")
     return ax

@@ -5,6 +5,7 @@ efficientnet-lite-pytorch.
 """
 
 import inspect
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def load(name: str, task: Task | None = None, *, pretrained: bool = True, seed: 
     of bare weights. `pretrained=False` starts at random, by `seed`. new_head: a new one where a Hugging Face model has a head
     for other labels. into: a module of the class that a checkpoint was saved from, where `wrap` made it.
 
-    Raises ValueError for an unknown name or weights that are NaN or do not fit, FileNotFoundError for missing ones.
+    Raises ValueError for an unknown name or weights that are NaN or do not fit, FileNotFoundError for missing ones. Warns where
+    the task's pictures are prepared otherwise than those that the weights were trained on.
 
     Example: `model = models.load("resnet20", data.load("fashion_mnist"))`
     """
@@ -55,6 +57,8 @@ def load(name: str, task: Task | None = None, *, pretrained: bool = True, seed: 
             fill(model, Path(path), base)
     else:
         model = _network(base, path, stored, task, pretrained, seed)
+        if task and pretrained and not path:
+            _expect_prepared(task, base, model)
     refuse_nan(model, path or name)
     return model.eval().to(memory_format=torch.channels_last)
 
@@ -112,9 +116,27 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
     if kind == "timm":
         import timm
 
-        how = timm.data.resolve_model_data_config(_of_zoo(kind, rest, lambda: timm.create_model(rest)))
-        return Preprocessing(how["input_size"][1], how["crop_pct"], how["interpolation"], how["mean"], how["std"])
+        return _preprocessing_of(_of_zoo(kind, rest, lambda: timm.create_model(rest)))
     return None
+
+
+def _preprocessing_of(model: nn.Module) -> Preprocessing:
+    """What a network of timm expects."""
+    import timm
+
+    how = timm.data.resolve_model_data_config(model)
+    return Preprocessing(how["input_size"][1], how["crop_pct"], how["interpolation"], how["mean"], how["std"])
+
+
+def _expect_prepared(task: Task, name: str, model: nn.Module) -> None:
+    """Warn where the task's pictures are not what the model was trained on."""
+    wanted, found = _preprocessing_of(model) if name.startswith("timm:") else preprocessing(name), task.test.prepare
+    if not wanted or not isinstance(found, Preprocessing):
+        return
+    if task.example.shape[-1] != wanted.size or (wanted.mean, wanted.std) != (found.mean, found.std):
+        warnings.warn(f"{name} was trained on pictures of {wanted.size} x {wanted.size} pixels, normalised by {wanted.mean} and "
+                      f"{wanted.std}; {task.name} gives {described(task.example)}, by {found.mean} and {found.std}: load it with "
+                      f'data.load(..., preprocessing=models.preprocessing("{name}"))', stacklevel=3)
 
 
 def _of_header(path: str, header: dict[str, str], task: Task | None, into: nn.Module | None) -> nn.Module:

@@ -1,0 +1,31 @@
+"""Plots show what they are given, and stay readable where there is much of it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from workbench.reporting import plots
+
+
+def curves(layers: int, what: str) -> pd.DataFrame:
+    rows = [{"layer": f"layer{k}", "level": level, "removed": 1, "n": 100, what: 0.9 - 0.01 * k * level,
+             f"{what}_change": -0.01 * k * level, f"{what}_change_low": -0.02 * k * level, f"{what}_change_high": 0.0}
+            for k in range(layers) for level in (0.3, 0.6)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("what", ["top1", "right"])
+def test_a_legend_names_the_most_sensitive_layers_only(what):
+    axes = plots.sensitivity(curves(40, what))
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(axes.lines) == 41
+    assert set(labels) == {f"layer{k}" for k in range(28, 40)} | {"unchanged"}
+    assert "12 of 40" in axes.get_legend().get_title().get_text()
+    assert np.nanmax(plots.sensitivity_map(curves(3, what)).images[0].get_array()) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("column", ["rung", "stage", "candidate", "anything"])
+def test_a_ladder_takes_its_names_from_any_table_of_differences(column):
+    table = pd.DataFrame({column: ["a", "b"], "top1_change": [0.0, -0.1], "top1_change_low": [0.0, -0.2],
+                          "top1_change_high": [0.0, 0.0]})
+    assert [text.get_text() for text in plots.ladder(table).get_yticklabels()] == ["a", "b"]

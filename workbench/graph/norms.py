@@ -1,0 +1,98 @@
+"""Batch norms: folded into the layers before them, or their statistics taken anew.
+
+Source: Jacob et al. 2018 (arXiv 1712.05877, section 3.2).
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from workbench.batches import Batch, Inputs, call
+from workbench.errors import UnsupportedModelError
+from workbench.graph.kinds import BATCHNORM
+from workbench.graph.running import Runner
+
+_FUSE = {nn.Conv1d: fuse_conv_bn_eval, nn.Conv2d: fuse_conv_bn_eval, nn.Linear: fuse_linear_bn_eval}
+
+
+def fold_batchnorm(model: nn.Module, example: Inputs) -> nn.Module:
+    """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
+
+    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
+    names remain; a traced graph loses their nodes. A norm whose layer feeds something else too, or runs twice, is left alone.
+    The copy is in eval mode.
+
+    A model without such norms comes back as it is, copied. Raises UnsupportedModelError where the model cannot be traced.
+
+    Example: `folded = reparameterization.fold_batchnorm(model, task.example)`
+    """
+    graph = Runner(model, example)
+    pairs = [pair for node in graph.nodes if (pair := _foldable(node, graph))]
+    new = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for layer, norm in pairs:
+            found, folded = new.get_submodule(layer), new.get_submodule(norm)
+            new.set_submodule(layer, _FUSE[type(found)](found, folded))
+            new.set_submodule(norm, _rest(folded))
+    if isinstance(new, fx.GraphModule):
+        _without(new, {norm for _, norm in pairs})
+    return new
+
+
+def _without(graph: fx.GraphModule, names: set[str]) -> None:
+    """Take the calls of these idle modules out of the graph, itself."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" and node.target in names:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
+    """The names of a layer and of the norm that follows it alone, of the node of the norm."""
+    source = node.args[0] if node.args else None
+    if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+        return None
+    norm, layer = graph.modules[node.target], graph.modules[source.target]
+    once = len(source.users) == 1 and graph.calls[node.target] == graph.calls[source.target] == 1
+    fits = isinstance(norm, BATCHNORM) and type(layer) in _FUSE
+    return (source.target, node.target) if fits and once else None
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What stays where a folded norm stood: nothing, or the activation that timm's norms hold."""
+    parts = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+    return nn.Sequential(*parts) if parts else nn.Identity()
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """A copy whose batch norms hold the mean and variance of `batches`, each batch weighing the same; nothing else changes.
+
+    What a cut or quantised model needs before it is judged: the statistics of its own activations. Batches have at least
+    two examples; targets are not looked at. Raises ValueError where there are none, UnsupportedModelError where no batch
+    norm is left.
+
+    Example: `reparameterization.reestimate_batchnorm(cut, task.validation.subset(1000).batches(100))`
+    """
+    new = copy.deepcopy(model).eval()
+    norms = [module for module in new.modules() if isinstance(module, BATCHNORM)]
+    if not norms:
+        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm whose statistics could be taken anew")
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average
+        norm.train()
+    count = 0
+    with torch.no_grad():
+        for inputs, _ in batches:
+            call(new, inputs)
+            count += 1
+    if not count:
+        raise ValueError("re-estimation of batch norms saw no examples; give at least one batch")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return new.eval()
