@@ -92,11 +92,11 @@ def test_a_scan_over_ranks_says_what_went(net, images):
 
 
 def test_what_cannot_be_factored_says_why(net, images):
-    for options, message in (({}, "one of rank, energy and budget"), ({"rank": 2, "energy": 0.5}, "2 were given"),
-                             ({"energy": 1.2}, "more than 0 and at most 1"), ({"budget": 0.001}, "too little even for rank 1"),
-                             ({"budget": 0.5, "cost": "macs"}, "needs an example"), ({"rank": 0}, "rank 0 is not possible"),
+    for options, message in (({}, "one of rank, energy and share_of_layers"), ({"rank": 2, "energy": 0.5}, "2 were given"),
+                             ({"energy": 1.2}, "more than 0 and at most 1"), ({"share_of_layers": 0.001}, "too little even for rank 1"),
+                             ({"share_of_layers": 0.5, "cost": "macs"}, "needs an example"), ({"rank": 0}, "rank 0 is not possible"),
                              ({"rank": {"9": 1}}, "layer 9"), ({"rank": 2, "layers": "x*"}, "no layer matches"),
-                             ({"budget": 0.5, "cost": "hours"}, "unknown cost"), ({"rank": 2, "batches": []}, "no examples")):
+                             ({"share_of_layers": 0.5, "cost": "hours"}, "unknown cost"), ({"rank": 2, "batches": []}, "no examples")):
         with pytest.raises(ValueError, match=message):
             factorization.factorize(net, **options)
     with pytest.raises(UnsupportedModelError, match="can be factored"):
