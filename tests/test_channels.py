@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from workbench.errors import UnsupportedModelError
+from workbench.graph import coupling
+from workbench.graph.group import Kept
 from workbench.graph.layers import macs_of
 from workbench.measures import accuracy
 from workbench.methods import channels
@@ -25,6 +27,21 @@ class Concatenating(nn.Module):
         return self.last(x.mean((2, 3)))
 
 
+class Splitting(nn.Module):
+    """Halves that change places, and a split whose sizes the forward fixes."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 12, 1)
+        self.four, self.last = nn.Conv2d(12, 20, 1), nn.Linear(20, 10)
+
+    def forward(self, x):
+        a, b = self.one(x).relu().chunk(2, 1)
+        x = self.two(torch.cat([b, a], 1)).relu()
+        first, second = self.three(x).relu().split([4, 8], 1)
+        return self.last(self.four(torch.cat([second, first], 1)).relu().mean((2, 3)))
+
+
 def grouped() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, groups=4), nn.ReLU(),
                          nn.Conv2d(24, 8, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
@@ -34,6 +51,8 @@ def zoo(name: str):
     sizes = {"resnet20": 32, "resnet56": 32}
     if name == "concatenating":
         return Concatenating(), torch.randn(2, 3, 16, 16)
+    if name == "splitting":
+        return Splitting(), torch.randn(2, 3, 16, 16)
     if name == "grouped":
         return grouped(), torch.randn(2, 3, 16, 16)
     if name == "vit":
@@ -55,7 +74,7 @@ def disturbed(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56", "torchvision:resnet18", "torchvision:mobilenet_v2", "concatenating",
-                                  "grouped", "vit"])
+                                  "torchvision:shufflenet_v2_x0_5", "splitting", "grouped", "vit"])
 def test_masked_and_removed_models_agree_and_the_removed_one_is_smaller(name):
     torch.manual_seed(0)
     model, example = zoo(name)
@@ -69,6 +88,14 @@ def test_masked_and_removed_models_agree_and_the_removed_one_is_smaller(name):
         assert not torch.allclose(masked(inputs), model(inputs), atol=1e-3 * model(inputs).abs().max().item())
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_channels_that_are_split_go_by_parts_or_stay_and_say_why():
+    model, example = zoo("splitting")
+    found = {group.layer: group for group in coupling.groups(disturbed(model), example)}
+    assert {name: (group.channels, group.kept) for name, group in found.items()} == {
+        "one": (8, None), "two": (12, None), "three": (12, Kept.FIXED), "four": (20, None), "last": (10, Kept.OUTPUT)}
+    assert found["one"].read_by["two"][0].tolist() == [8, 0], "one of each half, at the place of the other"
 
 
 def test_the_callers_model_is_left_as_it_was():

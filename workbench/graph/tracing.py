@@ -90,8 +90,12 @@ def _traced(model: nn.Module, example: Inputs, inputs: Mapping[str, Tensor]) -> 
 
 def _compare(model: nn.Module, wanted, graph: fx.GraphModule, probe: Inputs) -> None:
     """Raise UnsupportedModelError where the graph does not answer as the model did."""
-    with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        found = outputs_by_name(graph(*tensors(probe)))
+    try:
+        with evaluating(model), torch.inference_mode(False), torch.no_grad():
+            found = outputs_by_name(graph(*tensors(probe)))
+    except Exception as error:  # of any operator in the graph
+        raise UnsupportedModelError(f"{type(model).__name__}: its traced graph does not run ({reason(error)}); write its forward "
+                                    "without changing a slice or view in place") from error
     for name, value in outputs_by_name(wanted).items():
         if name in found and not _agree(found[name], value):
             raise UnsupportedModelError(f"{type(model).__name__}: its traced graph answers otherwise than the model does (in "
