@@ -22,7 +22,7 @@ full: $(VENV)/ready  ## the full profile: hours, in parts that go on where they 
 	$(BIN)/workbench report --profile full
 
 test: $(VENV)/ready  ## the tests; they run every notebook in the smoke profile
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 lab: $(VENV)/ready  ## JupyterLab on this machine only, with its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
