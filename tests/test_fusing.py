@@ -18,12 +18,13 @@ class Block(nn.Module):
         self.depthwise, self.wide = nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.BatchNorm2d(8)
         self.swish, self.curve = nn.Conv2d(8, 8, 1), nn.SiLU()
         self.hard, self.cut = nn.Conv2d(8, 8, 3, 1, 2, 2), nn.ReLU6()
-        self.last, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.late, self.last, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
 
     def forward(self, x):
         x = torch.relu(self.norm(self.stem(x)))
         y = torch.relu(self.wide(self.depthwise(x)) + x)  # the sum is in the kernel
         z = self.curve(self.swish(y)) + self.cut(self.hard(y))
+        z = nn.functional.relu6(self.late(z) + z)  # the sum is in the kernel, this activation behind it not
         z = self.last(z) + y.mean((2, 3), keepdim=True)  # of another shape: not in the kernel
         return self.head(z.mean((2, 3)))
 
@@ -45,7 +46,7 @@ def test_fused_kernels_compute_what_the_nodes_do(model):
     found = fusions(graph)
     covered = {graph.nodes[i].target: (fused.activation[0], fused.other is not None) for i, fused in found.items()}
     assert covered == {"stem": ("relu", False), "depthwise": ("relu", True), "swish": ("swish", False),
-                       "hard": ("hardtanh", False)}
+                       "hard": ("hardtanh", False), "late": ("none", True)}
     with torch.no_grad():
         torch.testing.assert_close(graph.finish(0, {}, graph.feed(x), {}, found), model(x))
         other = nn.Identity()  # a module of a kernel is replaced: the nodes run by themselves

@@ -75,6 +75,8 @@ def test_what_is_judged_is_what_the_file_answers(model, task, tiny, tmp_path):
     with torch.no_grad():
         assert torch.equal(floats(images), made(images))
     assert list(floats.activations(images[:2])) == list(sessions.open(made).activations(images[:2]))
+    with pytest.raises(ValueError, match="refuses a batch of shape"):
+        sessions.open(made).activations(images[:, :, 0])
 
 
 def test_linear_layers_and_concatenations(tmp_path):

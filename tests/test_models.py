@@ -143,3 +143,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, model)
         models.save(broken, tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_pictures_that_are_not_the_models_own_are_warned_of(name, task):
+    model = models.load(name, task, pretrained=False) if name.startswith("timm:") else None
+    with pytest.warns(UserWarning, match=f'was trained on pictures of 224 x 224 .* preprocessing=models.preprocessing."{name}"'):
+        models._expect_prepared(task, name, model)

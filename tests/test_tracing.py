@@ -164,3 +164,12 @@ def test_a_graph_that_answers_otherwise_is_refused(change):
 
     with pytest.raises(UnsupportedModelError, match="Odd: its traced graph answers otherwise than the model does .*in place"):
         trace(Odd(), torch.randn(3, 4))
+
+
+def test_a_forward_that_fixes_the_number_of_examples_is_refused():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)
+
+    with pytest.raises(UnsupportedModelError, match="Fixed fixes the number of examples of 'x'; .* instead of len"):
+        trace(Fixed(), torch.randn(3, 4, 2))

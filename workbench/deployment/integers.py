@@ -9,8 +9,8 @@ and add two values a and b as q = clamp(round(a s_a / s_y + (b s_b / s_y + c))),
 and sum with one rounding (found by trying all pairs of integers against the kernel). Here the same is done
 with integers held in floats, exact below 2^24 in float32, else in float64.
 
-Source: MLAS, the kernels of ONNX Runtime (requantisation, QLinearAdd). Processors without VNNI or the like saturate sums of
-two products at 16 bits, and then answer otherwise.
+Source: MLAS, the kernels of ONNX Runtime (requantisation, QLinearAdd). Processors without VNNI or the like would saturate
+sums of two products at 16 bits; `sessions.open` opens files so that they do not.
 """
 
 import copy
@@ -25,7 +25,7 @@ from workbench.graph.kinds import adds, ends, is_idle, is_layer, passes
 from workbench.numbers.quantizers import ActivationQuantizer, quantizers
 
 
-def rounds(model: nn.Module) -> bool:
+def is_quantised(model: nn.Module) -> bool:
     """Whether a model is what quantization.quantize returns, its activations on grids."""
     return isinstance(model, fx.GraphModule) and any(quantizer.settled for _, quantizer in quantizers(model))
 
@@ -40,7 +40,7 @@ def exact(model: nn.Module) -> fx.GraphModule:
 
     Example: `integers.exact(quantised)(inputs)`
     """
-    if not rounds(model):
+    if not is_quantised(model):
         raise UnsupportedModelError(f"{type(model).__name__} has no quantised activations; give what quantization.quantize "
                                     "returns")
     new = copy.deepcopy(model).eval()

@@ -61,6 +61,7 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     inputs = named(session.model, example)
     places = {name: axes(inputs)[name] | dict((dynamic or {}).get(name, {})) for name in inputs}
     probe = _probe(example)
+    allowed = tolerance if tolerance is not None else QUANTISED_TOLERANCE if parts else TOLERANCE
     try:
         with quietly():
             program = _exported(whole, repeated(probe, 2), list(inputs), places, _outputs(session.model, probe))
@@ -80,7 +81,7 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
         for size in (1, 7):
             batch = repeated(probe, size)
             _check(session(batch), exported(batch if isinstance(batch, Tensor) else named(session.model, batch)),
-                   f"{path} at batch {size}", tolerance or (QUANTISED_TOLERANCE if parts else TOLERANCE))
+                   f"{path} at batch {size}", allowed)
     return path
 
 

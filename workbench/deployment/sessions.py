@@ -79,7 +79,7 @@ class TorchSession(Session):
         if any(module.training for module in model.modules()):
             model = copy.deepcopy(model).eval()
         self.model = model
-        super().__init__(integers.exact(model) if whole and integers.rounds(model) else model, name=name, threads=threads)
+        super().__init__(integers.exact(model) if whole and integers.is_quantised(model) else model, name=name, threads=threads)
 
     def prepare(self, inputs: Inputs) -> Callable[[], object]:
         return lambda: self._run(inputs)
@@ -96,8 +96,9 @@ class TorchSession(Session):
                 torch.set_num_threads(before)
 
     def activations(self, inputs: Inputs) -> dict[str, Tensor]:
-        with capture(self.model) as outputs, torch.inference_mode():
-            call(self.model, inputs)
+        floats = TorchSession(self.model, name=self.name, threads=self.threads, whole=False)  # its layers have their names
+        with capture(self.model) as outputs:
+            floats(inputs)
         return dict(outputs)
 
     def _refusal(self, inputs: Inputs, error: Exception) -> str:

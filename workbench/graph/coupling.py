@@ -29,7 +29,7 @@ PARTS = (2, 3, 4, 8)  # that a split may have to keep equal
 
 _SAME = {"relu", "relu6", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "clamp", "clamp_min",
          "clamp_max", "leaky_relu", "elu", "selu", "mish", "softplus", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "square",
-         "reciprocal", "erf", "_to_copy", "to", "type_as", "dropout", "clone", "contiguous", "detach", "alias", "bernoulli"}
+         "reciprocal", "erf", "_to_copy", "to", "type_as", "dropout", "clone", "contiguous", "detach", "alias"}
 _JOINING = {"add", "sub", "mul", "div", "maximum", "minimum", "where", "pow", "rsub", "addcmul", "lerp"}
 _MOVING = {"permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "cat", "stack", "flip", "repeat", "pad",
            "constant_pad_nd", "movedim", "getitem"}
@@ -151,7 +151,7 @@ class _Labels:
         if name in _MOVING | _REGROUPING:
             return self._moved(node, name, value)
         for part in given:
-            self._keep(self.labels[part], Kept.SPLIT)
+            self._keep(self.labels[part], Kept.MIXED)
         return self._of_shape(value, FIXED)
 
     def _layer(self, node: fx.Node, module: nn.Module, value: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class _Labels:
         met = None
         for labels, shape in given:
             if any(shape[d] == 1 < value.shape[d] for d in varying):
-                self._keep(labels, Kept.SPLIT)
+                self._keep(labels, Kept.MIXED)
                 continue
             if met is not None:
                 self._join(met, labels)

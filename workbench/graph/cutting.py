@@ -73,11 +73,10 @@ def _check(removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> 
                              f"found {list(places)}")
 
 
-def cut(model: nn.Module, removed: Mapping[Group, Sequence[int]] | Sequence[tuple[Group, Sequence[int]]]) -> dict[str, int]:
+def cut(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, int]:
     """Take channels, by group, out of `model` itself. Returns the attributes of modules that were set, by dotted name."""
-    pairs = removed.items() if isinstance(removed, Mapping) else removed
     rows, norms, columns, numbers = {}, {}, {}, {}  # what goes, by layer: places of outputs, of norms, of inputs
-    for group, places in pairs:
+    for group, places in removed:
         for gone, kind in ((rows, "made_by"), (norms, "normed_by"), (columns, "read_by")):
             for name in getattr(group, kind):
                 gone.setdefault(name, []).append(group.places(kind, name, places))

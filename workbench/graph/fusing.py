@@ -55,6 +55,8 @@ class Fused:
 
     def _takes(self, node: fx.Node, graph: Runner, place: int) -> bool:
         """Whether the kernel can compute this follower too; if so it is noted."""
+        if node.op == "call_module":
+            self.names.add(node.target)
         if is_idle(node, graph.modules):
             return True
         if node.op == "call_module":
@@ -62,7 +64,6 @@ class Fused:
             if not isinstance(norm, BATCHNORM) or norm.running_mean is None or self.norm or self.other:
                 return False
             self.norm = norm
-            self.names.add(node.target)
             return True
         if adds(node) and not node.kwargs and self.other is None:
             other = node.args[node.args[0] is self.last]
@@ -71,8 +72,11 @@ class Fused:
                 return False
             self.other, self.adding = other, graph.order[node]
             return True
-        self.activation = _CUTS.get(ends(node)) or _CURVES.get(node.target, ("none", []))
-        return self.activation[0] != "none"
+        activation = _CUTS.get(ends(node)) or _CURVES.get(node.target)
+        if activation is None or (self.other and activation[0] != "relu"):  # behind a sum the kernel knows no other
+            return False
+        self.activation = activation
+        return True
 
     def _folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         if dtype not in self.weights:

@@ -15,6 +15,7 @@ class Kept(StrEnum):
     NORMED = "a layer norm takes its mean over them"
     OUTPUT = "they are the network's output"
     SPLIT = "a layer that makes or reads them splits them, as attention does with its heads"
+    MIXED = "an operation among them mixes its channels, or is not known here"
     FIXED = "the forward splits or regroups them in numbers that it fixes, so that it does not run without some of them"
     OTHER = "a parameter or module that this does not cut holds one number for each of them"
     GROUPED = "they run through convolutions of groups that do not divide each other"

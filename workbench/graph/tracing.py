@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from workbench.batches import Inputs, axes, call, named, outputs_by_name, repeated, tensors
@@ -83,6 +84,11 @@ def _traced(model: nn.Module, example: Inputs, inputs: Mapping[str, Tensor]) -> 
     except Exception as error:  # torch.export runs the model's own code, and has many kinds of its own
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); write its forward without "
                                     "branches on values") from error
+    fixed = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+             and is_concrete_int(node.meta["val"].shape[0])]
+    if fixed:
+        raise UnsupportedModelError(f"{type(model).__name__} fixes the number of examples of {fixed[0]!r}; write its forward for "
+                                    "any, with x.shape[0] instead of len(x)")
     graph = _Rebuilt(model, program).module()
     _compare(model, wanted, graph, probe)
     return graph

@@ -27,7 +27,7 @@ class Unit:
                 self.names[2] = node.target
             else:
                 plain = plain and is_idle(node, graph.modules)
-        self.chain = [graph.nodes.index(node) for node in nodes]
+        self.chain = [graph.order[node] for node in nodes]
         self.layer, self.norm, self.quantizer = (graph.modules[name] if name else None for name in self.names)
 
     @property

@@ -31,7 +31,7 @@ from workbench.subjects.tasks import Split
 
 MODES = ("exact", "fast", "plain")
 # A point of the fast scan is looked at after every LOOK examples from LEAST on, until its interval is narrow enough. With these
-# figures 95 % hold over all looks, for gains and losses of any size (a test draws them).
+# figures 95 % hold over all looks, for all the gains and losses that were tried (a test draws them).
 LEAST, LOOK, Z_OF_LOOKS, ADDED = 300, 100, 2.24, 4
 Method = Callable[[str, float], Change]  # (layer, level) -> what changes; method.layers: the names it knows
 
@@ -64,7 +64,8 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
 
     mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor multiplies it, examples in
     random order by `seed`, each point until the half-width of its interval is at most `tolerance` (fraction), the interval
-    being for the change on the whole split and 95 % over all the looks at it; "plain": each point evaluated by itself,
+    being for the change on the whole split and 95 % over all the looks at it, for each point by itself (the points of one scan
+    see the same examples, and err together); "plain": each point evaluated by itself,
     slow, what the others are checked against. layers: those of method.layers by default. shard (k, m): every m-th layer
     from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
 
@@ -89,10 +90,11 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
         raise ValueError(f"the method knows no layer {odd[0]!r}; it knows {listed(known)}")
     chosen = list(layers or known)[shard[0]::shard[1]]
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
+    halved = mode == "fast" and machine.multiplies_bf16()  # elsewhere bfloat16 is slower
     runner = (functools.partial(_plain, model) if mode == "plain" else
-              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs, fused=True,
-                        recount=not (mode == "fast" and machine.multiplies_bf16())))
-    scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, Path(state) if state else None)
+              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs, recount=not halved,
+                        fused=not halved or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, halved, Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
 
@@ -165,8 +167,9 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
 class _Scan:
     """The counts of all points over the batches seen so far; saved after each batch, so that a killed scan goes on."""
 
-    def __init__(self, model, split, points, mode, tolerance, seed, batch_size, state):
+    def __init__(self, model, split, points, mode, tolerance, seed, batch_size, halved, state):
         self.model, self.split, self.points, self.mode, self.tolerance = model, split, points, mode, tolerance
+        self.halved = halved
         self.batch_size, self.state, self.batch, self.evaluations, self.base_right, self.seen = batch_size, state, 0, 0, 0.0, 0
         self.fast = mode == "fast"
         self.order = torch.arange(len(split))
@@ -182,7 +185,6 @@ class _Scan:
     def run(self, runner) -> None:
         """Count every batch, until the examples or the open points are at an end."""
         self._restore()
-        halved = self.fast and machine.multiplies_bf16()  # elsewhere bfloat16 is slower
         batches = self.order.split(self.batch_size)
         open_points = [p for p in self.points if not p.done]
         with evaluating(self.model), files.progress(total=len(batches), title=f"{self.mode} scan", unit="batch") as bar:
@@ -192,7 +194,7 @@ class _Scan:
                     break
                 inputs, targets = self.split.batch(chosen)
                 finite(inputs, f"{self.split.objective.unit}s of {self.split.name}")
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=halved):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.halved):
                     base, outputs = runner(inputs, [point.change.modules for point in open_points])
                 self._count(base, outputs, open_points, targets)
                 open_points = [p for p in open_points if not p.done]

@@ -43,12 +43,11 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
     batches: of inputs and targets; targets are not looked at. weights, activations: their schemes, None for float; weights
     also by layer (mixed precision): layers that are not listed stay float32. An activation is quantised only if a quantised
     layer reads or writes it. calibrator: how the range of activations is read from what passes: "minmax", "moving_average",
-    "percentile", "mse" or "entropy" (KL divergence); that of the model's inputs is always min-max. example: inputs to trace
-    the model with, where `batches` is empty. by: how the scales of weights are fitted, "minmax" or
-    "mse". layers: globs of the layers whose weights are quantised. fold: batch norms become part of the layers before them,
-    unless they are to be trained or examined. Trained on (training.fit), weights and scales learn
-    through straight-through gradients. The ranges of the activations are those of the float model: what coarse weights do
-    to them is for repairs to undo.
+    "percentile", "mse" or "entropy" (KL divergence); that of the model's inputs is always min-max. by: how the scales of weights
+    are fitted, "minmax" or "mse". layers: globs of the layers whose weights are quantised. example: inputs to trace the model
+    with, where `batches` is empty. fold: whether batch norms become part of the layers before them; false where they are to be
+    trained or examined. Trained on (training.fit), weights and scales learn through straight-through gradients. The
+    ranges of the activations are those of the float model: what coarse weights do to them is for repairs to undo.
 
     Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no examples, NaN, or
     inputs that are constant.

@@ -8,7 +8,7 @@ import pandas as pd
 
 from workbench.deployment import onnx
 from workbench.measures import accuracy, cost, equivalence, latency, sensitivity
-from workbench.methods import channels, quantization, reparameterization
+from workbench.methods import channels, quantization
 from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import Split
 
@@ -46,16 +46,15 @@ def checkup(subject: Subject, *, folder: Path | str, name: str | None = None, te
     test, folder = test or task.test, Path(folder)
     name = name or type(model).__name__
     few = test.subset(compared, seed=seed)
-    folded = reparameterization.fold_batchnorm(model, example)
     seen = list((task.validation if len(task.validation) else task.test).subset(calibration, seed=seed).batches(32))
-    rounded = quantization.quantize(folded, seen, calibrator=calibrator)
+    rounded = quantization.quantize(model, seen, calibrator=calibrator)
     files = {kind: onnx.export(made, example, folder / f"{name}-{kind}.onnx")
              for kind, made in (("float32", model), ("int8", rounded))}
     scores = {kind: accuracy.evaluate(path, test) for kind, path in files.items()}
     same = equivalence.compare(model, files["float32"], few, batch_size=32)
     quantised = equivalence.compare(rounded, files["int8"], few, batch_size=32)
     timed = latency.paired(files, task.test.batch(slice(0, batch)).inputs, threads=threads, blocks=blocks, seed=seed)
-    by_layer = equivalence.by_layer(folded, files["int8"], few, batch_size=32)
+    by_layer = equivalence.by_layer(model, files["int8"], few, batch_size=32)
     method = channels.silencing(model, example=example)
     scan = sensitivity.scan(model, test.subset(scanned, seed=seed), method, levels=levels, batch_size=64)
     change = accuracy.difference(scores["float32"], scores["int8"])
