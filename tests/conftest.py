@@ -7,14 +7,21 @@ import pytest
 from workbench import machine
 
 os.environ.setdefault("WORKBENCH_PROGRESS", os.devnull)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: each with its share of the cores, and so its notebooks
-    share = machine.cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: each on cores of its own, and so its notebooks
+    place, among = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    own = machine.processors()[place::among] or machine.processors()
+    os.sched_setaffinity(0, own)
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(own)))
 
 import torch  # noqa: E402
 
 from workbench.subjects import data, models  # noqa: E402
 from workbench.subjects.tasks import Task  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Notebooks first: the long ones do not then run at the end while other processes have nothing left to do."""
+    items.sort(key=lambda item: "a_notebook_of_the_house" not in item.name)
 
 
 @pytest.fixture(scope="session")

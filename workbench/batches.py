@@ -28,11 +28,29 @@ class Batch(NamedTuple):
 def call(model: Callable, inputs: Inputs):
     """The outputs of `model` as it gives them: a mapping goes in by name, a tuple by place.
 
+    Raises ValueError where the weights are of another type, or on another device, than the inputs; else what the model raises.
+
     Example: `call(torch.add, (torch.ones(2), torch.ones(2)))`
     """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except RuntimeError as error:
+        _refuse_other_kind(model, inputs, error)
+        raise
+
+
+def _refuse_other_kind(model: Callable, inputs: Inputs, error: Exception) -> None:
+    """Raise ValueError where that may be why the model failed: its weights and its inputs differ in device or type."""
+    weights = next((p for p in model.parameters() if p.is_floating_point()), None) if isinstance(model, nn.Module) else None
+    for value in tensors(inputs) if weights is not None else ():
+        if weights.device != value.device:
+            raise ValueError(f"the model's weights are on {weights.device}, its inputs on {value.device}; "
+                             f"use model.to({str(value.device)!r})") from error
+        if weights.dtype != value.dtype and value.is_floating_point():
+            raise ValueError(f"the model's weights are {weights.dtype}, its inputs {value.dtype}; "
+                             f"use model.to({value.dtype})") from error
 
 
 def answer(outputs, name: str | None = None) -> Tensor:

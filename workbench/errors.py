@@ -1,5 +1,10 @@
 """What goes wrong with a model: the one error that every room raises for it, and how a library's own error is told."""
 
+import contextlib
+import io
+import logging
+import warnings
+
 
 class UnsupportedModelError(Exception):
     """A model, or a layer of it, that a method cannot handle; the message names the layer and the way out."""
@@ -21,3 +26,16 @@ def listed(names, *, most: int = 6) -> str:
     """
     names = list(names)
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def quietly():
+    """torch's exporters narrate, warn of their own internals and log whole graphs; what matters is checked by who calls them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

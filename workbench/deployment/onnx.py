@@ -4,11 +4,7 @@ Source: torch.onnx.export (the torch.export based exporter), which folds each ba
 each fake quantisation as QuantizeLinear and DequantizeLinear.
 """
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from torch.nn.utils import parametrize
 from workbench import files
 from workbench.batches import Inputs, axes, call, mapped, named, outputs_by_name, repeated, tensors
 from workbench.deployment import sessions, surgery
-from workbench.errors import UnsupportedModelError, reason
+from workbench.errors import UnsupportedModelError, quietly, reason
 from workbench.graph.layers import named as named_layers
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -74,7 +70,8 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     except UnsupportedModelError:
         raise
     except Exception as error:  # the exporter raises a dozen kinds, all of them about this model
-        raise UnsupportedModelError(f"{session.name} cannot be exported to ONNX: {reason(error)}") from error
+        own = error.__cause__ if isinstance(error, torch.onnx.OnnxExporterError) and error.__cause__ else error
+        raise UnsupportedModelError(f"{session.name} cannot be exported to ONNX: {reason(own)}") from error
     with files.atomic(path) as new:
         onnx.save(proto, new)
         exported = sessions.open(new)
@@ -162,16 +159,3 @@ def _freeze(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
             else:
                 quantizer.freeze(source)
     return packed
-
-
-@contextlib.contextmanager
-def quietly():
-    """The exporter narrates on stdout and warns of its own internals; what matters is checked above."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)

@@ -151,17 +151,20 @@ def _transpose_integers(model: ir.Model) -> None:
 
 def _integer_biases(model: ir.Model) -> None:
     """Store biases as int32 at the scale of the products that they join, as integer kernels want them."""
+    found = []
     for node in _nodes(model, "Conv", "Gemm"):
         bias = _number(node.inputs[2]) if len(node.inputs) == 3 else None
         sources = [_maker(value, "DequantizeLinear") for value in node.inputs[:2]]
-        if bias is None or None in sources:
-            continue
-        step = _number(sources[0].inputs[1])
-        _hold_bias(model, sources[1], np.abs(bias) / step / 2**30)
-        scale = (step * _number(sources[1].inputs[1])).astype(np.float32)
+        if bias is not None and None not in sources:
+            found.append((node, bias, _number(sources[0].inputs[1]), sources[1]))
+            _hold_bias(model, sources[1], np.abs(bias) / found[-1][2] / 2**30)
+    for place, (node, bias, step, weights) in enumerate(found):
+        scale = (step * _number(weights.inputs[1])).astype(np.float32)
         parts = {"integers": np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32), "scale": scale,
                  "zero": np.zeros_like(scale, np.int32)}
         name = node.inputs[2].name
+        if f"{name}_integers" in model.graph.initializers:  # a layer used again, on inputs of another scale
+            name = f"{name}_{place}"
         stored = [_stored(model, f"{name}_{kind}", part) for kind, part in parts.items()]
         made = ir.node("DequantizeLinear", stored, attributes={"axis": 0})
         model.graph.insert_before(node, made)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.batches import Inputs, call, rows
-from workbench.errors import UnsupportedModelError, listed
+from workbench.errors import UnsupportedModelError, listed, reason
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity)  # Identity stands where a folded norm stood
@@ -96,7 +96,10 @@ def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
     counter = FlopCounterMode(display=False)
     # attention as plain products: the counter does not know the CPU's fused kernel
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        call(model, rows(example, slice(0, 1)))
+        try:
+            call(model, rows(example, slice(0, 1)))
+        except RuntimeError as error:  # of the model's own code
+            raise UnsupportedModelError(f"{type(model).__name__} does not run on the example ({reason(error)})") from error
     return {path: {op: count // 2 for op, count in ops.items()} for path, ops in counter.get_flop_counts().items()}
 
 

@@ -9,7 +9,6 @@ dtype of its value.
 
 import copy
 import re
-import warnings
 import weakref
 from collections.abc import Mapping
 
@@ -19,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from workbench.batches import Inputs, axes, call, named, outputs_by_name, repeated, tensors
-from workbench.errors import UnsupportedModelError, reason
+from workbench.errors import UnsupportedModelError, quietly, reason
 from workbench.graph.layers import evaluating
 
 aten = torch.ops.aten
@@ -31,6 +30,7 @@ LAYERS = {  # operator: the class of layer that it computes, and the place of th
     aten.batch_norm.default: (nn.modules.batchnorm._BatchNorm, 1),
     aten.layer_norm.default: (nn.LayerNorm, 2), aten.group_norm.default: (nn.GroupNorm, 2),
 }
+SLICES = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}  # how each is written to
 _TRACED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: (what it was traced as, the graph)
 
 
@@ -78,8 +78,7 @@ def _traced(model: nn.Module, example: Inputs, inputs: Mapping[str, Tensor]) -> 
     except Exception as error:  # the model's own code, which may raise anything
         raise UnsupportedModelError(f"{type(model).__name__} does not run on the example ({reason(error)})") from error
     try:
-        with evaluating(model), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), quietly():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export runs the model's own code, and has many kinds of its own
         raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); write its forward without "
@@ -161,9 +160,19 @@ class _Rebuilt:
             target, args = node.target, fx.node.map_arg(node.args, self._value)
             kwargs = fx.node.map_arg(node.kwargs, self._value)
             made = self.graph.create_node("call_function", _functional(target), args, kwargs, name=node.name)
-            if _functional(target) is not target:  # whoever reads the changed value later reads the result
-                self.new[node.args[0]] = made
+            if _functional(target) is not target:
+                self._changed(node.args[0], made)
         self.new[node] = self._described(made, node)
+
+    def _changed(self, node: fx.Node, made: fx.Node) -> None:
+        """Whoever reads `node` later reads `made`; so does whoever reads a value of which it is a slice, or the same one."""
+        self.new[node] = made
+        source = node.args[0] if node.op == "call_function" else None
+        if node.target in SLICES:
+            args = (self._value(source), made, *fx.node.map_arg(node.args[1:], self._value))
+            self._changed(source, self._described(self.graph.call_function(SLICES[node.target], args), source))
+        elif source is not None and _functional(node.target) is not node.target:
+            self._changed(source, made)
 
     def _value(self, node: fx.Node):
         if node not in self.new:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench import files
 from workbench.batches import Batch, count, rows
 from workbench.deployment import sessions
-from workbench.deployment.onnx import quietly
+from workbench.errors import quietly
 
 CALIBRATORS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}  # ours: onnxruntime's
 

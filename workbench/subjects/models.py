@@ -27,7 +27,7 @@ NAMES = (*RESNET_BLOCKS, *REPVGG, "efficientnet_lite0", "minilm", "torchvision:N
          "NAME@CHECKPOINT", "CHECKPOINT")
 
 
-def load(name: str, task: Task | None = None, *, pretrained: bool = True, seed: int = 0, new_head: bool = False,
+def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True, seed: int = 0, new_head: bool = False,
          into: nn.Module | None = None) -> nn.Module:
     """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and 3 without one).
 
@@ -42,6 +42,7 @@ def load(name: str, task: Task | None = None, *, pretrained: bool = True, seed: 
 
     Example: `model = models.load("resnet20", data.load("fashion_mnist"))`
     """
+    name = str(name)
     base, _, path = name.partition("@")
     stored = read_header(Path(base)) if base.endswith(".safetensors") else {}
     if stored.get("architecture", "").startswith(("hf:", "own:")):
@@ -82,9 +83,12 @@ def wrap(module: nn.Module, task: Task) -> nn.Module:
         raise ValueError(f"{type(module).__name__} does not run on the task's example ({described(example)}): {reason(error)}; "
                          f"its forward takes {takes}") from error
     try:
-        task.objective.read(outputs)
+        logits = task.objective.read(outputs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{type(module).__name__}: {error}") from error
+    if logits.shape[-1] < len(task.classes):
+        raise ValueError(f"{type(module).__name__} answers {logits.shape[-1]} classes, {task.name!r} has {len(task.classes)}; "
+                         f"give it a head for {len(task.classes)}")
     refuse_nan(module, type(module).__name__)
     module.origin = {"architecture": f"own:{type(module).__qualname__}", "classes": str(answer(outputs).shape[-1])}
     return module

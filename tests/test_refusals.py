@@ -1,0 +1,113 @@
+"""What people bring that does not fit, each with its one line; and what looks as if it did not fit, and does."""
+
+import io
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from workbench.deployment import onnx
+from workbench.errors import UnsupportedModelError
+from workbench.measures import accuracy, cost, equivalence, sensitivity
+from workbench.methods import channels, quantization, reparameterization
+from workbench.subjects import data, models
+
+WAYS = {
+    "cost": lambda model, task: cost.table(model, task.example),
+    "score": lambda model, task: channels.score(model, "l1", example=task.example),
+    "quantize": lambda model, task: quantization.quantize(model, list(task.train.batches(16))),
+    "fold": lambda model, task: reparameterization.fold_batchnorm(model, task.example),
+    "export": lambda model, task: onnx.export(model, task.example, "never.onnx"),
+    "judge": lambda model, task: accuracy.evaluate(model, task.test),
+}
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer of so many classes; `way` says what is odd about it."""
+
+    def __init__(self, way: str = "", classes: int = 4):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.head, self.way = nn.BatchNorm2d(8), nn.Linear(8 * 64 if way == "fixed" else 8, classes), way
+        if way == "tied":
+            self.c.weight = self.b.weight
+
+    def forward(self, x):
+        x = self.norm(self.b(self.a(x).relu())).relu()
+        x = (self.norm(self.b(x)) if self.way == "twice" else self.c(x)).relu()
+        if self.way == "branch" and x.sum() > 0:
+            x = 2 * x
+        return self.head(x.flatten(1) if self.way == "fixed" else x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def squares():
+    draw = torch.Generator().manual_seed(0)
+    return data.of((torch.rand(64, 3, 8, 8, generator=draw), torch.arange(64) % 4), name="squares")
+
+
+@pytest.mark.parametrize("way", [*WAYS, "wrap"])
+@pytest.mark.parametrize(("changed", "remedy"), [(lambda m: m.half(), r"weights are torch.float16, .*model.to\(torch.float32\)"),
+                                                 (lambda m: m.to("meta"), r"weights are on meta, .*model.to\('cpu'\)")],
+                         ids=["dtype", "device"])
+def test_weights_of_another_type_or_on_another_device_are_named(squares, tmp_path, monkeypatch, way, changed, remedy):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, UnsupportedModelError), match=remedy) as found:
+        (WAYS | {"wrap": models.wrap})[way](changed(Net().eval()), squares)
+    assert len(str(found.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["score", "quantize", "fold", "export"])
+def test_a_branch_on_values_is_refused_in_one_line_and_nothing_is_printed(squares, tmp_path, monkeypatch, capfd, way):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="Net cannot be .*data-dependent") as found:
+        WAYS[way](Net("branch").eval(), squares)
+    assert len(str(found.value).splitlines()) == 1
+    assert "def forward" not in "".join(capfd.readouterr())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["cost", "score", "export", "judge"])
+def test_pictures_of_another_size_are_named(tmp_path, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    larger = data.of((torch.rand(64, 3, 12, 12), torch.arange(64) % 4), name="larger")
+    with pytest.raises((ValueError, UnsupportedModelError), match=r"Net .*shapes cannot be multiplied \(\d+x1152 and 512x4\)"):
+        WAYS[way](Net("fixed").eval(), larger)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["tied", "twice"])
+def test_tied_weights_and_layers_used_twice_go_all_the_way(squares, tmp_path, way):
+    model = models.wrap(Net(way), squares)
+    batches = list(squares.train.batches(16))
+    scores = channels.score(model, "l1", example=squares.example)
+    small = channels.cut_to(model, scores, macs=0.6, example=squares.example, batches=batches)
+    assert cost.total(small, squares.example)["macs"] <= 0.6 * cost.total(model, squares.example)["macs"]
+    rounded = quantization.quantize(small, batches)
+    path = onnx.export(rounded, squares.example, tmp_path / "small.onnx")
+    limits = equivalence.Limits(cosine=0.9999, l2=0.01)  # a mean in floats may round a value between two integers either way
+    assert equivalence.compare(rounded, path, squares.test, limits=limits).passed
+    curves = sensitivity.scan(model, squares.test, channels.silencing(model, example=squares.example), levels=[0.5])
+    assert curves.top1.between(0, 1).all()
+    models.save(small, tmp_path / "small.safetensors")
+    again = models.load(tmp_path / "small.safetensors", squares, into=Net(way))
+    torch.testing.assert_close(again(squares.example), small(squares.example))
+
+
+def test_a_cut_that_would_leave_nothing_is_refused(squares):
+    with pytest.raises(ValueError, match="layer a has channels 0 to 7, of which one must stay"):
+        channels.remove(Net().eval(), {"a": list(range(8))}, example=squares.example)
+
+
+@pytest.mark.parametrize(("first", "line"), [(0, "Net answers 4 classes, .* has 6; give it a head for 6"),
+                                             (-3, "no split with labels .one with a label below 0 counts as without")])
+def test_labels_that_do_not_fit_are_named(tmp_path, first, line):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    rows = {"image": [{"bytes": picture.getvalue(), "path": "a.png"}] * 12, "label": [first + k % 6 for k in range(12)]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=line):
+        models.wrap(Net(), data.load(f"folder:{tmp_path}"))
