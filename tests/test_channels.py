@@ -283,3 +283,15 @@ def test_impossible_targets_are_refused():
         channels.cut_to(model, scores, example=example)
     with pytest.raises(ValueError, match="expected more than 0"):
         channels.cut_to(model, scores, example=example, params=0)
+
+
+def test_a_cut_keeps_the_widths_that_the_runtime_likes_as_far_as_they_come_near_the_target():
+    model, example = models.load("torchvision:mobilenet_v2", pretrained=False), torch.randn(2, 3, 64, 64)
+    scores = channels.score(model, "l1", example=example)
+    small = channels.cut_to(model, scores, macs=0.8, example=example, batches=[(example, None)])
+    assert 0.8 * channels.NEAR <= macs_of(small, example) / macs_of(model, example) <= 0.8
+    widths = scores[~scores.kept].groupby("layer").group_size.first()
+    left = dict(small.named_modules())
+    narrowest = {layer: channels.blocks(width, parts=4) for layer, width in widths.items()}
+    assert all(left[layer].out_channels % multiple == 0 for layer, multiple in narrowest.items())
+    assert [channels.blocks(width) for width in (1, 2, 16, 24, 320)] == [1, 1, 8, 8, 16]

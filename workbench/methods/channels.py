@@ -8,12 +8,14 @@ Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its squ
 (arXiv 1811.00250), by the sum of distances to all other filters.
 """
 
+import bisect
 import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache, partial
 
 import pandas as pd
 import torch
@@ -31,6 +33,8 @@ from workbench.subjects.subject import Subject
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
+BLOCK = 16  # channels that ONNX Runtime's convolutions take at a time (8 without AVX-512); what is no multiple goes a slow way
+NEAR = 0.95  # a cut to such blocks may keep this fraction of the target, else it takes narrower ones
 
 
 def score(model: nn.Module, criterion: str, *, example: Inputs, batches: Iterable[Batch] | None = None,
@@ -71,13 +75,14 @@ def score(model: nn.Module, criterion: str, *, example: Inputs, batches: Iterabl
     return pd.DataFrame(rows)
 
 
-def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multiple: int = 1,
+def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multiple: int | Callable[[int], int] = 1,
            keep: str | Sequence[str] = ()) -> dict[str, list[int]]:
     """The channels to remove: the lowest-scored fraction `ratio` (0-1) of those that can go, by layer.
 
     scope "layer" takes the same fraction of each group; "global" ranks all together, each score divided by the mean
     of its group (so that a layer of large weights is not spared for that). At least one channel of each group stays,
-    and the number that stays is rounded up to a multiple of `multiple`. keep: globs of layers left alone.
+    and the number that stays is rounded up to a multiple of `multiple`, a number or, heads aside, a function of the group's
+    width (see `blocks`). keep: globs of layers left alone.
 
     Raises ValueError for a ratio outside [0, 1), NaN scores, an unknown scope, or a glob that matches nothing.
     """
@@ -102,10 +107,20 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
     chosen = {}
     for layer, part in free.groupby("layer", sort=False):
         stay = max(len(part) - int(counts.get(layer, 0)), 1)
-        stay = min(math.ceil(stay / multiple) * multiple, len(part))
+        whole = multiple if isinstance(multiple, int) else 1 if part.unit.iloc[0] == "head" else multiple(len(part))
+        stay = min(math.ceil(stay / whole) * whole, len(part))
         lowest = part.score.to_numpy().argsort(kind="stable")[: len(part) - stay]
         chosen[layer] = sorted(part.channel.to_numpy()[lowest].tolist())
     return {layer: places for layer, places in chosen.items() if places}
+
+
+def blocks(width: int, *, parts: int = 2) -> int:
+    """The multiple that the runtime likes in a group of `width` channels: 16, or where that is more than one of `parts` of it,
+    the largest power of two that is not.
+
+    Example: `[blocks(width) for width in (16, 24, 320)] == [8, 8, 16]`
+    """
+    return min(BLOCK, 2 ** int(math.log2(max(width // parts, 1))))
 
 
 def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inputs) -> nn.Module:
@@ -130,12 +145,14 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: I
 
 def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: float | None = None, params: float | None = None,
            share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
-           multiple: int = 1, keep: str | Sequence[str] = (), batches: Iterable[Batch] | None = None) -> nn.Module:
+           multiple: int | None = None, keep: str | Sequence[str] = (), batches: Iterable[Batch] | None = None) -> nn.Module:
     """`model` without as many of the lowest-scored channels as it takes to keep at most that share of its cost.
 
     macs, params: the fraction (0-1) of the multiply-accumulates of one example, or of the parameters, that may stay;
     share: that of `cost`, any function of a model, such as its measured latency. Exactly one of the three is given. The
     ratio of `select` is found by bisection to 1/256; the cut model is built once, or once a step where `cost` wants one.
+    multiple: of the widths that stay. By default the runtime's own, as far as they come near the target: blocks of 16 channels,
+    of at most half a group, or else of a quarter, an eighth, ...; 1 comes closest, and is often no faster than the whole model.
     batches: its batch norms take the statistics of these; without them they keep those of the whole network, with which it
     may answer no better than chance, and a warning says so.
 
@@ -156,7 +173,7 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: flo
 
 def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: float | None = None, params: float | None = None,
             share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
-            multiple: int = 1, keep: str | Sequence[str] = ()) -> nn.Module:
+            multiple: int | None = None, keep: str | Sequence[str] = ()) -> nn.Module:
     targets = [target for target in (macs, params, share) if target is not None]
     if len(targets) != 1 or (share is None) != (cost is None):
         raise ValueError("give exactly one of macs, params, and share with cost: the fraction of that cost which may stay")
@@ -167,27 +184,27 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
     counts = None if share is not None else cutting.costs(model, example, of_macs=macs is not None)
     whole = cost(model) if counts is None else sum(outward + both for outward, both in counts.values())
 
-    def chosen(step: int) -> dict[str, list[int]]:
-        return select(scores, step / 256, scope=scope, multiple=multiple, keep=keep)
-
-    def left(step: int) -> float:
-        removed = chosen(step)
+    def left(removed: Mapping[str, Sequence[int]]) -> float:
         if counts is None:
             return cost(cutting.without(model, removed, known)) / whole
         kept = cutting.shares(model, [(known[layer], places) for layer, places in removed.items()])
         return sum((outward + both * kept.get(name, (1, 1))[1]) * kept.get(name, (1, 1))[0]
                    for name, (outward, both) in counts.items()) / whole
 
-    low, high = -1, 255
-    least = left(high)
-    if least > target:
+    best, least = (0.0, None), 1.0
+    for widths in (multiple,) if multiple else (*(partial(blocks, parts=parts) for parts in (2, 4, 8, 16)), 1):
+        chosen = cache(lambda step, widths=widths: select(scores, step / 256, scope=scope, multiple=widths, keep=keep))
+        step = bisect.bisect_left(range(256), True, key=lambda step, chosen=chosen: left(chosen(step)) <= target)
+        kept = left(chosen(min(step, 255)))
+        if step < 256:
+            best = max(best, (kept, chosen(step)), key=lambda found: found[0])
+        if step < 256 and (counts is None or kept >= NEAR * target):
+            break
+        least = min(least, kept)
+    if best[1] is None:
         raise ValueError(f"{target:.0%} of the cost cannot be reached: {least:.0%} stay when all that may "
                          "go is gone; raise the target, or keep fewer layers")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if left(middle) <= target else (middle, high)
-    removed = chosen(high)
-    return cutting.verified(model, cutting.without(model, removed, known), removed, known, example)
+    return cutting.verified(model, cutting.without(model, best[1], known), best[1], known, example)
 
 
 def iteratively(model: nn.Module, *, macs: float, steps: int, score: Callable[[nn.Module], pd.DataFrame],
@@ -288,14 +305,14 @@ class Prune:
     """The step of a plan that cuts channels until at most the fraction `macs` or `params` of the subject stays.
 
     criterion: as `score` has them; taylor looks at `examples` of the validation split, and so do the batch norms, which take
-    their statistics anew. scope, multiple, keep: as `select`.
+    their statistics anew. scope, multiple, keep: as `cut_to`.
     """
 
     macs: float | None = None
     params: float | None = None
     criterion: str = "l1"
     scope: str = "global"
-    multiple: int = 1
+    multiple: int | None = None
     keep: str | Sequence[str] = ()
     examples: int = 500
     seed: int = 0
