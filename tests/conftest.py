@@ -20,7 +20,7 @@ from workbench.subjects.tasks import Task  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks first: the long ones do not then run at the end while other processes have nothing left to do."""
+    """Notebooks first, so that none runs at the end while other processes have nothing left to do."""
     items.sort(key=lambda item: "a_notebook_of_the_house" not in item.name)
 
 

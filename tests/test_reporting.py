@@ -218,7 +218,7 @@ def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
         report.check("c", 1, at_least=0, at_most=2)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")))
+@pytest.mark.parametrize("name", sorted((path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")), reverse=True))
 def test_a_notebook_of_the_house_holds_its_checks_and_its_pages_need_no_network(name, tmp_path):
     out = tmp_path / "reports"
     done = command("report", name, "--profile", "smoke", "--out", out)
