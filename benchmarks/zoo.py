@@ -1,15 +1,17 @@
 """One model of every torchvision and of many timm families through export, equivalence, cut, eight bits and scan.
 
-    python benchmarks/zoo.py [NAME ...] [--jobs N] [--limit SECONDS]
+    python benchmarks/zoo.py [NAME ...] [--jobs N] [--limit SECONDS] [--again]
 
 Random weights and small pictures: what is tried is whether the graph, the groups of channels, the quantisers and the export
 take the architecture, not how accurate it is. Each model runs in a process of its own; a step is "ok", or one line why
-not. Prints what did not go; a run of all models writes reports/benchmarks/zoo.csv.
+not. Prints what did not go. Each row goes to reports/benchmarks/zoo.csv when it is there: stopped, the next run goes on with
+the models that it lacks; --again measures those anew that it has.
 """
 
 import argparse
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from workbench import machine
+from workbench import files, machine
 from workbench.deployment import onnx
 from workbench.errors import UnsupportedModelError, reason
 from workbench.graph.kinds import BATCHNORM
@@ -52,14 +54,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES, help="as models.load takes them")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="models at a time, one thread each")
     parser.add_argument("--limit", type=float, default=60, help="seconds that a step may take")
+    parser.add_argument("--again", action="store_true", help="also the models that the table has")
     options = parser.parse_args()
+    out, lock = Path("reports/benchmarks/zoo.csv"), threading.Lock()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = {row["model"]: row for row in pd.read_csv(out).to_dict("records")} if out.exists() else {}
+
+    def measure(name: str) -> None:
+        row = _watched(name, options.limit)
+        with lock, files.atomic(out) as new:
+            rows[name] = row
+            pd.DataFrame(sorted(rows.values(), key=lambda row: place.get(row["model"], len(NAMES)))).to_csv(new, index=False)
+
+    place = {name: k for k, name in enumerate(NAMES)}
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda name: _watched(name, options.limit), options.names))
-    table = pd.DataFrame(rows)
-    if set(options.names) == set(NAMES):
-        out = Path("reports/benchmarks/zoo.csv")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(out, index=False)
+        list(pool.map(measure, [name for name in options.names if options.again or name not in rows]))
+    table = pd.read_csv(out)
     lines = table.melt(["model", "pixels"], list(STEPS), "step", "result")
     ok = lines.result == "ok"
     print(machine.describe())

@@ -47,7 +47,7 @@ def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) ->
 @click.option("--examples", type=click.IntRange(min=1), help="how many test examples, drawn by --seed  [default: all]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cosine", default=0.995, show_default=True, help="least cosine of any example's outputs")
-@click.option("--l2", default=1e-5, show_default=True, help="largest relative L2 distance of any example's outputs")
+@click.option("--l2", default=1e-4, show_default=True, help="largest relative L2 distance of any example's outputs")
 @click.option("--agreement", default=1.0, show_default=True, help="least share of equal top-1 answers")
 def compare(reference, candidate, source, examples, seed, cosine, l2, agreement) -> None:
     """Do REFERENCE and CANDIDATE compute the same? Each a model's name, a checkpoint or an .onnx file.

@@ -26,7 +26,7 @@ class Limits:
     """What counts as equivalent: the least cosine and the largest relative L2 of any example, the least agreement."""
 
     cosine: float = 0.995
-    l2: float = 1e-5
+    l2: float = 1e-4
     agreement: float = 1.0
 
 
