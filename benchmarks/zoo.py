@@ -86,7 +86,7 @@ def _watched(name: str, limit: float) -> dict:
     process = context.Process(target=_child, args=(name, limit, theirs), daemon=True)
     process.start()
     theirs.close()
-    row = {"model": name, "pixels": SIZES.get(name, 64)} | dict.fromkeys(STEPS, "not reached")
+    row = {"model": name, "pixels": SIZES.get(name, 64)} | dict.fromkeys(STEPS, "not reached") | {"machine": machine.describe()}
     end = time.monotonic() + limit * len(STEPS) + 60
     try:
         while ours.poll(max(end - time.monotonic(), 0)):

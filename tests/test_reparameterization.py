@@ -88,3 +88,23 @@ def test_statistics_need_norms_and_images(model):
         reparameterization.reestimate_batchnorm(nn.Sequential(nn.Linear(2, 2)), [])
     with pytest.raises(ValueError, match="saw no examples"):
         reparameterization.reestimate_batchnorm(model, [])
+
+
+def test_a_norm_that_always_follows_one_layer_is_folded_and_one_that_follows_two_stays():
+    class Shared(torch.nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.a, self.b, self.norm = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+            self.norm.running_mean.normal_()
+            self.other = other
+
+        def forward(self, x):
+            x = self.norm(self.a(x)).relu()
+            return self.norm(self.b(x) if self.other else self.a(x))
+
+    x = torch.randn(5, 4)
+    for other in (False, True):
+        model = Shared(other).eval()
+        folded = reparameterization.fold_batchnorm(model, x)
+        torch.testing.assert_close(folded(x), model(x))
+        assert isinstance(folded.norm, torch.nn.BatchNorm1d) == other

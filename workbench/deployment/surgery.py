@@ -155,9 +155,11 @@ def _integer_biases(model: ir.Model) -> None:
     for node in _nodes(model, "Conv", "Gemm"):
         bias = _number(node.inputs[2]) if len(node.inputs) == 3 else None
         sources = [_maker(value, "DequantizeLinear") for value in node.inputs[:2]]
-        if bias is not None and None not in sources:
-            found.append((node, bias, _number(sources[0].inputs[1]), sources[1]))
-            _hold_bias(model, sources[1], np.abs(bias) / found[-1][2] / 2**30)
+        if bias is None or None in sources:
+            continue
+        step = _number(sources[0].inputs[1])
+        _hold_bias(model, sources[1], np.abs(bias) / step / 2**30)
+        found.append((node, bias, step, sources[1]))
     for place, (node, bias, step, weights) in enumerate(found):
         scale = (step * _number(weights.inputs[1])).astype(np.float32)
         parts = {"integers": np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32), "scale": scale,

@@ -22,15 +22,15 @@ def fold_batchnorm(model: nn.Module, example: Inputs) -> nn.Module:
     """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
 
     W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
-    names remain; a traced graph loses their nodes. A norm whose layer feeds something else too, or runs twice, is left alone.
-    The copy is in eval mode.
+    names remain; a traced graph loses their nodes. A norm whose layer feeds something else too, or that follows another layer
+    elsewhere, is left alone. The copy is in eval mode.
 
     A model without such norms comes back as it is, copied. Raises UnsupportedModelError where the model cannot be traced.
 
     Example: `folded = reparameterization.fold_batchnorm(model, task.example)`
     """
     graph = Runner(model, example)
-    pairs = [pair for node in graph.nodes if (pair := _foldable(node, graph))]
+    pairs = dict.fromkeys(pair for node in graph.nodes if (pair := _foldable(node, graph)))
     new = copy.deepcopy(model).eval()
     with torch.no_grad():
         for layer, norm in pairs:
@@ -52,14 +52,17 @@ def _without(graph: fx.GraphModule, names: set[str]) -> None:
 
 
 def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
-    """The names of a layer and of the norm that follows it alone, of the node of the norm."""
+    """Of a norm's node, the names of its layer and of the norm, where the two always go together."""
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
         return None
     norm, layer = graph.modules[node.target], graph.modules[source.target]
-    once = len(source.users) == 1 and graph.calls[node.target] == graph.calls[source.target] == 1
-    fits = isinstance(norm, BATCHNORM) and type(layer) in _FUSE
-    return (source.target, node.target) if fits and once else None
+    if not isinstance(norm, BATCHNORM) or type(layer) not in _FUSE:
+        return None
+    calls = [other for other in graph.nodes if other.op == "call_module" and other.target == source.target]
+    readers = [user.target for call in calls for user in call.users]
+    together = readers == [node.target] * len(calls) and len(readers) == graph.calls[node.target]
+    return (source.target, node.target) if together else None
 
 
 def _rest(norm: nn.Module) -> nn.Module:

@@ -152,7 +152,7 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: flo
     share: that of `cost`, any function of a model, such as its measured latency. Exactly one of the three is given. The
     ratio of `select` is found by bisection to 1/256; the cut model is built once, or once a step where `cost` wants one.
     multiple: of the widths that stay. By default the runtime's own, as far as they come near the target: blocks of 16 channels,
-    of at most half a group, or else of a quarter, an eighth, ...; 1 comes closest, and is often no faster than the whole model.
+    of at most half a group, or else of a quarter, an eighth, ...; 1 comes closest, and may be no faster than the whole model.
     batches: its batch norms take the statistics of these; without them they keep those of the whole network, with which it
     may answer no better than chance, and a warning says so.
 
@@ -194,13 +194,14 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
     best, least = (0.0, None), 1.0
     for widths in (multiple,) if multiple else (*(partial(blocks, parts=parts) for parts in (2, 4, 8, 16)), 1):
         chosen = cache(lambda step, widths=widths: select(scores, step / 256, scope=scope, multiple=widths, keep=keep))
-        step = bisect.bisect_left(range(256), True, key=lambda step, chosen=chosen: left(chosen(step)) <= target)
-        kept = left(chosen(min(step, 255)))
-        if step < 256:
-            best = max(best, (kept, chosen(step)), key=lambda found: found[0])
-        if step < 256 and (counts is None or kept >= NEAR * target):
+        kept = cache(lambda step, chosen=chosen: left(chosen(step)))
+        step = bisect.bisect_left(range(256), True, key=lambda step, kept=kept: kept(step) <= target)
+        if step == 256:
+            least = min(least, kept(255))
+            continue
+        best = max(best, (kept(step), chosen(step)), key=lambda found: found[0])
+        if counts is None or kept(step) >= NEAR * target:
             break
-        least = min(least, kept)
     if best[1] is None:
         raise ValueError(f"{target:.0%} of the cost cannot be reached: {least:.0%} stay when all that may "
                          "go is gone; raise the target, or keep fewer layers")

@@ -219,7 +219,7 @@ def _task(name: str, splits: dict[str, Split], classes: tuple[str, ...], licence
               and part.targets.min() < 0]  # -1: the hub keeps them secret
     splits = {kind: part for kind, part in splits.items() if kind not in hidden}
     if not splits:
-        raise ValueError(f"{name} has no split with labels (one with a label below 0 counts as without)")
+        raise ValueError(f"{name} has no split with labels from 0 on")
     if len(splits) == 1:
         splits = {"test": next(iter(splits.values()))}
     test = splits.get("test") or splits.get("validation") or splits.get("valid")
