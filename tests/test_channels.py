@@ -295,3 +295,33 @@ def test_a_cut_keeps_the_widths_that_the_runtime_likes_as_far_as_they_come_near_
     narrowest = {layer: channels.blocks(width, parts=4) for layer, width in widths.items()}
     assert all(left[layer].out_channels % multiple == 0 for layer, multiple in narrowest.items())
     assert [channels.blocks(width) for width in (1, 2, 16, 24, 320)] == [1, 1, 8, 8, 16]
+
+
+class Derived(nn.Module):
+    """Attention whose forward takes the width of a head from the model's, as older code of timm does, and a token that is
+    handed to a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.token = 4, nn.Parameter(torch.randn(1, 1, 32))
+        self.qkv, self.proj, self.fc, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(64, 5)
+        self.same = nn.Identity()
+
+    def forward(self, x):
+        x = torch.cat([self.same(self.token).expand(x.shape[0], -1, -1), x], 1)
+        shape = x.shape[0], x.shape[1], 3, self.num_heads, x.shape[2] // self.num_heads
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(torch.relu(self.fc(x)).mean(1))
+
+
+def test_heads_that_the_forward_derives_stay_and_the_rest_is_cut():
+    torch.manual_seed(0)
+    model, x = Derived().eval(), torch.randn(2, 7, 32)
+    groups = {group.layer: group.kept for group in coupling.groups(model, x)}
+    assert groups["qkv"] == Kept.FIXED
+    assert groups["fc"] is None
+    small = channels.cut_to(model, channels.score(model, "l1", example=x), macs=0.9, example=x)
+    assert small.fc.out_features < 64
+    assert small.qkv.out_features == 96
+    assert model.token.requires_grad

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from workbench import machine
@@ -149,3 +150,48 @@ def test_an_activation_that_the_integers_end_at_is_left_out_and_any_other_is_kep
     list(dict(quantizers(small)).values())[1].scale.data.mul_(2)  # to 12: the cut at 6 is needed
     kinds = [node.op_type for node in format.load(onnx.export(small, images[:1], tmp_path / "wide.onnx")).graph.node]
     assert kinds.count("Clip") == 1
+
+
+class Attending(nn.Module):
+    """Attention over x (N, 8, 16) with its numbers on so many axes, a mask or fewer keys than queries."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.made, self.few = way, nn.Linear(16, 48), nn.Linear(16, 32)
+
+    def forward(self, x):
+        parts, count = self.made(x).chunk(3, -1), x.shape[0]
+        if self.way == "three axes":
+            return F.scaled_dot_product_attention(*parts)
+        if self.way == "five axes":
+            return F.scaled_dot_product_attention(*(part.reshape(count, 2, 4, 2, 8).transpose(2, 3) for part in parts)).flatten(1)
+        parts = [part.reshape(count, 8, 2, 8).transpose(1, 2) for part in parts]
+        if self.way == "few keys":
+            few = (part.reshape(count, 8, 2, 8).transpose(1, 2) for part in self.few(x).chunk(2, -1))
+            many = self.made(x).reshape(count, 8, 6, 8).transpose(1, 2)
+            return F.scaled_dot_product_attention(many, *few, enable_gqa=True).flatten(1)
+        near = x.sum(-1)[:, None, None]
+        more = {"plain": {}, "causal": {"is_causal": True}, "scaled": {"scale": 0.1}, "float mask": {"attn_mask": near},
+                "boolean mask": {"attn_mask": (near > -1) | torch.eye(8, dtype=torch.bool)}}
+        return F.scaled_dot_product_attention(*parts, **more[self.way]).flatten(1)
+
+
+@pytest.mark.parametrize("way", ["plain", "three axes", "five axes", "causal", "scaled", "few keys", "float mask",
+                                 "boolean mask"])
+def test_attention_in_each_of_its_spellings_is_exported(way, tmp_path):
+    torch.manual_seed(0)
+    onnx.export(Attending(way).eval(), torch.randn(2, 8, 16), tmp_path / "model.onnx", tolerance=1e-5)
+
+
+def test_an_export_is_judged_by_what_rounding_does_to_the_model_itself(tmp_path):
+    """A layer norm far from zero: torch and the runtime both answer, and either rounds in its own way."""
+
+    class Coarse(nn.Sequential):
+        def forward(self, x):
+            return F.layer_norm(super().forward(x) + 1e5, (512,), eps=1e-12)
+
+    torch.manual_seed(0)
+    model, x = Coarse(nn.Linear(512, 2048), nn.Linear(2048, 512)).eval(), torch.randn(2, 512)
+    with pytest.raises(UnsupportedModelError, match="allow more by tolerance="):
+        onnx.export(model, x, tmp_path / "model.onnx", tolerance=onnx.TOLERANCE)
+    onnx.export(model, x, tmp_path / "model.onnx")

@@ -79,6 +79,25 @@ def test_what_is_judged_is_what_the_file_answers(model, task, tiny, tmp_path):
         sessions.open(made).activations(images[:, :, 0])
 
 
+def test_zero_added_and_one_multiplied_do_not_part_file_and_module(tmp_path):
+    """As in timm's MobileOne, whose sum of branches begins with the number 0; the exporter takes such nodes away."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(2))
+            self.last = nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.last(torch.relu(((self.first(x) + self.second(x)) + 0) * 1.0)).flatten(1)
+
+    torch.manual_seed(0)
+    x = torch.randn(24, 3, 8, 8)
+    made = quantization.quantize(Branches(), [(x, torch.zeros(24))])
+    path = onnx.export(made, x, tmp_path / "branches.onnx", tolerance=1e-5)
+    assert apart(sessions.open(made)(x), sessions.open(path)(x)) < 1e-5
+
+
 def test_linear_layers_and_concatenations(tmp_path):
     class Both(nn.Module):
         def __init__(self):

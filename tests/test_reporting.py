@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from workbench import machine
@@ -104,12 +105,75 @@ def test_a_notebook_that_raises_keeps_the_last_good_report_and_is_run_again(fold
 
 
 def test_several_notebooks_at_a_time_leave_the_same(folder):
+    body = BODY + "import os\nreport.headline('own cores', len(os.sched_getaffinity(0)))"
+    for name in ("01_one", "02_two"):
+        write(folder, name, body)
     summary = run(folder, workers=2)
     assert [entry["status"] for entry in summary["reports"]] == ["passed", "passed"]
     half = machine.cores() / 2
     for name in ("01_one", "02_two"):
         ran = json.loads((folder.parent / "reports" / name / "run.json").read_text())
-        assert ran["hardware"]["cores"] in (max(1, int(half)), math.ceil(half)), "each of two has cores of its own"
+        assert ran["hardware"]["cores"] == machine.cores()
+        assert ran["headlines"][-1]["value"] in (max(1, int(half)), math.ceil(half)), "each of two has cores of its own"
+
+
+TICKING = """
+import time
+from pathlib import Path
+from workbench.reporting.report import Report
+report, ticks = Report("x"), []
+Path("ticking").touch()
+while not Path("timed").exists() and len(ticks) < 3000:
+    ticks.append(time.time())
+    time.sleep(0.01)
+ticks.append(time.time())
+report.check("longest pause, s", max(b - a for a, b in zip(ticks, ticks[1:])), at_least=1.5)
+"""
+TIMING = """
+import os, time
+from pathlib import Path
+from workbench import machine
+from workbench.reporting.report import Report
+report = Report("x")
+while not Path("ticking").exists(): time.sleep(0.05)
+with machine.alone(), machine.alone():
+    report.check("cores while alone", len(os.sched_getaffinity(0)), equals=machine.cores())
+    time.sleep(2)
+    {last}
+Path("timed").touch()
+"""
+
+
+def test_while_one_notebook_takes_times_the_others_stand_still(folder):
+    write(folder, "01_one", TICKING)
+    write(folder, "02_two", TIMING.format(last=""))
+    summary = run(folder, workers=2)
+    assert summary["passed"]
+    assert summary["checks"] == 2
+
+
+def test_who_is_killed_while_alone_holds_nobody_up(folder):
+    write(folder, "01_one", TICKING)
+    write(folder, "02_two", TIMING.format(last="Path('timed').touch(); os.kill(os.getppid(), 9)"))
+    summary = run(folder, workers=2)
+    assert list(summary["failures"]) == ["02_two"]
+    assert [entry["name"] for entry in summary["reports"] if entry["status"] == "passed"] == ["01_one"]
+
+
+def test_a_runner_that_is_killed_leaves_nobody_standing(folder):
+    write(folder, "01_one", TICKING)
+    write(folder, "02_two", TIMING.format(last="Path('alone').touch(); time.sleep(60)"))
+    process = subprocess.Popen([sys.executable, "-m", "workbench", "report", "--notebooks", folder, "--jobs", "2", "--out",
+                                folder.parent / "reports"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder.parent / "alone").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(started, timeout=20)
+    assert len(gone) >= 4
+    assert not alive
 
 
 def test_a_dask_cluster_leaves_the_same(folder):

@@ -170,6 +170,33 @@ def test_slices_that_are_written_in_place_are_followed():
     torch.testing.assert_close(trace(model, x)(more), model(more))
 
 
+class Within(nn.Module):
+    """A forward in parts, of which one runs in a context or behind a branch."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second, self.way = nn.Linear(4, 4), nn.Linear(4, 4), way
+
+    def forward(self, x):
+        if self.way == "branch":
+            return torch.cond(x.sum() > 0, self.first, self.second, (x,))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.way == "on"), torch.enable_grad():
+            return self.second(self.first(x))
+
+
+def test_what_runs_without_autocast_is_part_of_the_graph():
+    model, x = Within("off").eval(), torch.randn(3, 4)
+    graph = trace(model, x)
+    torch.testing.assert_close(graph(x), model(x))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["first", "second"]
+
+
+@pytest.mark.parametrize(("way", "message"), [("on", "turns autocast on"), ("branch", "a branch or loop within its graph")])
+def test_autocast_and_branches_within_a_forward_are_refused(way, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        trace(Within(way).eval(), torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("change", [lambda y: (y.t().mul_(2), y)[1], lambda y: y + torch.randn_like(y)], ids=["view", "chance"])
 def test_a_graph_that_answers_otherwise_is_refused(change):
     with pytest.raises(UnsupportedModelError, match="Odd: its traced graph answers otherwise than the model does .*in place"):

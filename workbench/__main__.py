@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from workbench import machine
 from workbench.errors import UnsupportedModelError
 
 PROBLEMS = (ValueError, OSError, ImportError, UnsupportedModelError)
@@ -21,7 +22,8 @@ def cli() -> None:
 @click.argument("notebooks", nargs=-1)
 @click.option("--profile", default="quick", show_default=True, help="quick, full or smoke: see notebooks/profiles.yaml")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="a notebook's parameter; may be repeated")
-@click.option("--jobs", default=1, show_default=True, help="notebooks at a time; above 1 their timings disturb each other")
+@click.option("--jobs", default=min(machine.cores(), 4), show_default="cores, at most 4",
+              help="notebooks at a time; while one takes times, the others stand still")
 @click.option("--scheduler", metavar="ADDRESS", help="run on this dask.distributed scheduler's workers")
 @click.option("--out", type=Path, help="where reports go  [default: reports, or reports/PROFILE]")
 @click.option("--notebooks", "folder", type=Path, default=Path("notebooks"), show_default=True, help="where notebooks lie")

@@ -54,7 +54,7 @@ def groups(model: nn.Module, example: Inputs) -> list[Group]:
     found = labels.groups([name for name in labels.made if name not in by_layer])
     known = [_of_heads(head) for head in heads] + list(found)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    doubtful = [group for group in found if found[group] and not group.kept]
+    doubtful = [group for group in known if not group.kept and found.get(group, group.channels > 1)]  # also where heads can go
     settled = dict(zip(doubtful, _tried(model, example, doubtful), strict=True))
     return sorted((settled.get(group, group) for group in known), key=lambda group: order[group.layer])
 
@@ -68,7 +68,8 @@ def _tried(model: nn.Module, example: Inputs, doubtful: Sequence[Group]) -> list
     or one of each of several parts that a split keeps equal; else kept."""
     if _works(model, example, doubtful):
         return list(doubtful)
-    return [next((form for form in group.forms(PARTS) if form.channels > 1 and _works(model, example, [form])),
+    forms = {group: [group] if group.unit == "head" else group.forms(PARTS) for group in doubtful}
+    return [next((form for form in forms[group] if form.channels > 1 and _works(model, example, [form])),
                  replace(group, kept=Kept.FIXED)) for group in doubtful]
 
 

@@ -20,6 +20,7 @@ _PASSING = {getattr(getattr(aten, name), overload) for name, overload in (
     ("dropout", "default"), ("split", "Tensor"), ("split_with_sizes", "default"), ("chunk", "default"), ("unbind", "int"),
     ("channel_shuffle", "default"))}
 _IDLE = {aten.dropout.default, aten.alias.default, aten.clone.default, aten.contiguous.default}
+_NEUTRAL = {aten.add.Tensor: 0, aten.add_.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
 
 
 def is_layer(node: fx.Node, modules: Modules) -> bool:
@@ -64,9 +65,13 @@ def ends(node: fx.Node) -> tuple[float, float] | None:
 
 
 def is_idle(node: fx.Node, modules: Modules) -> bool:
-    """What changes nothing in eval mode."""
+    """What changes nothing in eval mode: dropout, a copy, zero added to a value of the graph, one multiplied with it."""
     if node.op == "call_module":
         return isinstance(modules[node.target], nn.Identity | nn.Dropout)
+    if node.op == "call_function" and node.target in _NEUTRAL:
+        value, number = node.args
+        changes = isinstance(number, fx.Node) or number != _NEUTRAL[node.target]
+        return isinstance(value, fx.Node) and is_float(node) and not changes
     return node.op == "call_function" and node.target in _IDLE
 
 

@@ -93,13 +93,18 @@ def macs_of(model: nn.Module, example: Inputs) -> int:
 
 def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
     """Multiply-accumulates of one example, by path of module ("Global" for all) and by operation."""
-    counter = FlopCounterMode(display=False)
+    counter, learning = FlopCounterMode(display=False), [p for p in model.parameters() if p.requires_grad]
     # attention as plain products: the counter does not know the CPU's fused kernel
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
         try:
+            for parameter in learning:  # else the counter fails where one is handed to a module, as PiT's class token is
+                parameter.requires_grad_(False)
             call(model, rows(example, slice(0, 1)))
         except RuntimeError as error:  # of the model's own code
             raise UnsupportedModelError(f"{type(model).__name__} does not run on the example ({reason(error)})") from error
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
     return {path: {op: count // 2 for op, count in ops.items()} for path, ops in counter.get_flop_counts().items()}
 
 

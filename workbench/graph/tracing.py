@@ -110,7 +110,8 @@ def _compare(model: nn.Module, wanted, graph: fx.GraphModule, probe: Inputs) -> 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:
     scale = wanted.abs().nan_to_num(0.0, 0.0).max().item() if wanted.is_floating_point() and wanted.numel() else 0.0
-    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+    same = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    return same and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 
 class _Rebuilt:
@@ -118,13 +119,13 @@ class _Rebuilt:
 
     def __init__(self, model: nn.Module, program):
         self.model, self.program, self.graph = model, program, fx.Graph()
-        signature = program.graph_signature
+        signature, renamed = program.graph_signature, _inlined(program.graph_module)
         self.attributes = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
                            **signature.inputs_to_lifted_tensor_constants}
         self.inputs = set(signature.user_inputs)
         self.root: dict[str, object] = {}  # what the graph refers to, by name
         self.new: dict[fx.Node, object] = {}
-        self.outputs = list(signature.user_outputs)
+        self.outputs = [renamed.get(name, name) for name in signature.user_outputs]
 
     def module(self) -> fx.GraphModule:
         """The graph, its dead ends gone."""
@@ -176,6 +177,9 @@ class _Rebuilt:
 
     def _value(self, node: fx.Node):
         if node not in self.new:
+            if node.target not in self.attributes:
+                raise UnsupportedModelError(f"{type(self.model).__name__} has a branch or loop within its graph ({node.target}); "
+                                            "write its forward without torch.cond, map or while_loop")
             name = self.attributes[node.target]
             value = self.program.state_dict.get(name, self.program.constants.get(name))
             self.root[name] = _own(self.model, name, value)
@@ -202,6 +206,29 @@ class _Rebuilt:
         if isinstance(value, Tensor):
             made.meta = {"shape": tuple(size if isinstance(size, int) else None for size in value.shape), "dtype": value.dtype}
         return made
+
+
+def _inlined(program: fx.GraphModule) -> dict[str, str]:
+    """Put what a forward does within `torch.autocast` or `torch.no_grad` into the program itself, where torch.export has made it
+    a graph of its own. Returns the new names of the values that came out of those."""
+    renamed = {}
+    for node in list(program.graph.nodes):
+        if not str(node.target).startswith("wrap_with_"):
+            continue
+        if "autocast" in str(node.target) and node.args[2]:
+            raise UnsupportedModelError("its forward turns autocast on for a part of it; leave that to whoever calls the model")
+        place = next(k for k, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+        inner = program.get_submodule(node.args[place].target).graph
+        given = dict(zip(inner.find_nodes(op="placeholder"), node.args[place + 1:], strict=True))
+        with program.graph.inserting_before(node):
+            made = program.graph.graph_copy(inner, given)
+        for user in list(node.users):  # each takes one of the values
+            value = made[user.args[1]] if isinstance(made, tuple | list) else made
+            renamed[user.name] = value.name
+            user.replace_all_uses_with(value)
+            program.graph.erase_node(user)
+        program.graph.erase_node(node)
+    return renamed
 
 
 def _holding(values: Mapping[str, object]) -> nn.Module:

@@ -41,21 +41,9 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
         raise ValueError("there is no candidate to time; give {name: model, ...}")
     if blocks < 5:
         raise ValueError(f"blocks is {blocks}, expected at least 5, or the ratio's interval means nothing")
-    opened = {name: sessions.open(model, threads=threads, name=name) for name, model in candidates.items()}
-    runs = {name: session.prepare(inputs) for name, session in opened.items()}
-    for name, session in opened.items():
-        session(inputs)  # checks the batch, and warms up
-        _turn(runs[name], block_ms / 4)
-    order, times = np.random.default_rng(seed), {name: [] for name in runs}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in files.progress(range(blocks), title="latency", unit="round"):
-            for name in order.permutation(list(runs)):
-                times[name].append(_turn(runs[name], block_ms))
-    finally:
-        if collecting:
-            gc.enable()
+    with machine.alone():
+        opened = {name: sessions.open(model, threads=threads or machine.cores(), name=name) for name, model in candidates.items()}
+        times = _timed(opened, inputs, blocks, block_ms, seed)
     medians = {name: np.array([np.median(turn) for turn in turns]) for name, turns in times.items()}
     reference = next(iter(medians.values()))
     lines = []
@@ -104,7 +92,8 @@ def by_layer(candidates: Mapping[str, object], inputs: Inputs, *, threads: int =
         if not isinstance(path, str | Path):
             raise TypeError(f"{name} is {type(path).__name__}, expected an ONNX file: only ONNX Runtime tells its layers' times")
         sessions.open(path, threads=threads)(inputs)  # what is wrong with either is said here
-        found = sessions.times(path, inputs, threads=threads, runs=runs)
+        with machine.alone():
+            found = sessions.times(path, inputs, threads=threads, runs=runs)
         lines += [{"candidate": name, "layer": layer or "(rest)", "threads": threads, "latency_ms": ms}
                  for layer, ms in found.items()]
     frame = pd.DataFrame(lines)
@@ -127,7 +116,7 @@ def under_load(model, examples: Inputs, *, clients: Sequence[int] = (1, 4, 16, 6
         raise ValueError(f"clients are {list(clients)}, expected numbers of at least 1")
     lines = []
     for number in files.progress(clients, title="load", unit="level"):
-        with batching.Batcher(model, size=size, deadline_ms=deadline_ms, threads=threads) as served:
+        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, threads=threads) as served:
             served.submit(rows(examples, 0)).result()
             started = time.perf_counter()
             opened, ended = started + seconds / 4, started + seconds
@@ -188,6 +177,26 @@ def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
     """
     gaining = table[table.ratio_high < 1 - least]
     return None if gaining.empty else str(gaining.loc[gaining.ratio.idxmin(), "candidate"])
+
+
+def _timed(opened: Mapping[str, sessions.Session], inputs: Inputs, blocks: int, block_ms: float,
+           seed: int) -> dict[str, list[np.ndarray]]:
+    """Milliseconds of each candidate's runs, turn by turn."""
+    runs = {name: session.prepare(inputs) for name, session in opened.items()}
+    for name, session in opened.items():
+        session(inputs)  # checks the batch, and warms up
+        _turn(runs[name], block_ms / 4)
+    order, times = np.random.default_rng(seed), {name: [] for name in runs}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in files.progress(range(blocks), title="latency", unit="round"):
+            for name in order.permutation(list(runs)):
+                times[name].append(_turn(runs[name], block_ms))
+    finally:
+        if collecting:
+            gc.enable()
+    return times
 
 
 def _client(served, examples: Inputs, place: int, until: float) -> list[tuple[float, float]]:

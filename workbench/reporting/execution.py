@@ -4,13 +4,11 @@ The runner starts one such process a notebook, because papermill launches kernel
 issue 239) and because a crash then costs one notebook only.
 """
 
-import ctypes
 import datetime
 import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -40,13 +38,18 @@ class Job:
     folder: str
 
 
-def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int]) -> subprocess.Popen:
-    """A process that executes `job` on `cores` alone and leaves its report in `out`; it dies with this one."""
+def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int], lock: Path | None = None) -> subprocess.Popen:
+    """A process that executes `job` on `cores` alone and leaves its report in `out`; it dies with this one.
+
+    lock: of a run of several notebooks at a time, the file by which one of them has the machine alone (machine.alone)."""
     out.mkdir(parents=True)
     (out / "job.json").write_text(json.dumps(asdict(job)))
     environment = os.environ | {"WORKBENCH_REPORT": str(out.resolve()), "WORKBENCH_SCRATCH": str(scratch.resolve()),
                                 "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore",
                                 "OMP_NUM_THREADS": str(len(cores))}
+    if lock:
+        environment[machine.RUN] = json.dumps({"runner": os.getpid(), "lock": str(lock.resolve()),
+                                               "processors": machine.processors()})
     command = [sys.executable, "-m", "workbench.reporting.execution", str((out / "job.json").resolve())]
     with open(out / ERRORS, "wb") as errors:
         return subprocess.Popen(command, cwd=job.folder, env=environment, preexec_fn=partial(_settle, cores),
@@ -132,10 +135,10 @@ def _commit(folder: str) -> str | None:
 
 
 def _settle(cores: Sequence[int]) -> None:
-    """In the child, on Linux: keep to its cores, and be killed when the runner is, so that no orphan goes on computing."""
-    if sys.platform == "linux":
+    """In the child: keep to its cores, and be killed when the runner is, so that no orphan goes on computing."""
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    machine.end_with_parent()
 
 
 def main() -> None:

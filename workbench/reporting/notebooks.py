@@ -14,12 +14,14 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import yaml
 
 from workbench import files, machine
@@ -227,27 +229,43 @@ def _recover(out: Path) -> None:
 
 
 def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
-    """Run the jobs as processes, at most `workers` at a time, each on cores of its own as far as they go; yield each with the
-    reason, if it left no report."""
-    waiting = list(jobs if workers == 1 else reversed(jobs))  # the last take longest: side by side they go first
+    """Run the jobs as processes, at most `workers` at a time, each on cores of its own as far as they go, the whole machine
+    while it takes times; yield each with the reason, if it left no report."""
+    waiting = sorted(jobs, key=lambda job: -len(job.source) if workers > 1 else 0)  # side by side: long ones first
     cores, running = machine.processors(), {}
     free = [cores[k::workers] or [cores[k % len(cores)]] for k in range(workers)]
+    lock = out / ".alone" if workers > 1 else None
     try:
         while waiting or running:
             while waiting and free:
                 job, share = waiting.pop(0), free.pop(0)
                 print(f"{job.name}: running", flush=True)
-                running[job] = start(job, _partial(out, job), _scratch(out, job), cores=share), share
+                running[job] = start(job, _partial(out, job), _scratch(out, job), cores=share, lock=lock), share
             for job, (process, share) in [(j, found) for j, found in running.items() if found[0].poll() is not None]:
                 del running[job]
                 free.append(share)
                 _clear_line()
                 yield job, reason(_partial(out, job)) if process.returncode else None
+            if lock:
+                _wake(lock, [process for process, _ in running.values()])
             _show([(job, _partial(out, job)) for job in running])
             time.sleep(0.2)
     finally:
         for process, _ in running.values():
             process.kill()
+
+
+def _wake(path: Path, processes: Sequence[subprocess.Popen]) -> None:
+    """Let those go on that stand still for one which was killed while it had the machine alone."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+                    machine.go_on(process.pid)
 
 
 def _on_cluster(jobs: Sequence[Job], out: Path, address: str) -> Iterator[tuple[Job, str | None]]:

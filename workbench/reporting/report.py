@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from workbench import files
+from workbench import files, machine
 
 
 class Report:
@@ -22,6 +22,8 @@ class Report:
 
     def __init__(self, name: str):
         self.folder = Path(os.environ.get("WORKBENCH_REPORT") or Path(__file__).parents[2] / "reports" / "lab" / name)
+        if machine.RUN in os.environ:  # the kernel ends with its runner, also where it stands still at that time
+            machine.end_with_parent()
         self.checks: list[dict] = []
         self.headlines: list[dict] = []
 
