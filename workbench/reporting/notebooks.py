@@ -235,6 +235,8 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
     cores, running = machine.processors(), {}
     free = [cores[k::workers] or [cores[k % len(cores)]] for k in range(workers)]
     lock = out / ".alone" if workers > 1 else None
+    if lock:
+        lock.write_text("")
     try:
         while waiting or running:
             while waiting and free:
@@ -257,7 +259,7 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
 
 def _wake(path: Path, processes: Sequence[subprocess.Popen]) -> None:
     """Let those go on that stand still for one which was killed while it had the machine alone."""
-    with open(path, "w") as lock:
+    with open(path, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -131,11 +131,11 @@ class Loop:
         bar.update(self.progress["step"])
         saved = time.monotonic()
         while self.progress["step"] < self.steps:
-            started = time.perf_counter()
+            started = machine.clock()
             value = self.advance(loss, before_update, title)
             step = self.progress["step"]
             if after_update:
-                after_update(step, value, time.perf_counter() - started)
+                after_update(step, value, machine.clock() - started)
             bar.update()
             due = step == self.steps or (each and step % each == 0) or time.monotonic() - saved > SAVE_EVERY_S
             if state and due:
