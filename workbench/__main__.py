@@ -1,4 +1,5 @@
-"""The command line: `workbench report` regenerates the reports, `workbench compare` judges two models."""
+"""The command line: `workbench report` regenerates the reports, `workbench compress` runs a recipe, `workbench compare` judges
+two models."""
 
 import sys
 from pathlib import Path
@@ -70,6 +71,47 @@ def compare(reference, candidate, source, examples, seed, cosine, l2, agreement)
     if not verdict.passed:
         click.echo(_first_parting(both, test.subset(200)))
     raise SystemExit(0 if verdict.passed else 1)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--model", "name", help="a model's name or checkpoint, as models.load takes it")
+@click.option("--data", "source", help="an embedded set, hub:ID or folder:PATH")
+@click.option("--out", type=Path, required=True, help="where model, file, table and stages go")
+@click.option("--examples", type=click.IntRange(min=1), help="how many test examples judge, drawn by --seed  [default: all]")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="of the runtime that is timed")
+@click.option("--blocks", default=20, show_default=True, type=click.IntRange(min=5), help="rounds of the interleaved timing")
+@click.option("--seed", default=0, show_default=True)
+def compress(recipe, name, source, out, examples, threads, blocks, seed) -> None:
+    """Take a model through RECIPE, a YAML file or one that comes with the package, and leave the smaller one in --out.
+
+    There are then model.onnx, model.safetensors, stages.csv (accuracy with interval, paired change, size and latency of each
+    stage) and run.json. Killed, it goes on where it stopped. Exit code 0: the file answers as the module does; 1: not; 2: bad
+    input.
+    """
+    from workbench.plans import recipe as recipes
+    from workbench.plans.compress import compress as run
+    from workbench.subjects import data, models
+    from workbench.subjects.subject import Subject
+
+    plan = recipes.load(recipe)
+    for key, given, wanted in (("model", name, plan.model), ("data", source, plan.data)):
+        if given and wanted and given != wanted:
+            raise ValueError(f"recipe {recipe} is for {key} {wanted}, not {given}; leave --{key} out, or change the recipe")
+        if not given and not wanted:
+            raise ValueError(f"compress needs --{key}; recipe {recipe} names none")
+    name, source = name or plan.model, source or plan.data
+    task = data.load(source, preprocessing=models.preprocessing(name))
+    model = models.load(name, task)
+    recipes.expect_layers(plan.steps, model, where=recipe)
+    test = task.test.subset(examples, seed=seed) if examples else task.test
+    made = run(Subject(model, task), plan.steps, out, test=test, threads=threads, blocks=blocks, seed=seed)
+    click.echo(made.stages.round(4).to_string(index=False))
+    click.echo(made.stages.attrs["machine"])
+    for check in made.verdict.checks():
+        click.echo(f"{'✓' if check['passed'] else '✗'} {check['name']}: {check['value']:.6g} ({check['limit']})")
+    click.echo(f"{out / 'model.onnx'}: {'answers as the module does' if made.verdict.passed else 'parts from the module'}")
+    raise SystemExit(0 if made.verdict.passed else 1)
 
 
 def _first_parting(both: list, test) -> str:

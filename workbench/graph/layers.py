@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -63,11 +63,21 @@ def named(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn
     Example: `layers.named(model, "layer2.*")`
     """
     weighted = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return {name: weighted[name] for name in matching(weighted, patterns)}
+
+
+def matching(names: Iterable[str], patterns: str | Sequence[str], *, what: str = "") -> list[str]:
+    """Those of the names that match one of the globs, in their order.
+
+    Raises ValueError, `what` before it, where a glob matches nothing.
+
+    Example: `layers.matching(["conv1", "fc"], "conv*") == ["conv1"]`
+    """
+    names, patterns = list(names), [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in weighted):
-            raise ValueError(f"no layer matches {pattern!r}; the layers are {listed(weighted)}")
-    return {name: layer for name, layer in weighted.items() if any(fnmatchcase(name, p) for p in patterns)}
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{what}no layer matches {pattern!r}; the layers are {listed(names)}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:

@@ -14,11 +14,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache, partial
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from workbench.batches import Batch, Inputs, call, count
@@ -26,10 +27,10 @@ from workbench.errors import UnsupportedModelError, listed
 from workbench.graph import cutting
 from workbench.graph.coupling import groups
 from workbench.graph.kinds import BATCHNORM
-from workbench.graph.layers import WEIGHTED, Change, Masked, macs_of
+from workbench.graph.layers import WEIGHTED, Change, Masked, macs_of, matching
 from workbench.graph.norms import reestimate_batchnorm
 from workbench.subjects.objectives import Objective
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Globs, Removed, Share, Subject
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
@@ -93,11 +94,7 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
     if scores.score.isna().any():
         row = scores[scores.score.isna()].iloc[0]
         raise ValueError(f"the score of channel {row.channel} of layer {row.layer} is NaN")
-    patterns = [keep] if isinstance(keep, str) else list(keep)
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in scores.layer.unique()):
-            raise ValueError(f"keep: no layer matches {pattern!r}; the layers are {listed(scores.layer.unique())}")
-    free = scores[~scores.kept & ~scores.layer.map(lambda layer: any(fnmatchcase(layer, p) for p in patterns))].copy()
+    free = scores[~scores.kept & ~scores.layer.isin(matching(scores.layer.unique(), keep, what="keep: "))].copy()
     free["rank"] = free.score / free.groupby("layer").score.transform("mean").clip(lower=1e-12)
     if scope == "global":
         lowest = free.nsmallest(round(ratio * len(free)), "rank", keep="first")
@@ -160,20 +157,32 @@ def cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: flo
 
     Example: `channels.cut_to(model, channels.score(model, "l1", example=x), macs=0.5, example=x, batches=seen)`
     """
-    new = _cut_to(model, scores, example=example, macs=macs, params=params, share=share, cost=cost, scope=scope,
-                  multiple=multiple, keep=keep)
+    new = _cut_to(model, scores, example=example, macs=macs, params=params, share=share, cost=cost, multiple=multiple,
+                  scope=scope, keep=keep)
+    return _renormed(new, batches)
+
+
+def _renormed(new: nn.Module, batches: Iterable[Batch] | None) -> nn.Module:
+    """A cut model with the statistics of its own batch norms, or a warning that they are not."""
     if not any(isinstance(module, BATCHNORM) for module in new.modules()):
         return new
     if batches is not None:
         return reestimate_batchnorm(new, batches)
     warnings.warn("the batch norms of the cut model still hold the statistics of the whole one; before it is judged give "
-                  "batches=, train it, or call reparameterization.reestimate_batchnorm", stacklevel=2)
+                  "batches=, train it, or call reparameterization.reestimate_batchnorm", stacklevel=3)
     return new
 
 
+def _others(scores: pd.DataFrame, layers: str | Sequence[str], keep: str | Sequence[str]) -> list[str]:
+    """The layers that stay whole: those that match `keep`, and those that `layers` do not name."""
+    names = list(scores.layer.unique())
+    chosen = set(matching(names, layers)) - set(matching(names, keep, what="keep: "))
+    return [name for name in names if name not in chosen]
+
+
 def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: float | None = None, params: float | None = None,
-            share: float | None = None, cost: Callable[[nn.Module], float] | None = None, scope: str = "global",
-            multiple: int | None = None, keep: str | Sequence[str] = ()) -> nn.Module:
+            share: float | None = None, cost: Callable[[nn.Module], float] | None = None, multiple: int | None = None,
+            **chosen_by) -> nn.Module:
     targets = [target for target in (macs, params, share) if target is not None]
     if len(targets) != 1 or (share is None) != (cost is None):
         raise ValueError("give exactly one of macs, params, and share with cost: the fraction of that cost which may stay")
@@ -193,7 +202,7 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
 
     best, least = (0.0, None), 1.0
     for widths in (multiple,) if multiple else (*(partial(blocks, parts=parts) for parts in (2, 4, 8, 16)), 1):
-        chosen = cache(lambda step, widths=widths: select(scores, step / 256, scope=scope, multiple=widths, keep=keep))
+        chosen = cache(lambda step, widths=widths: select(scores, step / 256, multiple=widths, **chosen_by))
         kept = cache(lambda step, chosen=chosen: left(chosen(step)))
         step = bisect.bisect_left(range(256), True, key=lambda step, kept=kept: kept(step) <= target)
         if step == 256:
@@ -303,20 +312,27 @@ def _gradients(model: nn.Module, batches: Iterable[Batch], objective: Objective)
 
 @dataclass(frozen=True)
 class Prune:
-    """The step of a plan that cuts channels until at most the fraction `macs` or `params` of the subject stays.
+    """The step of a plan that cuts channels until at most the fraction `macs` or `params` of the subject stays, or that takes
+    the fraction `ratio` of the channels.
 
     criterion: as `score` has them; taylor looks at `examples` of the validation split, and so do the batch norms, which take
-    their statistics anew. scope, multiple, keep: as `cut_to`.
+    their statistics anew. layers, keep: globs of the layers that are cut and of those that are not. scope, multiple: as `cut_to`.
     """
 
-    macs: float | None = None
-    params: float | None = None
-    criterion: str = "l1"
-    scope: str = "global"
-    multiple: int | None = None
-    keep: str | Sequence[str] = ()
-    examples: int = 500
-    seed: int = 0
+    macs: Share | None = None
+    params: Share | None = None
+    ratio: Removed | None = None
+    criterion: Literal[CRITERIA] = "l1"
+    scope: Literal[SCOPES] = "global"
+    multiple: Annotated[int, Ge(1)] | None = None
+    layers: Globs = "*"
+    keep: Globs = ()
+    examples: Count = 500
+    seed: Count = 0
+
+    def __post_init__(self):
+        if sum(target is not None for target in (self.macs, self.params, self.ratio)) != 1:
+            raise ValueError("prune: give exactly one of macs, params (what stays) and ratio (which channels go)")
 
     def apply(self, subject: Subject) -> Subject:
         """The cut subject."""
@@ -324,6 +340,11 @@ class Prune:
         seen = list(validation.subset(self.examples, seed=self.seed).batches(100)) if len(validation) else None
         scores = score(subject.model, self.criterion, example=subject.example, batches=seen, objective=subject.task.objective,
                        seed=self.seed)
-        model = cut_to(subject.model, scores, example=subject.example, macs=self.macs, params=self.params, scope=self.scope,
-                       multiple=self.multiple, keep=self.keep, batches=seen)
+        keep = _others(scores, self.layers, self.keep)
+        if self.ratio is None:
+            model = cut_to(subject.model, scores, example=subject.example, macs=self.macs, params=self.params, scope=self.scope,
+                           multiple=self.multiple, keep=keep, batches=seen)
+        else:
+            removed = select(scores, self.ratio, scope=self.scope, multiple=self.multiple or 1, keep=keep)
+            model = _renormed(remove(subject.model, removed, example=subject.example), seen)
         return subject.with_model(model, scores=scores)

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from workbench.batches import Batch, Inputs, call
 from workbench.files import fingerprint
 from workbench.graph.layers import evaluating, watch
 from workbench.subjects.objectives import Objective
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Globs, Subject
 from workbench.subjects.training import Recipe, few, fit
 
 KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
@@ -219,16 +220,17 @@ class Distil:
     kind, temperature, alpha, weight, layers: as `loss` has them. examples, validation: of those splits, all where 0.
     """
 
+    keeps_shape: ClassVar[bool] = True
     recipe: Recipe
-    kind: str = "soft_targets"
+    kind: Literal[KINDS] = "soft_targets"
     temperature: Schedule = 3.0
     alpha: Schedule = 0.7
     weight: float = 1.0
-    layers: Sequence[str] = ()
+    layers: Globs = ()
     teacher: nn.Module | None = None
-    examples: int = 0
-    validation: int = 0
-    seed: int = 0
+    examples: Count = 0
+    validation: Count = 0
+    seed: Count = 0
     state: str | None = None
 
     def apply(self, subject: Subject) -> Subject:

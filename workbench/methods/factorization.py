@@ -10,15 +10,17 @@ Sources: Denton et al. 2014 (arXiv 1404.0736); Zhang et al. 2015 (arXiv 1505.067
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from workbench.batches import Batch, Inputs, call, rows
 from workbench.errors import UnsupportedModelError
 from workbench.graph.layers import Change, evaluating, named, patches
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Globs, Share, Subject
 
 DAMPING = 1e-3  # of the mean second moment, added to E[x x^T] before it is factored
 COSTS = ("params", "macs")
@@ -242,14 +244,18 @@ class Factorize:
     outputs: the best factors in the layers' outputs on `examples` of the validation split, instead of in the weights.
     """
 
-    rank: int | None = None
-    energy: float | None = None
-    share_of_layers: float | None = None
-    cost: str = "params"
-    layers: str | Sequence[str] = "*"
+    rank: Annotated[int, Ge(1)] | None = None
+    energy: Share | None = None
+    share_of_layers: Share | None = None
+    cost: Literal[COSTS] = "params"
+    layers: Globs = "*"
     outputs: bool = False
-    examples: int = 300
-    seed: int = 0
+    examples: Count = 300
+    seed: Count = 0
+
+    def __post_init__(self):
+        if sum(target is not None for target in (self.rank, self.energy, self.share_of_layers)) != 1:
+            raise ValueError("factorize: give exactly one of rank, energy and share_of_layers")
 
     def apply(self, subject: Subject) -> Subject:
         """The factored subject."""

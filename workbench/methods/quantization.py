@@ -11,9 +11,11 @@ Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krish
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -25,10 +27,10 @@ from workbench.graph.norms import fold_batchnorm
 from workbench.graph.tracing import trace
 from workbench.graph.units import round_biases
 from workbench.numbers.coding import encode, entropy
-from workbench.numbers.grid import Scheme
+from workbench.numbers.grid import GRANULARITIES, LEVELS, Scheme
 from workbench.numbers.histograms import CALIBRATORS
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Globs, Subject
 
 INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
 UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
@@ -256,17 +258,21 @@ class Quantize:
     """The step of a plan that quantises: weights at `bits` (None: float), activations at 8, calibrated on `examples` of the
     validation split."""
 
-    bits: int | None = 8
-    granularity: str = "channel"
-    group: int = 0
+    bits: Annotated[int, Ge(2), Le(8)] | None = 8
+    granularity: Literal[GRANULARITIES] = "channel"
+    group: Count = 0
     symmetric: bool = True
-    levels: str = "uniform"
+    levels: Literal[LEVELS] = "uniform"
     activations: bool = True
-    calibrator: str = "minmax"
-    by: str = "minmax"
-    layers: str | Sequence[str] = "*"
-    examples: int = 300
-    seed: int = 0
+    calibrator: Literal[CALIBRATORS] = "minmax"
+    by: Literal["minmax", "mse"] = "minmax"
+    layers: Globs = "*"
+    examples: Count = 300
+    seed: Count = 0
+
+    def __post_init__(self):
+        if self.bits is None and not self.activations:
+            raise ValueError("quantize: give bits, or let it quantise the activations; else there is nothing to do")
 
     def apply(self, subject: Subject) -> Subject:
         """The quantised subject; the float model stays in `made["float"]`, for repairs to compare with."""

@@ -7,6 +7,7 @@ batch norms' statistics taken anew.
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import aten, is_idle, is_layer
 from workbench.graph.norms import fold_batchnorm, reestimate_batchnorm
 from workbench.graph.running import Runner
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Subject
 
 LIVE = 1e-3  # of the largest channel: below it a channel is not equalised
 
@@ -113,6 +114,8 @@ class Fold:
 class Equalize:
     """The step of a plan that makes the ranges of neighbouring layers equal; batch norms are to be folded before."""
 
+    keeps_shape: ClassVar[bool] = True
+
     def apply(self, subject: Subject) -> Subject:
         """The subject with equal ranges."""
         return subject.with_model(equalize(subject.model, subject.example))
@@ -131,8 +134,9 @@ class Fuse:
 class Reestimate:
     """The step of a plan that takes the batch norms' statistics anew, from `examples` of the validation split."""
 
-    examples: int = 1000
-    seed: int = 0
+    keeps_shape: ClassVar[bool] = True
+    examples: Count = 1000
+    seed: Count = 0
 
     def apply(self, subject: Subject) -> Subject:
         """The subject with the statistics of its own activations."""

@@ -12,6 +12,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from workbench.graph.tracing import trace
 from workbench.graph.units import round_biases
 from workbench.numbers.grid import affine, fake_quantize
 from workbench.numbers.quantizers import WeightQuantizer
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Subject
 
 STRETCH = (-0.1, 1.1)  # of AdaRound's rectified sigmoid
 STEPS = 1000
@@ -237,9 +238,10 @@ class Repair:
     """The step of a plan that repairs a quantised subject: "bias", "adaround", "adaquant" or "descend", on the batches that it
     was calibrated on. steps: of AdaRound and AdaQuant; 0 takes their default."""
 
+    keeps_shape: ClassVar[bool] = True
     method: str = "descend"
-    steps: int = 0
-    seed: int = 0
+    steps: Count = 0
+    seed: Count = 0
 
     def __post_init__(self):
         if self.method not in REPAIRS:

@@ -15,17 +15,19 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from workbench.batches import Batch
 from workbench.errors import UnsupportedModelError
 from workbench.graph.layers import named
 from workbench.subjects.objectives import Objective
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Globs, Removed, Subject
 from workbench.subjects.training import Recipe, few, fit, own_loss
 
 PENALTIES = ("group_lasso", "bn_gamma")
@@ -296,14 +298,15 @@ class Sparsify:
     the training split, all where 0.
     """
 
-    sparsity: float | None = None
+    keeps_shape: ClassVar[bool] = True
+    sparsity: Removed | None = None
     pattern: str = "unstructured"
     recipe: Recipe | None = None
-    exchange: float = 0.0
-    every: int = 100
-    layers: str | Sequence[str] = "*"
-    examples: int = 0
-    seed: int = 0
+    exchange: Removed = 0.0
+    every: Annotated[int, Ge(1)] = 100
+    layers: Globs = "*"
+    examples: Count = 0
+    seed: Count = 0
     state: str | None = None
 
     def apply(self, subject: Subject) -> Subject:

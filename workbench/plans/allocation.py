@@ -5,6 +5,8 @@ pay where formats meet: what passes between a layer in 8 bits and one in float i
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,12 @@ from torch import Tensor, nn
 from workbench.batches import Inputs, rows
 from workbench.graph.kinds import is_float, is_layer
 from workbench.graph.layers import named
+from workbench.graph.norms import fold_batchnorm
 from workbench.graph.running import Runner
+from workbench.measures import sensitivity
+from workbench.methods.quantization import CALIBRATORS, quantize, quantizing
+from workbench.numbers.grid import Scheme
+from workbench.subjects.subject import Count, Share, Subject
 
 FLOAT = 32  # the bits of a layer that is not rounded
 
@@ -141,3 +148,33 @@ def _converting(choices: pd.DataFrame, borders: pd.DataFrame | None, cost: str) 
 
 def _joint(name: str) -> bool:
     return name.startswith("(")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The step of a plan that gives each layer's weights a width of their own, so that they take the share `bytes` of
+    what they take at 8 bits; activations at 8 bits.
+
+    The harm of each layer at each of `widths` is measured on `examples` of the validation split, which also calibrate.
+    """
+
+    bytes: Share = 0.5
+    widths: tuple[int, ...] | list[int] = (2, 3, 4, 6, 8)
+    calibrator: Literal[CALIBRATORS] = "minmax"
+    examples: Count = 300
+    seed: Count = 0
+
+    def __post_init__(self):
+        if not self.widths or not all(2 <= bits <= 8 for bits in self.widths):
+            raise ValueError(f"mix: widths are {list(self.widths)}, expected numbers of bits from 2 to 8")
+
+    def apply(self, subject: Subject) -> Subject:
+        """The quantised subject; in `made` the float model and what calibrated, for repairs, and the widths as `bits`."""
+        validation = subject.task.validation.subset(self.examples, seed=self.seed)
+        folded, seen = fold_batchnorm(subject.model, subject.example), list(validation.batches(50))
+        curves = sensitivity.scan(folded, validation, quantizing(folded), levels=[bits / 8 for bits in sorted({*self.widths, 8})])
+        options = choices(curves, folded)
+        bits = allocate(options, self.bytes * options[options.bits == 8].size_bytes.sum())
+        made = quantize(folded, seen, weights={name: Scheme(b, granularity="channel") for name, b in bits.items()},
+                        calibrator=self.calibrator)
+        return subject.with_model(made, float=folded, calibration=seen, bits=bits)

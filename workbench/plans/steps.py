@@ -5,8 +5,12 @@ quantization.Quantize, ...
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import pandas as pd
+from annotated_types import Gt
 
 from workbench.deployment import onnx
 from workbench.files import progress
@@ -15,6 +19,20 @@ from workbench.subjects.subject import Step, Subject
 from workbench.subjects.tasks import Split
 
 Stages = dict[str, Subject]
+
+
+@dataclass(frozen=True)
+class Export:
+    """The step of a plan that writes the subject as it is then to an ONNX file, in `made["folder"]` where there is one."""
+
+    keeps_shape: ClassVar[bool] = True
+    file: str = "model.onnx"
+    tolerance: Annotated[float, Gt(0)] | None = None
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject, the file's path in `made["file"]`."""
+        path = Path(str(subject.made.get("folder", "."))) / self.file
+        return subject.with_model(subject.model, file=onnx.export(subject.model, subject.example, path, tolerance=self.tolerance))
 
 
 def plan(start: Subject, steps: Iterable[Step] | Mapping[str, Step]) -> Stages:

@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Annotated, ClassVar, Protocol
 
+from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
 
 from workbench.batches import Inputs
 from workbench.subjects.tasks import Task
+
+# what the fields of a step may be; a recipe is checked against it before anything runs
+Share = Annotated[float, Gt(0), Le(1)]  # what stays
+Removed = Annotated[float, Ge(0), Lt(1)]
+Count = Annotated[int, Ge(0)]
+Globs = str | list[str]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,12 @@ class Subject:
 
 
 class Step(Protocol):
-    """One method with its settings: a frozen dataclass whose fields are what a recipe writes."""
+    """One method with its settings: a frozen dataclass whose fields are what a recipe writes.
+
+    keeps_shape: whether the model that comes out has the layers and tensors of the one that went in, with other numbers.
+    """
+
+    keeps_shape: ClassVar[bool] = False
 
     def apply(self, subject: Subject) -> Subject:
         """The subject after the step; the one given is left as it was."""

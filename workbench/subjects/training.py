@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from workbench import files, machine
 from workbench.batches import Batch, call, count, mapped
 from workbench.subjects import states
 from workbench.subjects.objectives import Objective
-from workbench.subjects.subject import Subject
+from workbench.subjects.subject import Count, Subject
 from workbench.subjects.tasks import Split, Task
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
@@ -314,9 +315,10 @@ def own_loss(recipe: Recipe) -> Loss:
 class Train:
     """The step of a plan that trains: `recipe` on the task's training split, `examples` of it (all where 0), by `seed`."""
 
+    keeps_shape: ClassVar[bool] = True
     recipe: Recipe
-    examples: int = 0
-    seed: int = 0
+    examples: Count = 0
+    seed: Count = 0
     state: str | None = None
 
     def apply(self, subject: Subject) -> Subject:
