@@ -13,14 +13,14 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workbench"
-GROUND = {"errors", "files", "machine", "batches"}
+GROUND = {"errors", "files", "machine", "batches", "store"}
 BELOW = {  # what each room may import of the package
-    "": set(), "errors": set(), "files": set(), "machine": set(), "batches": {"errors"}, "numbers": GROUND,
+    "": set(), "errors": set(), "files": set(), "machine": set(), "store": {"files"}, "batches": {"errors"}, "numbers": GROUND,
     "graph": GROUND | {"numbers"}, "subjects": GROUND | {"numbers", "graph"},
     "methods": GROUND | {"numbers", "graph", "subjects"},
     "deployment": GROUND | {"numbers", "graph"}, "measures": GROUND | {"numbers", "graph", "subjects", "deployment"},
     "plans": GROUND | {"numbers", "graph", "subjects", "methods", "deployment", "measures"},
-    "reporting": {"files", "machine"}, "__main__": {"errors", "reporting", "measures", "subjects"},
+    "reporting": {"files", "machine"}, "__main__": {"errors", "machine", "reporting", "measures", "plans", "subjects"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,7 +9,7 @@ from workbench import machine
 from workbench.deployment import onnx, sessions
 from workbench.errors import UnsupportedModelError
 from workbench.graph import layers
-from workbench.measures import peers
+from workbench.measures import equivalence, peers
 
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
@@ -195,3 +195,27 @@ def test_an_export_is_judged_by_what_rounding_does_to_the_model_itself(tmp_path)
     with pytest.raises(UnsupportedModelError, match="allow more by tolerance="):
         onnx.export(model, x, tmp_path / "model.onnx", tolerance=onnx.TOLERANCE)
     onnx.export(model, x, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, "timm"])
+def test_activations_in_place_and_norms_with_their_own_are_not_taken_for_a_parting(norm, tmp_path):
+    """As in timm's ResNets, whose norms an Identity and a ReLU in place follow."""
+    import timm
+
+    kind = timm.layers.BatchNormAct2d if norm == "timm" else norm
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), kind(4), nn.Identity(), nn.ReLU(inplace=True), nn.Identity(), nn.Conv2d(4, 6, 3),
+                          nn.ReLU(inplace=True), kind(6), nn.Flatten(), nn.Linear(6 * 24 * 24, 10)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    path = onnx.export(model, EXAMPLE, tmp_path / "model.onnx")
+    found = equivalence.by_layer(model, path, torch.randn(20, 1, 28, 28))
+    assert not found.parted.any()
+    assert found.sqnr_db.min() > 80
+
+
+def test_a_refusal_of_the_runtime_says_which_axis(network, exported):
+    with pytest.raises(ValueError, match="indices.*Got: 30 Expected: 28"):
+        sessions.open(exported)(torch.zeros(2, 1, 30, 28))

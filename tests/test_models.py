@@ -150,3 +150,33 @@ def test_pictures_that_are_not_the_models_own_are_warned_of(name, task):
     model = models.load(name, task, pretrained=False) if name.startswith("timm:") else None
     with pytest.warns(UserWarning, match=f'was trained on pictures of 224 x 224 .* preprocessing=models.preprocessing."{name}"'):
         models._expect_prepared(task, name, model)
+
+
+def test_a_checkpoint_remembers_how_its_pictures_were_prepared(tmp_path):
+    import warnings
+
+    import numpy as np
+    from PIL import Image
+
+    for k in range(30):
+        folder = tmp_path / "photos" / ("train" if k % 2 else "test") / "ab"[k % 3 > 0]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    name = f"folder:{tmp_path / 'photos'}"
+    task = data.load(name)
+    model = models.load("timm:resnet10t", task, pretrained=False)
+    models.save(model, tmp_path / "mine.safetensors")
+    told = models.preprocessing(str(tmp_path / "mine.safetensors"))
+    assert told == task.test.prepare
+    assert models.trained_on(str(tmp_path / "mine.safetensors")) == name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load(str(tmp_path / "mine.safetensors"), data.load(name, preprocessing=told))
+
+
+def test_a_quantised_model_is_kept_as_its_file(model, task, tmp_path):
+    from workbench.methods import quantization
+
+    rounded = quantization.quantize(model, [], activations=None, example=task.example)
+    with pytest.raises(ValueError, match=r"kept as its file, onnx.export"):
+        models.save(rounded, tmp_path / "int8.safetensors")

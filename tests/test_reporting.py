@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from workbench import machine
-from workbench.reporting import notebooks
+from workbench.reporting import notebooks, parameters
 from workbench.reporting.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 
 def run(folder, *names, settings=(), **options):
-    return notebooks.run(notebooks.plan(names, folder=folder, settings=settings), out=folder.parent / "reports", **options)
+    return notebooks.run(parameters.plan(names, folder=folder, settings=settings), out=folder.parent / "reports", **options)
 
 
 def command(*arguments, cwd=ROOT):
@@ -247,23 +247,50 @@ def test_a_profile_that_names_what_is_not_there_is_refused(folder):
                           ("quick: {01_one: {speed: 1}}", "01_one has no parameter 'speed'"), ("a: [", "not valid YAML")):
         (folder / "profiles.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
-            notebooks.plan([], folder=folder)
+            parameters.plan([], folder=folder)
 
 
 def test_a_folder_of_notebooks_needs_no_profiles(folder):
     (folder / "profiles.yaml").unlink()
-    assert notebooks.plan([], folder=folder)[0].parameters
+    assert parameters.plan([], folder=folder)[0].parameters
+
+
+def test_a_notebook_of_any_name_runs_and_an_empty_folder_is_refused(folder, tmp_path):
+    mine = folder.parent / "mine"
+    write(mine, "first_use")
+    told = json.loads((mine / "first_use.ipynb").read_text())
+    del told["metadata"]["kernelspec"]  # as nbformat makes one
+    (mine / "first_use.ipynb").write_text(json.dumps(told))
+    made = command("report", "--notebooks", mine, "--out", tmp_path / "out")
+    assert made.returncode == 0, made.stderr
+    assert "1 of 1 checks hold" in made.stdout
+    assert "first_use" in (tmp_path / "out" / "index.html").read_text()
+    (tmp_path / "none").mkdir()
+    refused = command("report", "--notebooks", tmp_path / "none", "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "holds no notebook" in refused.stderr
+
+
+def test_compare_takes_a_checkpoints_own_data(folder, tmp_path, model, task):
+    from workbench.deployment import onnx
+    from workbench.subjects import models
+
+    models.save(model, tmp_path / "mine.safetensors")
+    onnx.export(model, task.example, tmp_path / "mine.onnx")
+    made = command("compare", tmp_path / "mine.safetensors", tmp_path / "mine.onnx", "--examples", 100)
+    assert made.returncode == 0, made.stderr
+    assert "of fashion_mnist" in made.stdout
 
 
 def test_settings_and_defaults_keep_their_types(folder):
-    job, = notebooks.plan(["01_one"], folder=folder, settings=["least=1e-4"])
+    job, = parameters.plan(["01_one"], folder=folder, settings=["least=1e-4"])
     assert job.parameters == {"images": 10, "least": 1e-4, "pause": 0.0, "fault": False}
 
 
 def test_a_damaged_notebook_is_named(folder):
     (folder / "02_two.ipynb").write_text('{"cells": [')
     with pytest.raises(ValueError, match=r"02_two.ipynb is no notebook that can be run"):
-        notebooks.plan([], folder=folder)
+        parameters.plan([], folder=folder)
 
 
 def test_a_reports_folder_that_cannot_be_written_is_refused(folder):

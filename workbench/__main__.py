@@ -35,8 +35,9 @@ def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) ->
     Exit code 0: every check holds; 1: one does not; 2: bad input, or a notebook raised an error.
     """
     from workbench.reporting import notebooks as runner
+    from workbench.reporting import parameters
 
-    planned = runner.plan(notebooks, folder=folder, profile=profile, settings=settings)
+    planned = parameters.plan(notebooks, folder=folder, profile=profile, settings=settings)
     out = out or Path("reports") / ("" if profile == "quick" else profile)
     summary = runner.run(planned, out=out, workers=jobs, scheduler=scheduler, force=force)
     click.echo(f"{summary['checks_passed']} of {summary['checks']} checks hold; open {out / 'index.html'}")
@@ -46,7 +47,7 @@ def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) ->
 @cli.command()
 @click.argument("reference")
 @click.argument("candidate")
-@click.option("--data", "source", default="fashion_mnist", show_default=True, help="an embedded set, hub:ID or folder:PATH")
+@click.option("--data", "source", help="an embedded set, hub:ID or folder:PATH  [default: a checkpoint's own, or fashion_mnist]")
 @click.option("--examples", type=click.IntRange(min=1), help="how many test examples, drawn by --seed  [default: all]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cosine", default=0.995, show_default=True, help="least cosine of any example's outputs")
@@ -60,7 +61,9 @@ def compare(reference, candidate, source, examples, seed, cosine, l2, agreement)
     from workbench.measures import equivalence
     from workbench.subjects import data, models
 
-    known = next((models.preprocessing(m) for m in (reference, candidate) if not m.endswith(".onnx")), None)
+    given = [m for m in (reference, candidate) if not m.endswith(".onnx")]
+    known = next((models.preprocessing(m) for m in given), None)
+    source = source or next((own for m in given if (own := models.trained_on(m))), "fashion_mnist")
     task = data.load(source, preprocessing=known)
     test = task.test.subset(examples, seed=seed) if examples else task.test
     both = [m if m.endswith(".onnx") else models.load(m, task) for m in (reference, candidate)]

@@ -66,7 +66,8 @@ class Session:
         """What is said where the runtime refuses a batch."""
         shapes = ", ".join(f"{name}{tuple(value.shape)} of type {value.dtype}" for name, value in _labelled(inputs).items())
         shape = f"a batch of shape {shapes}" if isinstance(inputs, Tensor) else f"the inputs {shapes}"
-        return f"{self.name} refuses {shape}: {reason(error)}"
+        said = " ".join(str(error).split("\n", 3)[:3]) if self.runtime == "onnxruntime" else reason(error)  # it tells which axis
+        return f"{self.name} refuses {shape}: {said}"
 
 
 class TorchSession(Session):

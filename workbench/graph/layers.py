@@ -16,7 +16,7 @@ from workbench.batches import Inputs, call, rows
 from workbench.errors import UnsupportedModelError, listed, reason
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Identity)  # Identity stands where a folded norm stood
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,11 @@ def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             outputs[name] = output.clone()  # what follows may work in place
         return hook
 
-    def keep_behind(_module, inputs, output):
-        if latest[1] is not None and inputs[0] is latest[1]:
-            latest[1] = output
-            outputs[latest[0]] = output.clone()
+    def keep_behind(norm, inputs, _output):  # what a library's own norm does besides, such as its activation, is left out
+        name, made = latest
+        if made is not None and inputs[0] is made and norm.running_mean is not None and torch.equal(made, outputs[name]):
+            latest[1] = None  # nothing came in between, in place either
+            outputs[name] = F.batch_norm(made, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
     handles = []
     for name, module in model.named_modules():

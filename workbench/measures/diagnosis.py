@@ -52,7 +52,7 @@ class Diagnosis:
 
     table: pd.DataFrame
     unexplained: float
-    candidate: nn.Module
+    candidate: nn.Module = field(repr=False)
     repairs: Mapping[str, Unit] = field(repr=False)
 
     def repaired(self, *layers: str) -> nn.Module:

@@ -15,7 +15,7 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     ran: the notebooks of this run; failures: those that left no new report, with the reason; one that raised in an
     earlier run stays among them until it is run well.
     """
-    records = [json.loads(path.read_text()) for path in sorted(out.glob("[0-9]*/run.json"))]
+    records = [json.loads(path.read_text()) for path in sorted(out.glob("*/run.json"))]
     reports = [_entry(record) for record in records]
     stored = [json.loads(path.read_text()) for path in sorted(out.glob(".failed/*/run.json"))]
     failures = {record["name"]: record["error"] for record in stored} | failures

@@ -66,8 +66,8 @@ def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.text(max(value, high), y, f"  {value:.2f}", va="center", fontsize=9)
     ax.margins(x=0.18)
     ax.set_yticks(at, names)
-    ax.set(xlabel="latency of one batch, ms (median)", title=table.attrs.get("machine", ""))
-    ax.title.set_fontsize(9)
+    ax.set(xlabel="latency of one batch, ms (median)")
+    ax.set_title(table.attrs.get("machine", ""), fontsize=8, wrap=True)
     ax.legend(frameon=False, loc="lower right")
     return ax
 
@@ -109,7 +109,7 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
            ylabel="top-1, %" if what == "top1" else "right tokens, %",
            title=f"Sensitivity, one layer at a time ({curves.n.max():,} examples; band: paired 95 %)")
     title = f"most sensitive {NAMED} of {len(layers)}; colour: depth" if len(layers) > NAMED else None
-    ax.legend(frameon=False, fontsize=7, ncols=2, title=title, title_fontsize=7)
+    ax.legend(frameon=False, fontsize=7, title=title, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 

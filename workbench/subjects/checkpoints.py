@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from workbench import files
 
@@ -17,6 +17,9 @@ def save(model: nn.Module, path: Path | str, *, notes: dict[str, str] | None = N
     Raises ValueError where the model did not come from models.load or models.wrap, or holds NaN.
     """
     if not hasattr(model, "origin"):
+        if isinstance(model, fx.GraphModule):
+            raise ValueError("a quantised or folded model is kept as its file, onnx.export(model, example, PATH); as a "
+                             "checkpoint save the model that it was made of")
         raise ValueError("this model does not know its architecture; start from models.load, or models.wrap for your own")
     refuse_nan(model, "the model to be saved")
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}  # tied weights: each once more

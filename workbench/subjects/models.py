@@ -5,21 +5,23 @@ efficientnet-lite-pytorch.
 """
 
 import inspect
+import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from workbench.batches import answer, call, mapped
-from workbench.errors import reason
+from workbench.errors import quietly, reason
 from workbench.subjects import embedded, language
 from workbench.subjects.checkpoints import fill, read_header, refuse_nan, save
 from workbench.subjects.networks import RepVGG, ResNet
 from workbench.subjects.tasks import Preprocessing, Task, described
 from workbench.subjects.texts import Tokens
 
-__all__ = ["load", "preprocessing", "read_header", "save", "wrap"]
+__all__ = ["load", "preprocessing", "read_header", "save", "trained_on", "wrap"]
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # in each of the three stages
 REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
@@ -61,6 +63,7 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
         if task and pretrained and not path:
             _expect_prepared(task, base, model)
     refuse_nan(model, path or name)
+    model.origin |= {key: stored[key] for key in ("prepared", "data") if key in stored} | _prepared_for(task)
     return model.eval().to(memory_format=torch.channels_last)
 
 
@@ -90,7 +93,8 @@ def wrap(module: nn.Module, task: Task) -> nn.Module:
         raise ValueError(f"{type(module).__name__} answers {logits.shape[-1]} classes, {task.name!r} has {len(task.classes)}; "
                          f"give it a head for {len(task.classes)}")
     refuse_nan(module, type(module).__name__)
-    module.origin = {"architecture": f"own:{type(module).__qualname__}", "classes": str(answer(outputs).shape[-1])}
+    module.origin = {"architecture": f"own:{type(module).__qualname__}", "classes": str(answer(outputs).shape[-1]),
+                     **_prepared_for(task)}
     return module
 
 
@@ -104,6 +108,9 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
     base, (kind, _, rest) = name.partition("@")[0], name.partition("@")[0].partition(":")
     if base.endswith(".safetensors") and Path(base).exists():
         header = read_header(Path(base))
+        if "prepared" in header:
+            told = json.loads(header["prepared"])
+            return Preprocessing(**told | {key: tuple(told[key]) for key in ("mean", "std")})
         if "source" in header:
             return language.tokens(header["source"], longest=longest)
         return preprocessing(header["architecture"]) if "architecture" in header else None
@@ -124,6 +131,12 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
     return None
 
 
+def trained_on(name: str) -> str | None:
+    """The name of the data that a checkpoint's model was loaded for, as data.load takes it; None where none is told."""
+    known = name.endswith(".safetensors") and Path(name).exists()
+    return read_header(Path(name)).get("data") if known else None
+
+
 def _preprocessing_of(model: nn.Module) -> Preprocessing:
     """What a network of timm expects."""
     import timm
@@ -132,12 +145,20 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     return Preprocessing(how["input_size"][1], how["crop_pct"], how["interpolation"], how["mean"], how["std"])
 
 
+def _prepared_for(task: Task | None) -> dict[str, str]:
+    """What a checkpoint remembers of the task that its model was loaded for: its data, and how its pictures are prepared."""
+    if task is None:
+        return {}
+    how = task.test.prepare
+    return {"data": task.name} | ({"prepared": json.dumps(asdict(how))} if isinstance(how, Preprocessing) else {})
+
+
 def _expect_prepared(task: Task, name: str, model: nn.Module) -> None:
     """Warn where the task's pictures are not what the model was trained on."""
     wanted, found = _preprocessing_of(model) if name.startswith("timm:") else preprocessing(name), task.test.prepare
     if not wanted or not isinstance(found, Preprocessing):
         return
-    if task.example.shape[-1] != wanted.size or (wanted.mean, wanted.std) != (found.mean, found.std):
+    if task.example.shape[-1] != (wanted.size or task.example.shape[-1]) or (wanted.mean, wanted.std) != (found.mean, found.std):
         warnings.warn(f"{name} was trained on pictures of {wanted.size} x {wanted.size} pixels, normalised by {wanted.mean} and "
                       f"{wanted.std}; {task.name} gives {described(task.example)}, by {found.mean} and {found.std}: load it with "
                       f'data.load(..., preprocessing=models.preprocessing("{name}"))', stacklevel=3)
@@ -221,7 +242,8 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
 
 def _of_zoo(kind: str, name: str, make):
     try:
-        return make()
+        with quietly():  # a hub that does not answer is told in one line below
+            return make()
     except (ValueError, RuntimeError, OSError, KeyError) as error:  # unknown name, no network, wrong folder
         raise ValueError(f"{kind}:{name} could not be made ({reason(error)}); check the name and the network, "
                          "or pass pretrained=False for a random start") from error

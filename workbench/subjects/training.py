@@ -98,6 +98,9 @@ class Trained:
     model: nn.Module
     history: pd.DataFrame
 
+    def __repr__(self) -> str:
+        return f"Trained({type(self.model).__name__}, {len(self.history)} epochs, last loss {self.history.loss.iloc[-1]:.4f})"
+
 
 class Loop:
     """Steps of one optimizer over `parts`, which can be saved between two of them and taken up to the same weights.
