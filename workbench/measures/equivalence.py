@@ -30,6 +30,9 @@ class Limits:
     agreement: float = 1.0
 
 
+QUANTISED = Limits(l2=1e-2)  # where an average in floats lies between two integers, it may be rounded to either
+
+
 @dataclass(frozen=True)
 class Equivalence:
     """Outputs of a candidate against a reference over n examples; l2 relative to the norm of the reference's outputs."""

@@ -21,6 +21,7 @@ from workbench import files, machine
 from workbench.deployment import onnx
 from workbench.errors import UnsupportedModelError
 from workbench.measures import accuracy, cost, equivalence, latency
+from workbench.numbers.quantizers import quantizers
 from workbench.plans.recipe import STEPS, written
 from workbench.store import Store, code
 from workbench.subjects.subject import Step, Subject
@@ -92,7 +93,7 @@ def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | 
         return after
     if step is None:
         return before
-    if not step.keeps_shape:  # quick, and the same again: what follows needs its module
+    if not getattr(step, "keeps_shape", False):  # quick, and the same again: what follows needs its module
         return _applied(before, step, None)
     return before.with_model(_filled(before.model, load_file(place / "model.safetensors")))
 
@@ -121,7 +122,8 @@ def _told(out: Path, made: list[tuple[str, Path]], subject: Subject, test: Split
     columns = ["latency_ms", "ratio", "ratio_low", "ratio_high"]
     frame[columns] = timed[columns].to_numpy()
     last = made[-1][1]
-    verdict = equivalence.compare(subject.model, last / "model.onnx", test.subset(COMPARED, seed=seed))
+    limits = equivalence.QUANTISED if any(quantizers(subject.model)) else equivalence.Limits()
+    verdict = equivalence.compare(subject.model, last / "model.onnx", test.subset(COMPARED, seed=seed), limits=limits)
     for file in ("model.onnx", "model.safetensors"):
         with files.atomic(out / file) as new:
             shutil.copy(last / file, new)

@@ -1,0 +1,208 @@
+"""Recipes: what is read is what was written, each bad one is one line; and the way from a model to a file, killed or not."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from workbench.methods.channels import Prune
+from workbench.methods.distillation import Distil
+from workbench.methods.factorization import Factorize
+from workbench.methods.quantization import Quantize
+from workbench.methods.rounding import Repair
+from workbench.methods.sparsity import Sparsify
+from workbench.plans import recipe
+from workbench.plans.allocation import Mix
+from workbench.plans.compress import compress
+from workbench.plans.steps import Export, plan
+from workbench.plans.tuning import Tune
+from workbench.store import Store
+from workbench.subjects.subject import Subject
+from workbench.subjects.training import Recipe, Train
+
+ARTICLES = """compression: [{type: structured_pruning, params: {sparsity_ratio: 0.4, target_layers: ["encoder.block.*"]}},
+{type: quantization, params: {bits: 8, method: adaquant}}]"""
+STEPS = [Prune(macs=0.5), Distil(Recipe(epochs=2, learning_rate=0.01), temperature=2.0), Prune(ratio=0.1, keep=["conv1"]),
+         Sparsify(sparsity=0.5, recipe=Recipe(epochs=1)), Factorize(energy=0.9), Train(Recipe(epochs=30)), Quantize(bits=4),
+         Repair("adaround", steps=10), Mix(widths=[4, 8]), Tune(bits=4), Export()]
+
+
+def test_the_articles_recipe_is_understood_as_it_stands():
+    steps = recipe.parse(ARTICLES).steps
+    assert list(steps) == ["structured_pruning", "quantization", "quantization, adaquant"]
+    assert steps["structured_pruning"] == Prune(ratio=0.4, layers=["encoder.block.*"])
+    assert list(steps.values())[1:] == [Quantize(bits=8), Repair("adaquant")]
+
+
+def test_every_step_comes_back_from_its_yaml():
+    told = recipe.dump(STEPS, name="all")
+    again = recipe.parse(told)
+    assert list(again.steps.values()) == STEPS
+    assert again.name == "all"
+    assert list(again.steps)[:3] == ["prune", "distil", "prune 2"]
+    assert recipe.dump(again.steps, name="all") == told
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "r.yaml is empty"),
+    ("compression: [", r"not valid YAML \(line 1\)"),
+    ("steps: []", "expected `compression:` and a list of steps"),
+    ("compression: []", "expected `compression:` and a list of steps"),
+    ("compression: [3]", "step 1: found 3, expected {type"),
+    ("{compression: [{type: fold}], modell: x}", "unknown key 'modell'; expected compression, name, model, data"),
+    ("compression: [{type: fold}, {type: prun}]", r"step 2 \(prun\): unknown type, did you mean 'prune'"),
+    ("compression: [{type: prune}]", "give exactly one of macs, params"),
+    ("compression: [{type: prune, params: {macs: 0.5, ratio: 0.1}}]", "give exactly one of macs, params"),
+    ("compression: [{type: prune, params: {mac: 0.5}}]", "unknown field 'mac', did you mean 'macs'"),
+    ("compression: [{type: prune, params: {macs: half}}]", "macs is 'half', expected number"),
+    ("compression: [{type: prune, params: {macs: 2}}]", "macs is 2, expected less than or equal to 1"),
+    ("compression: [{type: structured_pruning, params: {sparsity_ratio: 1.0}}]", "sparsity_ratio is 1.0, expected less than 1"),
+    ("compression: [{type: train, params: {bits: 8}}]", "unknown field 'bits'"),
+    ("compression: [{type: train, params: {epochs: 0}}]", "epochs is 0, expected more than 0"),
+    ("compression: [{type: quantize, params: {bits: 9}}]", "bits is 9, expected less than or equal to 8"),
+    ("compression: [{type: quantize, params: {granularity: chanel}}]", "expected 'tensor', 'channel' or 'group'"),
+    ("compression: [{type: quantization, params: {method: adaqant}}]", "did you mean 'adaquant'"),
+    ("compression: [{type: tune, params: {repairs: [magic]}}]", "repairs holds 'magic'"),
+    ("compression: [{type: fold, bits: 3}]", "unknown key 'bits'; a step has type and params"),
+])
+def test_a_bad_recipe_is_one_line_that_names_step_and_field(text, message):
+    with pytest.raises(ValueError, match=message) as told:
+        recipe.parse(text, where="r.yaml")
+    assert str(told.value).startswith("r.yaml")
+    assert "\n" not in str(told.value)
+
+
+def test_a_recipe_for_another_model_is_refused_before_anything_runs(model):
+    steps = recipe.parse(ARTICLES).steps
+    with pytest.raises(ValueError, match=r"pruning: layers: no layer matches .encoder.block.\*.; the layers are conv1"):
+        recipe.expect_layers(steps, model)
+
+
+def test_the_recipes_that_come_along_are_whole():
+    for name in ("int8", "int4"):
+        assert recipe.load(name).steps
+    with pytest.raises(FileNotFoundError, match="recipe int9 does not exist; give a YAML file, or one of int4, int8"):
+        recipe.load("int9")
+
+
+def test_a_share_of_the_channels_of_some_layers_goes(model, tiny):
+    made = Prune(ratio=0.5, layers=["layer1.*.conv1"], scope="layer").apply(Subject(model, tiny)).model
+    widths = {name: module.out_channels for name, module in made.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert widths["layer1.0.conv1"] == 8
+    assert widths["layer2.0.conv1"] == 32
+
+
+RUN = """
+import sys
+from dataclasses import replace
+from workbench.plans import recipe
+from workbench.plans.compress import compress
+from workbench.subjects import data, models
+from workbench.subjects.subject import Subject
+task = data.load("fashion_mnist")
+task = replace(task, train=task.train.subset(600), validation=task.validation.subset(100), test=task.test.subset(200))
+compress(Subject(models.load("resnet20", task), task), recipe.load(sys.argv[1]).steps, sys.argv[2], blocks=5)
+"""
+WHOLE = """compression:
+  - {type: prune, params: {macs: 0.6}}
+  - {type: distil, params: {epochs: 3, batch_size: 60, learning_rate: 1e-2}}
+  - {type: quantize}
+"""
+
+
+def test_killed_at_any_stage_it_goes_on_and_leaves_the_same(tmp_path):
+    (tmp_path / "r.yaml").write_text(WHOLE)
+
+    def arguments(out: str) -> list:
+        return [sys.executable, "-c", RUN, tmp_path / "r.yaml", tmp_path / out]
+
+    subprocess.run(arguments("whole"), check=True, capture_output=True)
+    stages = tmp_path / "killed" / "stages"
+    for wanted in (2, 3):  # killed soon after so many stages stand
+        process = subprocess.Popen(arguments("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while process.poll() is None and len(list(stages.glob("[0-9]*/key.json"))) < wanted and time.monotonic() < end:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        before = {path: path.stat().st_mtime_ns for path in stages.glob("[0-9]*/key.json")}
+    assert not (tmp_path / "killed" / "model.onnx").exists()
+    subprocess.run(arguments("killed"), check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items()), "what stood was not made again"
+    one, other = (pd.read_csv(tmp_path / out / "stages.csv") for out in ("whole", "killed"))
+    same = ["stage", "top1", "top1_change", "params", "macs", "size_bytes"]
+    pd.testing.assert_frame_equal(one[same], other[same])
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves(model, tiny, tmp_path):
+    made = compress(Subject(model, tiny), recipe.parse(WHOLE.replace("epochs: 3", "epochs: 1")).steps, tmp_path, blocks=5)
+    assert list(made.stages.stage) == ["start", "prune", "distil", "quantize"]
+    assert made.verdict.passed
+    assert made.stages.size_bytes.is_monotonic_decreasing or made.stages.size_bytes.iloc[-1] < made.stages.size_bytes.iloc[0] / 3
+    assert {"model.onnx", "model.safetensors", "stages.csv", "run.json", "stages"} == {p.name for p in tmp_path.iterdir()}
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert [step["type"] for step in told["steps"]] == ["prune", "distil", "quantize"]
+    assert all(check["passed"] for check in told["checks"])
+
+
+def test_tuning_keeps_what_brings_the_answers_nearer(model, tiny):
+    made = Tune(bits=3, calibrators=["minmax", "mse"], repairs=["descend"], examples=60, judged=40).apply(Subject(model, tiny))
+    tried = made.made["tried"].set_index("what")
+    assert {"minmax", "mse", "descend"} <= set(tried.index)
+    assert tried.kept["descend"]
+    assert tried.distance["descend"] < tried.distance[["minmax", "mse"]].min()
+
+
+def test_mixed_widths_keep_to_their_share_of_the_bytes(model, tiny):
+    made = Mix(bytes=0.5, widths=[2, 4, 8], examples=40).apply(Subject(model, tiny))
+    bits, weights = made.made["bits"], {name: layer.weight.numel() for name, layer in model.named_modules()
+                                        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)}
+    assert sum(bits[name] * weights[name] for name in bits) <= 0.5 * 8 * sum(weights.values())
+    assert len(set(bits.values())) > 1
+
+
+def test_a_plan_may_export_on_its_way(model, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = plan(Subject(model, tiny), [Prune(macs=0.8), Export("early.onnx"), Quantize()])
+    assert Path("early.onnx").exists()
+    assert stages["quantize"].made["file"] == Path("early.onnx")
+
+
+def test_a_store_makes_once_and_names_what_is_stale(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def make(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "value.txt").write_text("1")
+
+    first = store.kept("scan", {"model": "a"}, make)
+    assert store.kept("scan", {"model": "a"}, make) == first
+    assert len(calls) == 1
+    assert json.loads((first / "key.json").read_text()) == {"model": "a"}
+    assert store.stale("scan", {"model": "b"}) == [first]
+    assert store.stale("scan", {"model": "a"}) == []
+    with pytest.raises(ZeroDivisionError):
+        store.kept("scan", {"model": "c"}, lambda folder: 1 / 0)
+    assert not store.place("scan", {"model": "c"}).exists()
+    assert len(list(tmp_path.glob("scan-*"))) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["none.yaml", "--model", "resnet20", "--data", "fashion_mnist"], "recipe none.yaml does not exist"),
+    (["int8", "--model", "resnet20"], "compress needs --data; recipe int8 names none"),
+    (["r.yaml", "--model", "resnet20", "--data", "fashion_mnist"], "r.yaml is for model resnet56, not resnet20"),
+])
+def test_the_command_refuses_in_one_line(arguments, message, tmp_path):
+    (tmp_path / "r.yaml").write_text("{model: resnet56, compression: [{type: fold}]}")
+    made = subprocess.run([sys.executable, "-m", "workbench", "compress", *arguments, "--out", "out"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert message in made.stderr
+    assert len(made.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
