@@ -19,7 +19,7 @@ from workbench.methods.sparsity import Sparsify
 from workbench.plans import recipe
 from workbench.plans.allocation import Mix
 from workbench.plans.compress import compress
-from workbench.plans.steps import Export, plan
+from workbench.plans.steps import Export, Load, plan
 from workbench.plans.tuning import Tune
 from workbench.store import Store
 from workbench.subjects.subject import Subject
@@ -29,7 +29,7 @@ ARTICLES = """compression: [{type: structured_pruning, params: {sparsity_ratio: 
 {type: quantization, params: {bits: 8, method: adaquant}}]"""
 STEPS = [Prune(macs=0.5), Distil(Recipe(epochs=2, learning_rate=0.01), temperature=2.0), Prune(ratio=0.1, keep=["conv1"]),
          Sparsify(sparsity=0.5, recipe=Recipe(epochs=1)), Factorize(energy=0.9), Train(Recipe(epochs=30)), Quantize(bits=4),
-         Repair("adaround", steps=10), Mix(widths=[4, 8]), Tune(bits=4), Export()]
+         Repair("adaround", steps=10), Mix(widths=[4, 8]), Tune(bits=4), Load("mine.safetensors"), Export()]
 
 
 def test_the_articles_recipe_is_understood_as_it_stands():

@@ -34,7 +34,7 @@ from workbench.methods.reparameterization import Equalize, Fold, Fuse, Reestimat
 from workbench.methods.rounding import REPAIRS, Repair
 from workbench.methods.sparsity import Sparsify
 from workbench.plans.allocation import Mix
-from workbench.plans.steps import Export
+from workbench.plans.steps import Export, Load
 from workbench.plans.tuning import Tune
 from workbench.subjects import training
 from workbench.subjects.subject import Step
@@ -43,7 +43,7 @@ from workbench.subjects.training import Train
 STEPS: dict[str, type] = {
     "prune": Prune, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold, "equalize": Equalize,
     "reestimate": Reestimate, "train": Train, "distil": Distil, "quantize": Quantize, "tune": Tune, "mix": Mix, "repair": Repair,
-    "export": Export}
+    "load": Load, "export": Export}
 ALIASES = {  # the articles' name: ours, their fields' names in ours, what it means beside them
     "structured_pruning": ("prune", {"sparsity_ratio": "ratio", "target_layers": "layers"}, {}),
     "unstructured_pruning": ("sparsify", {"sparsity_ratio": "sparsity", "target_layers": "layers"}, {}),

@@ -4,6 +4,7 @@ A step is a frozen dataclass with one `apply`, which stands beside the method th
 quantization.Quantize, ...
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from annotated_types import Gt
 from workbench.deployment import onnx
 from workbench.files import progress
 from workbench.measures import accuracy, cost, latency
+from workbench.subjects.checkpoints import fill
 from workbench.subjects.subject import Step, Subject
 from workbench.subjects.tasks import Split
 
@@ -33,6 +35,21 @@ class Export:
         """The subject, the file's path in `made["file"]`."""
         path = Path(str(subject.made.get("folder", "."))) / self.file
         return subject.with_model(subject.model, file=onnx.export(subject.model, subject.example, path, tolerance=self.tolerance))
+
+
+@dataclass(frozen=True)
+class Load:
+    """The step of a plan that takes the weights which an earlier run of the same plan has trained, in the place of training."""
+
+    keeps_shape: ClassVar[bool] = True
+    checkpoint: str
+
+    def apply(self, subject: Subject) -> Subject:
+        """The subject with these weights. Raises FileNotFoundError or ValueError where they are missing, damaged or of another
+        shape."""
+        new = copy.deepcopy(subject.model)
+        fill(new, Path(self.checkpoint), "the model that the plan has come to")
+        return subject.with_model(new)
 
 
 def plan(start: Subject, steps: Iterable[Step] | Mapping[str, Step]) -> Stages:

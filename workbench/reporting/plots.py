@@ -72,6 +72,24 @@ def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -> Axes:
+    """Points of the metric lost against the latency that is left, stage by stage, a line a recipe; paired 95 % intervals."""
+    ax = ax or _axes(8, 4.5)
+    change = next(column for column in table if column.endswith("_change") and not column.startswith("int8"))
+    for (name, line), colour, marker in zip(table.groupby(by, sort=False), (BLUE, RED, GREY, "#2a7a5b"), "os^D", strict=False):
+        low, high = (abs(line[f"{change}_{end}"] - line[change]) * 100 for end in ("low", "high"))
+        ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker, capsize=2, label=name)
+        for row in line.itertuples():
+            ax.annotate(row.stage, (row.ratio, getattr(row, change) * 100), textcoords="offset points", xytext=(6, 5), fontsize=8,
+                        color=colour)
+    ax.axhline(0, color=GREY, linestyle=":")
+    ax.set(xlabel="latency, as a share of the model as it came", ylabel=f"change of {change.removesuffix('_change')}, points",
+           title="Stage by stage (paired, 95 %)")
+    ax.invert_xaxis()
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
     """1 - cosine of each layer's output, log scale, of equivalence.by_layer, one line per candidate."""
     ax = ax or _axes(8, 4.5)
