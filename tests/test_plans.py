@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from workbench.plans.compress import compress
 from workbench.plans.steps import Export, Load, plan
 from workbench.plans.tuning import Tune
 from workbench.store import Store
+from workbench.subjects import data, models
 from workbench.subjects.subject import Subject
 from workbench.subjects.training import Recipe, Train
 
@@ -99,14 +101,8 @@ def test_a_share_of_the_channels_of_some_layers_goes(model, tiny):
 
 RUN = """
 import sys
-from dataclasses import replace
-from workbench.plans import recipe
-from workbench.plans.compress import compress
-from workbench.subjects import data, models
-from workbench.subjects.subject import Subject
-task = data.load("fashion_mnist")
-task = replace(task, train=task.train.subset(600), validation=task.validation.subset(100), test=task.test.subset(200))
-compress(Subject(models.load("resnet20", task), task), recipe.load(sys.argv[1]).steps, sys.argv[2], blocks=5)
+from tests.test_plans import run
+run(*sys.argv[1:])
 """
 WHOLE = """compression:
   - {type: prune, params: {macs: 0.6}}
@@ -115,24 +111,27 @@ WHOLE = """compression:
 """
 
 
-def test_killed_at_any_stage_it_goes_on_and_leaves_the_same(tmp_path):
+def run(source: str, out: str) -> None:
+    """A small task through the recipe."""
+    task = data.load("fashion_mnist")
+    task = replace(task, train=task.train.subset(600), validation=task.validation.subset(100), test=task.test.subset(200))
+    compress(Subject(models.load("resnet20", task), task), recipe.load(source).steps, out, blocks=5)
+
+
+def test_killed_while_it_trains_it_goes_on_and_leaves_the_same(tmp_path):
     (tmp_path / "r.yaml").write_text(WHOLE)
-
-    def arguments(out: str) -> list:
-        return [sys.executable, "-c", RUN, tmp_path / "r.yaml", tmp_path / out]
-
-    subprocess.run(arguments("whole"), check=True, capture_output=True)
-    stages = tmp_path / "killed" / "stages"
-    for wanted in (2, 3):  # killed soon after so many stages stand
-        process = subprocess.Popen(arguments("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 120
-        while process.poll() is None and len(list(stages.glob("[0-9]*/key.json"))) < wanted and time.monotonic() < end:
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-        before = {path: path.stat().st_mtime_ns for path in stages.glob("[0-9]*/key.json")}
-    assert not (tmp_path / "killed" / "model.onnx").exists()
-    subprocess.run(arguments("killed"), check=True, capture_output=True)
+    run(tmp_path / "r.yaml", tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, "-c", RUN, tmp_path / "r.yaml", tmp_path / "killed"],
+                               cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stages, end = tmp_path / "killed" / "stages", time.monotonic() + 120
+    while process.poll() is None and not list(stages.glob("2 distil*.state")) and time.monotonic() < end:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in stages.glob("[0-9]*/key.json")}
+    assert [path.parent.name[:7] for path in sorted(before)] == ["0 start", "1 prune"]
+    assert list(stages.glob("2 distil*.state")), "the training goes on from here"
+    run(tmp_path / "r.yaml", tmp_path / "killed")
     assert all(path.stat().st_mtime_ns == made for path, made in before.items()), "what stood was not made again"
     one, other = (pd.read_csv(tmp_path / out / "stages.csv") for out in ("whole", "killed"))
     same = ["stage", "top1", "top1_change", "params", "macs", "size_bytes"]

@@ -2,14 +2,9 @@
 
 Channels go by groups, those that can only go together: see graph.coupling. In a transformer a group is the neurons of a
 feed-forward layer, or the heads of an attention.
-
-Sources of the criteria: l1 Li et al. 2017 (arXiv 1608.08710); bn_gamma Liu et al. 2017 (arXiv 1708.06519); taylor
-Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its square; fpgm He et al. 2019
-(arXiv 1811.00250), by the sum of distances to all other filters.
 """
 
 import bisect
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,62 +13,23 @@ from functools import cache, partial
 from typing import Annotated, Literal
 
 import pandas as pd
-import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import nn
 
-from workbench.batches import Batch, Inputs, call, count
-from workbench.errors import UnsupportedModelError, listed
+from workbench.batches import Batch, Inputs
+from workbench.errors import listed
 from workbench.graph import cutting
 from workbench.graph.coupling import groups
 from workbench.graph.kinds import BATCHNORM
-from workbench.graph.layers import WEIGHTED, Change, Masked, macs_of, matching
+from workbench.graph.layers import Change, Masked, macs_of, matching
 from workbench.graph.norms import reestimate_batchnorm
+from workbench.methods.criteria import CRITERIA, score
 from workbench.subjects.objectives import Objective
 from workbench.subjects.subject import Count, Globs, Removed, Share, Subject
 
-CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
 BLOCK = 16  # channels that ONNX Runtime's convolutions take at a time (8 without AVX-512); what is no multiple goes a slow way
 NEAR = 0.95  # a cut to such blocks may keep this fraction of the target, else it takes narrower ones
-
-
-def score(model: nn.Module, criterion: str, *, example: Inputs, batches: Iterable[Batch] | None = None,
-          objective: Objective | None = None, seed: int = 0) -> pd.DataFrame:
-    """One row per channel of each group: layer (of the group), channel, score, group_size, kept, unit; higher is more important.
-
-    A group's score sums those of the layers that make its channels, filter by filter: l1 sum |w|, l2 sqrt(sum w^2),
-    fpgm sum of the distances to the other filters; bn_gamma |gamma| of the batch norms over it; taylor
-    sum |w dL/dw| with L the loss of `objective` (one class an example) over `batches`; random by `seed`, as a control.
-
-    Raises ValueError for an unknown criterion, NaN, or taylor without batches; UnsupportedModelError where bn_gamma
-    finds no batch norm.
-
-    Example: `channels.score(model, "l1", example=task.example)`
-    """
-    if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}")
-    if criterion == "taylor" and batches is None:
-        raise ValueError("criterion 'taylor' needs batches=split.batches(), of inputs and targets")
-    gradients = _gradients(model, batches, objective or Objective()) if criterion == "taylor" else {}
-    draw = torch.Generator().manual_seed(seed)
-    modules, rows = dict(model.named_modules()), []
-    for group in groups(model, example):
-        if criterion == "random":
-            total = torch.rand(group.channels, generator=draw)
-        elif criterion == "bn_gamma":
-            if not group.normed_by and not group.kept:
-                raise UnsupportedModelError(f"layer {group.layer} has no batch norm, so bn_gamma cannot rank its channels; "
-                                            "use l1, or taylor")
-            total = sum((_each(modules[n].weight.detach().abs(), at) for n, at in group.normed_by.items()),
-                        torch.zeros(group.channels))
-        else:
-            total = sum(_each(_filter_scores(modules[n], criterion, gradients.get(n)), at) for n, at in group.made_by.items())
-        if not torch.isfinite(total).all():
-            raise ValueError(f"layer {group.layer}: criterion {criterion} gives NaN or infinity; look at its weights")
-        rows += [{"layer": group.layer, "channel": c, "score": float(s), "group_size": group.channels,
-                  "kept": group.kept is not None, "unit": group.unit} for c, s in enumerate(total)]
-    return pd.DataFrame(rows)
 
 
 def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multiple: int | Callable[[int], int] = 1,
@@ -109,6 +65,38 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
         lowest = part.score.to_numpy().argsort(kind="stable")[: len(part) - stay]
         chosen[layer] = sorted(part.channel.to_numpy()[lowest].tolist())
     return {layer: places for layer, places in chosen.items() if places}
+
+
+def fewest(scores: pd.DataFrame, shares: Mapping[str, float], *, multiple: int | None = None) -> dict[str, list[int]]:
+    """The channels to remove so that of each layer in `shares` that fraction stays, those with the highest scores.
+
+    Widths are rounded to the nearest multiple of `multiple`, by default the runtime's own (`blocks`), at least one of them.
+
+    Raises ValueError for an unknown layer, one whose channels must stay, or a share outside (0, 1].
+
+    Example: `channels.remove(model, channels.fewest(scores, {"layer1.0.conv1": 0.5}), example=task.example)`
+    """
+    chosen, known = {}, dict(tuple(scores.groupby("layer", sort=False)))
+    for layer, share in shares.items():
+        if layer not in known or known[layer].kept.any():
+            free = listed(name for name, part in known.items() if not part.kept.any())
+            raise ValueError(f"shares: {layer!r} is no group of channels that can be cut; there are {free}")
+        if not 0 < share <= 1:
+            raise ValueError(f"shares: {layer} is {share}, expected a fraction that stays, more than 0 and at most 1")
+        part = known[layer]
+        stay = kept_width(len(part), share, multiple=1 if part.unit.iloc[0] == "head" else multiple)
+        lowest = part.score.to_numpy().argsort(kind="stable")[: len(part) - stay]
+        chosen[layer] = sorted(part.channel.to_numpy()[lowest].tolist())
+    return {layer: places for layer, places in chosen.items() if places}
+
+
+def kept_width(width: int, share: float, *, multiple: int | None = None) -> int:
+    """How many of `width` channels stay where the fraction `share` of them may.
+
+    Example: `[kept_width(32, share) for share in (1.0, 0.6, 0.25, 0.01)] == [32, 16, 8, 8]`
+    """
+    whole = multiple or blocks(width, parts=4)
+    return min(max(round(share * width / whole), 1) * whole, width)
 
 
 def blocks(width: int, *, parts: int = 2) -> int:
@@ -280,40 +268,10 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     return method
 
 
-def _each(scores: Tensor, at: Tensor) -> Tensor:
-    """The sum of a layer's scores over the places of each channel, (channels,); -1 is no place."""
-    return (scores[at.clamp_min(0)] * (at >= 0)).sum(1)
-
-
-def _filter_scores(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:  # -> (out channels,)
-    weight = layer.weight.detach()
-    filters = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(1)
-    if criterion == "l1":
-        return filters.abs().sum(1)
-    if criterion == "l2":
-        return filters.norm(dim=1)
-    if criterion == "fpgm":
-        return torch.cdist(filters, filters).sum(1)
-    return gradient
-
-
-def _gradients(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> dict[str, Tensor]:
-    """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over the batches."""
-    work, seen = copy.deepcopy(model).eval(), 0
-    for inputs, targets in batches:
-        size = count(inputs)
-        (size * objective.loss(objective.read(call(work, inputs), targets), targets)).backward()
-        seen += size
-    if not seen:
-        raise ValueError("criterion 'taylor' found no examples in its batches")
-    return {name: (layer.weight.detach() * layer.weight.grad / seen).abs().flatten(1).sum(1)
-            for name, layer in work.named_modules() if isinstance(layer, WEIGHTED) and layer.weight.grad is not None}
-
-
 @dataclass(frozen=True)
 class Prune:
     """The step of a plan that cuts channels until at most the fraction `macs` or `params` of the subject stays, or that takes
-    the fraction `ratio` of the channels.
+    the fraction `ratio` of the channels, or leaves of each group the share that `shares` has for it.
 
     criterion: as `score` has them; taylor looks at `examples` of the validation split, and so do the batch norms, which take
     their statistics anew. layers, keep: globs of the layers that are cut and of those that are not. scope, multiple: as `cut_to`.
@@ -322,6 +280,7 @@ class Prune:
     macs: Share | None = None
     params: Share | None = None
     ratio: Removed | None = None
+    shares: dict[str, Share] | None = None
     criterion: Literal[CRITERIA] = "l1"
     scope: Literal[SCOPES] = "global"
     multiple: Annotated[int, Ge(1)] | None = None
@@ -331,8 +290,8 @@ class Prune:
     seed: Count = 0
 
     def __post_init__(self):
-        if sum(target is not None for target in (self.macs, self.params, self.ratio)) != 1:
-            raise ValueError("prune: give exactly one of macs, params (what stays) and ratio (which channels go)")
+        if sum(target is not None for target in (self.macs, self.params, self.ratio, self.shares)) != 1:
+            raise ValueError("prune: give exactly one of macs, params, shares (what stays) and ratio (which channels go)")
 
     def apply(self, subject: Subject) -> Subject:
         """The cut subject."""
@@ -341,10 +300,11 @@ class Prune:
         scores = score(subject.model, self.criterion, example=subject.example, batches=seen, objective=subject.task.objective,
                        seed=self.seed)
         keep = _others(scores, self.layers, self.keep)
-        if self.ratio is None:
+        if self.macs or self.params:
             model = cut_to(subject.model, scores, example=subject.example, macs=self.macs, params=self.params, scope=self.scope,
                            multiple=self.multiple, keep=keep, batches=seen)
         else:
-            removed = select(scores, self.ratio, scope=self.scope, multiple=self.multiple or 1, keep=keep)
+            removed = (fewest(scores, self.shares, multiple=self.multiple) if self.shares is not None else
+                       select(scores, self.ratio, scope=self.scope, multiple=self.multiple or 1, keep=keep))
             model = _renormed(remove(subject.model, removed, example=subject.example), seen)
         return subject.with_model(model, scores=scores)

@@ -41,20 +41,21 @@ class Compressed:
     subject: Subject
 
 
-def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, test: Split | None = None, threads: int = 1,
-             blocks: int = 20, seed: int = 0) -> Compressed:
+def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stages: Path | str | None = None,
+             test: Split | None = None, threads: int = 1, blocks: int = 20, seed: int = 0) -> Compressed:
     """Take `start` through the steps and leave in `out`: model.onnx, model.safetensors, stages.csv and run.json.
 
     stages.csv has a row a stage, the first being the model as it came: stage, the task's metric with interval, its paired change,
     params, macs, size_bytes of the ONNX file, latency_ms and its ratio to the first (interleaved, on `threads`), took_s.
-    test: the examples that judge, by default the task's test split. seed: of the order of timing.
+    stages: where they are kept, by default `out`/stages; recipes that share it make what they share once. test: the examples
+    that judge, by default the task's test split. seed: of the order of timing.
 
     Raises UnsupportedModelError where a step or the export cannot be done, naming the stage; ValueError as the steps do.
 
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
     out, test = Path(out), test or start.task.test
-    store, made = Store(out / "stages"), []
+    store, made = Store(stages or out / "stages"), []
     key = {"model": files.fingerprint(start.model.state_dict().values()), "data": _mark(start.task), "judged": len(test),
            "code": code(), "steps": []}
     subject = start.with_model(start.model, folder=str(out))

@@ -1,0 +1,253 @@
+"""What a search chooses from: genes with their options, the recipe that a choice stands for, and what it is expected to cost.
+
+A gene is a group of channels, with the shares of it that may stay, or a setting of the whole: the bits that weights take on
+average (32 is float), and whether rounded weights are repaired. A plan gives each gene one of its options; as a recipe it is
+cut, recovered for a stated number of steps, rounded.
+
+What a plan is expected to cost comes from a few measurements: the harm of each option alone (sensitivity.scan, rounded copies
+of the whole model) and the time of each layer at each share, in float and in 8 bits (ONNX Runtime's own profile of evenly cut
+copies).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from workbench import files
+from workbench.batches import answer, call
+from workbench.deployment import onnx
+from workbench.graph.coupling import groups
+from workbench.graph.layers import evaluating, named
+from workbench.measures import accuracy, latency, sensitivity
+from workbench.methods import channels
+from workbench.methods.channels import Prune
+from workbench.methods.distillation import Distil
+from workbench.methods.quantization import Quantize, quantize
+from workbench.methods.rounding import Repair
+from workbench.numbers.grid import Scheme
+from workbench.plans.allocation import Mix
+from workbench.subjects.subject import Step, Subject
+from workbench.subjects.tasks import Split
+from workbench.subjects.training import Recipe
+
+FLOAT = 32
+BITS, ROUNDING = "(bits)", "(rounding)"  # the genes of the whole, between brackets as no layer is
+Plan = tuple[int, ...]  # of each gene, in their order, the place of its option
+
+
+@dataclass(frozen=True)
+class Space:
+    """Genes by name, each with its options; the first option of each leaves the model as it is.
+
+    Example: `Space.of(model, task.example, shares=(1.0, 0.5), bits=(32, 8))`
+    """
+
+    genes: Mapping[str, tuple]
+    recovery: int = 60  # steps of distilling behind a cut, of `batch_size` examples
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    calibrator: str = "minmax"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, example, *, shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+           bits: Sequence[int] = (32, 8, 6, 4), rounding: Sequence[str] = ("nearest", "descend"), **settings) -> "Space":
+        """The genes that a model has: each group of channels that can be cut, with the shares that give different widths.
+
+        Raises ValueError for shares or bits out of range, UnsupportedModelError where the model cannot be traced.
+        """
+        if not all(0 < share <= 1 for share in shares) or not all(bit == FLOAT or 2 <= bit <= 8 for bit in bits):
+            raise ValueError(f"space: shares are {list(shares)}, bits {list(bits)}; expected shares above 0 and at most 1, bits "
+                             f"from 2 to 8, or {FLOAT} for float")
+        genes: dict[str, tuple] = {}
+        for group in groups(model, example):
+            multiple = 1 if group.unit == "head" else None
+            widths = {channels.kept_width(group.channels, share, multiple=multiple): share
+                      for share in sorted({*shares, 1.0}, reverse=True)}
+            if not group.kept and len(widths) > 1:
+                genes[group.layer] = tuple(width / group.channels for width in widths)
+        if len(set(bits)) > 1 or tuple(bits) != (FLOAT,):
+            genes[BITS] = tuple(sorted({*bits, FLOAT}, reverse=True))
+            if len(set(rounding)) > 1:
+                genes[ROUNDING] = tuple(rounding)
+        return cls(genes, **settings)
+
+    @property
+    def names(self) -> list[str]:
+        """The genes in their order."""
+        return list(self.genes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many options each gene has."""
+        return [len(options) for options in self.genes.values()]
+
+    def __len__(self) -> int:
+        return int(np.prod(self.sizes))
+
+    def every(self) -> list[Plan]:
+        """All plans."""
+        return [self.reduced(plan) for plan in product(*map(range, self.sizes))]
+
+    def reduced(self, plan: Sequence[int]) -> Plan:
+        """The same plan in the one way of writing it: what is not rounded has no way of rounding."""
+        plan, names = list(plan), self.names
+        if ROUNDING in names and plan[names.index(BITS)] == 0:
+            plan[names.index(ROUNDING)] = 0
+        return tuple(plan)
+
+    def chosen(self, plan: Plan) -> dict[str, float | int | str]:
+        """The option of each gene."""
+        return {name: options[place] for (name, options), place in zip(self.genes.items(), plan, strict=True)}
+
+    def steps(self, plan: Plan, *, recovery: int | None = None) -> dict[str, Step]:
+        """The plan as named steps, which recipe.dump writes and `compress` runs. recovery: steps of distilling, else the space's.
+
+        Example: `recipe.dump(space.steps(found.plan))`
+        """
+        chosen, steps = self.chosen(plan), {}
+        shares = {name: share for name, share in chosen.items() if not name.startswith("(") and share < 1}
+        if shares:
+            steps["prune"] = Prune(shares=shares, seed=self.seed)
+            count = self.recovery if recovery is None else recovery
+            if count:
+                steps["distil"] = Distil(Recipe(epochs=1, batch_size=self.batch_size, learning_rate=self.learning_rate),
+                                         examples=count * self.batch_size, validation=1, seed=self.seed)
+        bits = chosen.get(BITS, FLOAT)
+        if bits != FLOAT:
+            steps["quantize"] = (Quantize(bits=8, calibrator=self.calibrator, seed=self.seed) if bits == 8 else
+                                 Mix(bytes=bits / 8, widths=(4, 8) if bits >= 4 else (2, 4, 8), calibrator=self.calibrator,
+                                     seed=self.seed))
+            if chosen.get(ROUNDING, "nearest") != "nearest":
+                steps["repair"] = Repair(chosen[ROUNDING])
+        return steps
+
+    def told(self) -> dict:
+        """What tells one space from another, as JSON holds it."""
+        return {"genes": {name: list(options) for name, options in self.genes.items()}, "recovery": self.recovery,
+                "batch_size": self.batch_size, "learning_rate": self.learning_rate, "calibrator": self.calibrator,
+                "seed": self.seed}
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What each option is expected to cost, measured on the model as it came.
+
+    harm: gene, option, lost (fraction of the examples) and distance (of the outputs), each option alone. times: share, bits,
+    layer, latency_ms. shares: of each layer the genes that its time depends on. base_ms: of the model as it came.
+    """
+
+    space: Space
+    harm: pd.DataFrame
+    times: pd.DataFrame
+    genes_of: Mapping[str, tuple[str, ...]]
+    scale: float = field(default=1.0)
+
+    @cached_property
+    def harms(self) -> list[np.ndarray]:
+        """Gene by gene the distance that each option alone causes."""
+        known = self.harm.set_index(["gene", "option"]).distance
+        return [np.array([float(known.get((name, place), 0.0)) for place in range(len(options))])
+                for name, options in self.space.genes.items()]
+
+    def lost(self, plan: Plan) -> float:
+        """The sum of the distances that the plan's options cause: an order of plans, no accuracy."""
+        return float(sum(harm[place] for harm, place in zip(self.harms, plan, strict=True)))
+
+    def latency(self, plan: Plan) -> float:
+        """The time of a plan's file as a share of the model's as it came, layer by layer from the table."""
+        bits = self.space.chosen(plan).get(BITS, FLOAT)
+        fixed, parts = self.parts(FLOAT if bits == FLOAT else 8)
+        return fixed + float(sum(parts[name][place] for name, place in zip(self.space.names, plan, strict=True) if name in parts))
+
+    def parts(self, bits: int) -> tuple[float, dict[str, np.ndarray]]:
+        """The time at so many bits as a sum: what no gene changes, and of each gene's options its part of the layers' times."""
+        return self._parts[FLOAT if bits == FLOAT else 8]
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
+        table = self.times.set_index(["bits", "layer", "share"]).latency_ms.sort_index()
+        whole = table[FLOAT].xs(1.0, level="share").sum()
+        made = {}
+        for bits in sorted(set(self.times.bits)):
+            fixed, parts = 0.0, {name: np.zeros(len(options)) for name, options in self.space.genes.items() if name[0] != "("}
+            for layer, curve in table[bits].groupby(level="layer"):
+                genes = self.genes_of.get(layer, ()) if layer != "(rest)" else tuple(parts)
+                shares, times = curve.index.get_level_values("share").to_numpy(), curve.to_numpy() / whole
+                if not genes:
+                    fixed += times[shares == 1.0][0]
+                    continue
+                for gene in genes:
+                    parts[gene] += np.interp(self.space.genes[gene], shares, times) / len(genes)
+            made[bits] = fixed, parts
+        return made
+
+
+def forecast(subject: Subject, space: Space, judging: Split, *, folder: Path, runs: int = 30) -> Forecast:
+    """Measure what each option of `space` alone does to the answers on `judging` and to the time of each layer.
+
+    folder: for the ONNX files that are timed. Raises as sensitivity.scan and onnx.export do.
+
+    Example: `space.forecast(subject, genes, task.validation.subset(500), folder=Path("exports"))`
+    """
+    model, example = subject.model, subject.example
+    method, rows = channels.silencing(model, example=example), []
+    inner = {name: options for name, options in space.genes.items() if not name.startswith("(")}
+    for share in sorted({option for options in inner.values() for option in options if option < 1}):
+        layers = [name for name, options in inner.items() if share in options]
+        curves = sensitivity.scan(model, judging, method, levels=[1 - share], layers=layers)
+        change = next(column for column in curves if column.endswith("_change"))
+        rows += [{"gene": row.layer, "option": inner[row.layer].index(share), "lost": -getattr(row, change),
+                  "distance": row.distance} for row in curves.itertuples()]
+    seen = list(subject.task.validation.subset(100, seed=space.seed).batches(50))
+    expected = _answers(model, judging)
+    base = accuracy.evaluate(model, judging)
+    for place, bits in enumerate(space.genes.get(BITS, ())):
+        if bits == FLOAT:
+            continue
+        rounded = quantize(model, seen, weights=Scheme(bits, granularity="channel"), calibrator=space.calibrator)
+        apart = (_answers(rounded, judging) - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-12)
+        rows.append({"gene": BITS, "option": place, "lost": base.value - accuracy.evaluate(rounded, judging).value,
+                     "distance": apart.mean().item()})
+    harm = pd.DataFrame(rows, columns=["gene", "option", "lost", "distance"])
+    return Forecast(space, harm, _times(model, example, space, folder, seen, runs), _genes_of(model, example, inner))
+
+
+def _answers(model: nn.Module, split: Split) -> torch.Tensor:
+    with evaluating(model), torch.inference_mode():
+        return torch.cat([answer(call(model, inputs)).flatten(1).float() for inputs, _ in split.batches(100)])
+
+
+def _times(model: nn.Module, example, space: Space, folder: Path, seen: list, runs: int) -> pd.DataFrame:
+    """Each layer's time in copies whose groups are all cut to one share, in float and, where the space rounds, in 8 bits."""
+    inner = {name: options for name, options in space.genes.items() if not name.startswith("(")}
+    shares = sorted({option for options in inner.values() for option in options} | {1.0}, reverse=True)
+    scores, rows = channels.score(model, "l1", example=example), []
+    for share in files.progress(shares, title="times", unit="share"):
+        removed = channels.fewest(scores, {name: min(options, key=lambda option: abs(option - share))
+                                           for name, options in inner.items()} if share < 1 else {})
+        small = channels.remove(model, removed, example=example) if removed else model
+        copies = {FLOAT: small} | ({8: quantize(small, seen)} if BITS in space.genes else {})
+        for bits, copied in copies.items():
+            path = onnx.export(copied, example, Path(folder) / f"{share:.3f}-{bits}.onnx", tolerance=1.0)
+            found = latency.by_layer({"": path}, example, runs=runs)
+            rows += [{"share": share, "bits": bits, "layer": row.layer, "latency_ms": row.latency_ms}
+                     for row in found.itertuples()]
+    return pd.DataFrame(rows)
+
+
+def _genes_of(model: nn.Module, example, inner: Mapping) -> dict[str, tuple[str, ...]]:
+    """Of each layer the genes whose channels it makes or reads."""
+    known: dict[str, set[str]] = {name: set() for name in named(model)}
+    for group in groups(model, example):
+        for layer in (*group.made_by, *group.read_by):
+            if group.layer in inner:
+                known.setdefault(layer, set()).add(group.layer)
+    return {layer: tuple(sorted(genes)) for layer, genes in known.items()}
