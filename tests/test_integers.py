@@ -33,6 +33,27 @@ def test_a_network_answers_as_the_runtime_does_to_the_bit(model, task, tiny, tmp
     assert len(kept) == sum(1 for _ in quantizers(made)) - 1, "all but the average"
 
 
+def test_four_bits_lie_in_the_file_as_four_and_answer_the_same(model, task, tiny, tmp_path):
+    seen, sizes = list(task.validation.subset(100).batches(50)), {}
+    for bits in (8, 4):
+        made = quantization.quantize(model, seen, weights=Scheme(bits, granularity="channel"))
+        path = onnx.export(made, task.example, tmp_path / f"{bits}.onnx")
+        sizes[bits] = path.stat().st_size
+        images = torch.cat([images for images, _ in tiny.test.batches(100)])
+        with torch.no_grad():
+            assert apart(integers.exact(made)(images), sessions.open(path)(images)) < 1e-5
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    assert sizes[8] - sizes[4] > 0.45 * weights
+    kinds = {value.data_type for value in onnx_format.load(tmp_path / "4.onnx").graph.initializer}
+    assert onnx_format.TensorProto.INT4 in kinds
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    onnxruntime.InferenceSession(tmp_path / "4.onnx", options)
+    opened = [node.op_type for node in onnx_format.load(tmp_path / "opened.onnx").graph.node]
+    assert "Cast" not in opened, "unpacked when the file is opened"
+    assert opened.count("QLinearConv") == 19
+
+
 def test_a_sum_is_the_kernels_for_every_pair_of_integers():
     """QLinearAdd on all 256 x 256 pairs, where the order in which it multiplies and adds decides ties."""
     helper, kinds, pairs = onnx_format.helper, onnx_format.TensorProto, torch.cartesian_prod(torch.arange(256), torch.arange(256))

@@ -1,5 +1,5 @@
-"""The command line: `workbench report` regenerates the reports, `workbench compress` runs a recipe, `workbench compare` judges
-two models."""
+"""The command line: `workbench report` regenerates the reports, `workbench compress` runs a recipe, `workbench search` finds one
+within limits, `workbench compare` judges two models."""
 
 import sys
 from pathlib import Path
@@ -115,6 +115,47 @@ def compress(recipe, name, source, out, examples, threads, blocks, seed) -> None
         click.echo(f"{'✓' if check['passed'] else '✗'} {check['name']}: {check['value']:.6g} ({check['limit']})")
     click.echo(f"{out / 'model.onnx'}: {'answers as the module does' if made.verdict.passed else 'parts from the module'}")
     raise SystemExit(0 if made.verdict.passed else 1)
+
+
+@cli.command()
+@click.option("--model", "name", required=True, help="a model's name or checkpoint, as models.load takes it")
+@click.option("--data", "source", required=True, help="an embedded set, hub:ID or folder:PATH")
+@click.option("--out", type=Path, required=True, help="where the plan, its file and the journal go")
+@click.option("--latency", type=float, help="limit: share of the model's own latency")
+@click.option("--size", type=float, help="limit: share of its file's bytes")
+@click.option("--lost", type=float, help="limit: accuracy lost, a fraction")
+@click.option("--sampler", default="forecast", show_default=True, help="who proposes plans",
+              type=click.Choice(["forecast", "greedy", "random", "nsga2", "tpe", "gp", "policy"]))
+@click.option("--evaluations", default=64, show_default=True, type=click.IntRange(min=1), help="plans that are made, at most")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="when no further plans are begun")
+@click.option("--workers", default=machine.cores(), show_default="cores", type=click.IntRange(min=1), help="plans made at a time")
+@click.option("--scheduler", metavar="ADDRESS", help="make plans on this dask.distributed scheduler's workers")
+@click.option("--images", default=2000, show_default=True, type=click.IntRange(min=50), help="validation examples that judge")
+@click.option("--recovery", default=60, show_default=True, type=click.IntRange(min=0), help="steps of distilling behind a cut")
+@click.option("--seed", default=0, show_default=True)
+def search(name, source, out, latency, size, lost, sampler, evaluations, minutes, workers, scheduler, images, recovery,
+           seed) -> None:
+    """Find the plan that loses least within limits (--latency, --size, --lost) and leave its recipe, model and file in --out.
+
+    Killed, it goes on where it stopped. The best plans are judged on the test split, which the search never saw, and timed in a
+    process of their own. Exit code 0: the plan keeps the limits; 1: none does, the nearest is left; 2: bad input.
+    """
+    from workbench.plans.search import Limits
+    from workbench.plans.search import search as run
+    from workbench.plans.space import Space
+    from workbench.subjects import data, models
+    from workbench.subjects.subject import Subject
+
+    limits = Limits(latency, size, lost)
+    task = data.load(source, preprocessing=models.preprocessing(name))
+    model = models.load(name, task)
+    space = Space.of(model, task.example, recovery=recovery, seed=seed)
+    found = run(Subject(model, task), limits, out, space=space, sampler=sampler, evaluations=evaluations, minutes=minutes,
+                workers=workers, scheduler=scheduler, images=images, seed=seed)
+    click.echo(found.confirmed.round(4).to_string(index=False))
+    click.echo(f"{found.reason}; {len(found.plans)} plans made, racing spared {found.saved:.0%} of their scoring")
+    click.echo(f"{out / 'recipe.yaml'}: workbench compress takes it, {out / 'model.onnx'} is its file")
+    raise SystemExit(0 if found.reason == "within the limits" else 1)
 
 
 def _first_parting(both: list, test) -> str:

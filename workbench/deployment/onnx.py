@@ -38,11 +38,11 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
     ONNX Runtime to torch's outputs; otherwise nothing is. The weights of a model of quantization.quantize are stored as int8,
-    fewer bits in the same, its biases as int32, its scales as they are; those of a linear layer with 4 bits by groups of 16,
-    32, 64, ... inputs really as 4 bits (ONNX Runtime's MatMulNBits, which also rounds what it multiplies them with to 8 bits, by
-    groups). Where only some layers are quantised, ONNX Runtime would round the float weights of the others itself, coarsely, and
-    say nothing: the file tells `sessions.open` to leave them, and anyone else opens it with
-    InferenceSession(path, disabled_optimizers=["WeightBiasQuantization"]).
+    those of 4 bits or fewer as int4, which the runtime unpacks when it opens the file, its biases as int32, its scales as they
+    are; those of a linear layer with 4 bits by groups of 16, 32, 64, ... inputs are computed with as 4 bits (ONNX Runtime's
+    MatMulNBits, which also rounds what it multiplies them with to 8 bits, by groups). Where only some layers are quantised,
+    ONNX Runtime would round the float weights of the others itself, coarsely, and say nothing: the file tells `sessions.open`
+    to leave them, and anyone else opens it with InferenceSession(path, disabled_optimizers=["WeightBiasQuantization"]).
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something else.
 

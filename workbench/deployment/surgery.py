@@ -6,6 +6,7 @@ Each function changes a model of onnx_ir, itself. Padding is folded, and metadat
 import ast
 from collections.abc import Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from workbench.errors import UnsupportedModelError
 
+PACKED = 512  # integers below which a Cast costs more bytes than it saves
 BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a scale in ONNX Runtime's 4-bit kernel
 
 
@@ -34,6 +36,7 @@ def finish(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]], *, quan
         _transpose_integers(model)
         _integer_biases(model)
         _fold_clips(model)
+        _pack_integers(model)
     RemoveUnusedNodesPass()(model)
     return model
 
@@ -205,3 +208,22 @@ def _fold_clips(model: ir.Model) -> None:
         if (low >= ends[0] - 1e-6 * step).all() and (high <= ends[1] + 1e-3 * step).all():
             after[0].replace_input_with(0, clip.inputs[0])
             model.graph.remove(clip, safe=True)
+
+
+def _pack_integers(model: ir.Model) -> None:
+    """Store integers of four bits or fewer as such; the runtime unpacks them by a Cast when it opens the file, and its kernels
+    are those of 8 bits."""
+    for node in _nodes(model, "DequantizeLinear"):
+        value, integers = node.inputs[0], _number(node.inputs[0])
+        if (integers is None or integers.dtype != np.int8 or integers.size < PACKED or integers.min() < -8 or integers.max() > 7
+                or len(value.uses()) > 1):
+            continue
+        name = value.name
+        model.graph.initializers.pop(name)
+        value.name = f"{name}_in_8_bits"
+        cast = ir.node("Cast", [_stored(model, name, integers.astype(ml_dtypes.int4))], attributes={"to": ir.DataType.INT8})
+        model.graph.insert_before(node, cast)
+        cast.outputs[0].name = f"{name}_unpacked"
+        node.replace_input_with(0, cast.outputs[0])
+        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], 21)  # the first with integers of four bits
+        model.ir_version = max(model.ir_version, 10)

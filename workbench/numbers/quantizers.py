@@ -52,7 +52,7 @@ class WeightQuantizer(nn.Module):
         return ((rows / self.scale + self.zero).round().clamp(*self.scheme.limits)).int().reshape(weight.shape)
 
     def freeze(self, weight: Tensor) -> None:
-        """Let `forward` stand for ONNX's operators from now on, for the exporter; fewer bits are stored in 8 as well.
+        """Let `forward` stand for ONNX's operators from now on, for the exporter, which takes fewer bits in 8 as well.
 
         Raises UnsupportedModelError for groups and k-means, for which the runtime has no kernel.
         """

@@ -56,7 +56,7 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stag
     """
     out, test = Path(out), test or start.task.test
     store, made = Store(stages or out / "stages"), []
-    key = {"model": files.fingerprint(start.model.state_dict().values()), "data": _mark(start.task), "judged": len(test),
+    key = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task), "judged": len(test),
            "code": code(), "steps": []}
     subject = start.with_model(start.model, folder=str(out))
     for name, step in files.progress([("start", None), *steps.items()], title="compress", unit="stage"):
@@ -148,7 +148,7 @@ def _filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return new
 
 
-def _mark(task: Task) -> str:
+def marked(task: Task) -> str:
     """What tells one set of data from another: its name, how many examples each split has, and their targets."""
     parts = (task.train, task.validation, task.test)
     targets = [part.targets for part in parts if isinstance(part.targets, Tensor)]

@@ -1,0 +1,228 @@
+"""The search: what it chooses from, who proposes, that nothing is made twice and it goes on; bad limits are one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from workbench.graph.layers import macs_of
+from workbench.methods import channels
+from workbench.plans import evaluation, recipe
+from workbench.plans.evaluation import Makers
+from workbench.plans.samplers import NAMES, dominated_area, enlarged, sampler, undominated
+from workbench.plans.search import Limits, search
+from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Space
+from workbench.plans.steps import plan as run_steps
+from workbench.store import Store
+from workbench.subjects.subject import Subject
+
+GENES = {f"layer{k}": (1.0, 0.5) for k in range(6)} | {BITS: (FLOAT, 8)}
+
+
+@pytest.fixture(scope="module")
+def space():
+    return Space(GENES)
+
+
+@pytest.fixture(scope="module")
+def expected(space):
+    """A forecast whose harms and times differ from gene to gene."""
+    rows = [{"gene": name, "option": 1, "lost": 0.01, "distance": 0.1 * 2**k} for k, name in enumerate(GENES)]
+    rows[-1]["distance"] = 0.05
+    times = [{"share": share, "bits": bits, "layer": f"layer{k}", "latency_ms": share * (k + 1) / (1 if bits == FLOAT else 2)}
+             for share in (1.0, 0.5) for bits in (FLOAT, 8) for k in range(6)]
+    genes = {f"layer{k}": (f"layer{k}",) for k in range(6)}
+    return Forecast(space, pd.DataFrame(rows), pd.DataFrame(times), genes)
+
+
+def truth(space, expected):
+    """What plans come to: the forecast, bent."""
+    return {plan: (0.02 * expected.lost(plan) ** 1.3, 0.9 * expected.latency(plan) + 0.05) for plan in space.every()}
+
+
+def test_a_forecast_adds_the_harms_and_times_of_the_options(space, expected):
+    whole, least = (0,) * 7, (1,) * 7
+    assert expected.latency(whole) == pytest.approx(1.0)
+    assert expected.latency(least) == pytest.approx(0.25)
+    assert expected.lost(whole) == 0
+    assert expected.lost(least) == pytest.approx(0.1 * 63 + 0.05)
+
+
+def test_a_space_knows_the_models_groups_and_writes_plans_as_recipes(model, tiny):
+    space = Space.of(model, tiny.example, shares=(1.0, 0.75, 0.5), bits=(32, 8, 4), recovery=2, batch_size=20)
+    assert space.genes["layer3.1.conv1"] == (1.0, 0.75, 0.5)
+    assert space.genes["layer1.0.conv1"] == (1.0, 0.75, 0.5)
+    assert space.genes[BITS] == (32, 8, 4)
+    assert space.genes[ROUNDING] == ("nearest", "descend")
+    whole = (0,) * len(space.genes)
+    assert space.steps(whole) == {}
+    plan = (*[2] * 9, 1, 1)
+    steps = space.steps(plan)
+    assert list(steps) == ["prune", "distil", "quantize", "repair"]
+    assert list(recipe.parse(recipe.dump(steps)).steps.values()) == list(steps.values())
+    made = run_steps(Subject(model, tiny), steps)
+    assert macs_of(made["prune"].model, tiny.example) < 0.6 * macs_of(model, tiny.example)
+    assert space.reduced((*[0] * 9, 0, 1)) == whole, "what is not rounded has no way of rounding"
+
+
+def test_shares_keep_the_channels_with_the_highest_scores(model, tiny):
+    scores = channels.score(model, "l1", example=tiny.example)
+    removed = channels.fewest(scores, {"layer3.0.conv1": 0.5, "layer2.0.conv1": 1.0})
+    kept = scores[(scores.layer == "layer3.0.conv1") & ~scores.channel.isin(removed["layer3.0.conv1"])].score
+    assert len(removed["layer3.0.conv1"]) == 32
+    assert kept.min() >= scores[scores.layer == "layer3.0.conv1"].score.nlargest(32).min()
+    assert "layer2.0.conv1" not in removed
+    with pytest.raises(ValueError, match="'fc' is no group of channels that can be cut; there are layer1.0.conv1"):
+        channels.fewest(scores, {"fc": 0.5})
+    with pytest.raises(ValueError, match="expected a fraction that stays"):
+        channels.fewest(scores, {"layer3.0.conv1": 0.0})
+
+
+def test_areas_are_those_of_a_grid_that_is_counted():
+    draw = np.random.default_rng(0)
+    points, new = draw.random((9, 2)), draw.random((20, 2))
+    ticks = (np.arange(1000) + 0.5) / 1000
+    grid = np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
+
+    def counted(points):
+        return (grid[:, None] >= points[None]).all(2).any(1).mean()
+
+    assert dominated_area(points, (1.0, 1.0)) == pytest.approx(counted(points), abs=3e-3)
+    gains = enlarged(points, new, (1.0, 1.0))
+    for one, gain in zip(new, gains, strict=True):
+        assert gain == pytest.approx(dominated_area(np.vstack([points, one]), (1, 1)) - dominated_area(points, (1, 1)), abs=1e-9)
+    kept = points[undominated(points)]
+    assert not any(((other <= one).all() and (other < one).any()) for one in kept for other in points)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_proposes_new_plans_and_the_same_again(name, space, expected):
+    known, asked = truth(space, expected), []
+    for _ in range(2):
+        chooser, plans = sampler(name, space, forecast=expected, seed=3), []
+        while len(plans) < 16:
+            new = chooser.ask(4)
+            for plan in new:
+                chooser.tell(plan, *known[plan])
+            plans += new
+        assert len(set(plans)) == 16
+        asked.append(plans)
+    assert asked[0] == asked[1]
+
+
+def test_sensitivities_lead_faster_than_chance(space, expected):
+    known = truth(space, expected)
+    points = np.array(list(known.values()))
+    corner, shares = tuple(points.max(0) + 1e-9), {}
+    for name in ("forecast", "random"):
+        found = []
+        for seed in range(5):
+            chooser, told = sampler(name, space, forecast=expected, seed=seed), []
+            for _ in range(4):
+                for plan in chooser.ask(4):
+                    chooser.tell(plan, *known[plan])
+                    told.append(known[plan])
+            found.append(dominated_area(np.array(told), corner) / dominated_area(points, corner))
+        shares[name] = np.mean(found)
+    assert shares["forecast"] > shares["random"]
+    assert shares["forecast"] > 0.95
+
+
+@pytest.fixture(scope="module")
+def small(model, tiny):
+    """A space of few plans that are quickly made."""
+    whole = Space.of(model, tiny.example, shares=(1.0, 0.5), bits=(32, 8), rounding=(), recovery=2, batch_size=20)
+    genes = {name: whole.genes[name] for name in ("layer3.1.conv1", "layer3.2.conv1", BITS)}
+    return Subject(model, tiny), Space(genes, recovery=2, batch_size=20)
+
+
+def settings(space) -> dict:
+    return {"space": space, "evaluations": 6, "batch": 2, "images": 100, "blocks": 5}
+
+
+def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_path, monkeypatch):
+    start, space = small
+    found = search(start, Limits(latency=0.9), tmp_path / "a", **settings(space))
+    assert found.reason == "within the limits"
+    assert found.confirmed.set_index("plan").loc["".join(map(str, found.plan)), "latency"] < 0.9
+    assert {"model.onnx", "model.safetensors", "recipe.yaml", "plans.csv", "confirmed.csv", "run.json", "journal.jsonl",
+            "evaluations"} == {path.name for path in (tmp_path / "a").iterdir()}
+    assert recipe.load(tmp_path / "a" / "recipe.yaml").steps == space.steps(found.plan)
+    # the same again, from what is kept; then as if it had been killed behind the first batch
+    before = (tmp_path / "a" / "plans.csv").read_bytes()
+    journal = (tmp_path / "a" / "journal.jsonl").read_text()
+    (tmp_path / "a" / "journal.jsonl").write_text("".join(journal.splitlines(keepends=True)[:3]) + '{"pl')
+
+    def fails(*_arguments):
+        raise AssertionError("a plan was made again")
+
+    monkeypatch.setattr(evaluation.onnx, "export", fails)
+    search(start, Limits(latency=0.9), tmp_path / "a", **settings(space))
+    assert (tmp_path / "a" / "plans.csv").read_bytes() == before
+    assert (tmp_path / "a" / "journal.jsonl").read_text() == journal
+    with pytest.raises(ValueError, match=r"is of another search \(its limits is .*\); give another folder"):
+        search(start, Limits(latency=0.8), tmp_path / "a", **settings(space))
+
+
+def test_two_workers_make_what_one_makes(small, tmp_path):
+    start, space = small
+    plans, made = space.every()[1:4], []
+    for workers in (1, 2):
+        with Makers(start, space, Store(tmp_path / str(workers)), {"model": "m"}, workers, None) as make:
+            made.append([(place / "model.safetensors").read_bytes() for place in make(plans)])
+    assert made[0] == made[1]
+
+
+def test_a_plan_that_another_surely_beats_is_not_looked_at_further():
+    right = torch.ones(2000, 1, dtype=torch.float64)
+    wrong = right.clone()
+    wrong[::10] = 0
+    labels, good = torch.zeros(2000, dtype=torch.int64), {}
+    for name, statistics in (("rival", right), ("plan", wrong), ("close", right.clone())):
+        if name == "close":
+            statistics[5] = 0
+        good[name] = evaluation.accuracy.scored(statistics, evaluation.accuracy.Objective(), labels=labels,
+                                                predictions=(statistics[:, 0] < 0.5).long())
+    assert evaluation._behind(good["plan"], good["rival"])
+    assert not evaluation._behind(good["close"], good["rival"])
+    assert not evaluation._behind(good["rival"], good["plan"])
+
+
+@pytest.mark.parametrize(("limits", "message"), [
+    ({}, "search needs a limit: latency, size or lost"),
+    ({"latency": "fast"}, "limit latency is 'fast', expected a number"),
+    ({"latency": float("nan")}, "limit latency is nan, expected a number"),
+    ({"latency": 1.2}, "limit latency is 1.2, expected a share of the model's own, more than 0 and below 1"),
+    ({"size": 0}, "limit size is 0, expected a share"),
+    ({"lost": 2.0}, "limit lost is 2, expected a fraction"),
+])
+def test_bad_limits_are_one_line(limits, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**limits)
+
+
+def test_what_cannot_be_kept_leaves_the_nearest_and_the_reason(small, tmp_path):
+    start, space = small
+    found = search(start, Limits(latency=0.01), tmp_path / "a", **{**settings(space), "evaluations": 2})
+    assert found.reason.startswith("no plan of 2 keeps the limits; the nearest has latency 0.")
+    assert found.file.exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--latency", "1.5"], "limit latency is 1.5"),
+    ([], "search needs a limit"),
+    (["--latency", "0.5", "--sampler", "luck"], "'luck' is not one of 'forecast', 'greedy'"),
+    (["--latency", "half"], "'half' is not a valid float"),
+    (["--latency", "0.5", "--scheduler", "tcp://127.0.0.1:9", "--evaluations", "1"], "no scheduler at tcp://127.0.0.1:9"),
+])
+def test_the_command_refuses_in_one_line(arguments, message, tmp_path):
+    made = subprocess.run([sys.executable, "-m", "workbench", "search", "--model", "resnet20", "--data", "fashion_mnist", "--out",
+                           "out", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert message in made.stderr
+    assert len(made.stderr.strip().splitlines()) == 1
+    assert not list(Path(tmp_path / "out").glob("recipe.yaml"))

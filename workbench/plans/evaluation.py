@@ -1,0 +1,223 @@
+"""What a plan comes to: its file is made by workers, timed and scored by one process, all of it kept under the hash of what made
+it."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from workbench import files, machine
+from workbench.deployment import onnx, sessions
+from workbench.measures import accuracy, cost, latency
+from workbench.measures.sensitivity import ADDED, Z_OF_LOOKS
+from workbench.plans import recipe
+from workbench.plans.space import Forecast, Plan, Space, forecast
+from workbench.store import Store
+from workbench.subjects.subject import Subject
+from workbench.subjects.tasks import Split
+
+LOOK = 500  # examples between two looks at a race
+
+
+class Evaluations:
+    """What the evaluations of one search share: the model, the examples that judge, the store. looked, whole: examples scored so
+    far, and how many they would have been without racing."""
+
+    def __init__(self, start: Subject, space: Space, store: Store, key: dict, judging: Split, blocks: int, seed: int):
+        self.start, self.space, self.store, self.key = start, space, store, key
+        self.judging, self.blocks, self.seed = judging, blocks, seed
+        self.looked, self.whole = 0, 0
+        self.base_file = store.kept("base", key, lambda folder: onnx.export(start.model, start.example, folder / "model.onnx"))
+        self.base = self._score(self.base_file, None, [])
+
+    def forecast(self) -> Forecast:
+        """What the space's options are expected to cost, measured once."""
+        made: list[Forecast] = []
+        key = {**self.key, "space": self.space.told(), "images": len(self.judging)}
+
+        def measure(folder: Path) -> None:
+            part = self.judging.take(torch.arange(min(len(self.judging), 500)))
+            with machine.alone():
+                made.append(forecast(self.start, self.space, part, folder=folder))
+            for path in folder.glob("*.onnx"):
+                path.unlink()
+            made[0].harm.to_csv(folder / "harm.csv", index=False)
+            made[0].times.to_csv(folder / "times.csv", index=False)
+            (folder / "genes.json").write_text(json.dumps(made[0].genes_of))
+
+        place = self.store.kept("forecast", key, measure)
+        genes = {layer: tuple(names) for layer, names in json.loads((place / "genes.json").read_text()).items()}
+        return Forecast(self.space, pd.read_csv(place / "harm.csv"), pd.read_csv(place / "times.csv"), genes)
+
+    def evaluated(self, plans: Sequence[Plan], make: Callable, rows: list[dict]) -> list[dict]:
+        """The rows of plans: made by the workers, then timed together, then scored one by one."""
+        places = make(plans)
+        timed = self._timed(places)
+        return [self._row(plan, place, shares, rows) for plan, place, shares in zip(plans, places, timed, strict=True)]
+
+    def _timed(self, places: Sequence[Path]) -> list[dict]:
+        """Each file's latency as a share of the base's, measured once."""
+        key = {"blocks": self.blocks, "machine": machine.describe()}
+        stores = [Store(place) for place in places]
+        missing = [place for place, store in zip(places, stores, strict=True) if not store.place("latency", key).exists()]
+        if missing:
+            candidates = {"base": self.base_file / "model.onnx"} | {str(place): place / "model.onnx" for place in missing}
+            table = latency.paired(candidates, self.start.example, threads=1, blocks=self.blocks, seed=self.seed)
+            for row in table.iloc[1:].to_dict("records"):
+                told = json.dumps({name: row[name] for name in ("latency_ms", "ratio", "ratio_low", "ratio_high")})
+                Store(row["candidate"]).kept("latency", key,
+                                             lambda folder, told=told: (folder / "latency.json").write_text(told))
+        return [json.loads((store.place("latency", key) / "latency.json").read_text()) for store in stores]
+
+    def _row(self, plan: Plan, place: Path, shares: dict, rows: list[dict]) -> dict:
+        size = (place / "model.onnx").stat().st_size / (self.base_file / "model.onnx").stat().st_size
+        rivals = [row for row in rows if row["latency"] <= shares["ratio"] and row["size"] <= size and not row["raced"]]
+        score = self._score(place, self.base, [self._known(Path(row["place"])) for row in rivals])
+        part = self.base if score.n == self.base.n else self._first(self.base, score.n)
+        change = accuracy.difference(part, score)
+        by = -1 / self.base.value if score.objective.metric == "perplexity" else 1  # perplexity: its relative rise
+        lost = sorted((-by * change.low, -by * change.high))
+        return {"plan": "".join(map(str, plan)), **self.space.chosen(plan), "lost": -by * change.difference, "lost_low": lost[0],
+                "lost_high": lost[1], "n": score.n, "latency": shares["ratio"], "latency_low": shares["ratio_low"],
+                "latency_high": shares["ratio_high"], "size": size, "raced": score.n < len(self.judging),
+                **json.loads((place / "plan.json").read_text()), "place": str(place)}
+
+    def _score(self, place: Path, base, rivals: list) -> accuracy.Score:
+        """The score of a file, stopped where a rival is surely no worse; what an earlier search has scored is taken up."""
+        kept, n = place / f"score-{self.seed}.safetensors", len(self.judging)
+        score = _read(kept, self.judging) if kept.exists() else None
+        session = None
+        while score is None or score.n < n:
+            if base is not None and score is not None and any(_behind(score, rival) for rival in rivals):
+                break
+            done = score.n if score else 0
+            session = session or sessions.open(place / "model.onnx", threads=1)
+            new = accuracy.evaluate(session, self.judging.take(torch.arange(done, min(done + LOOK, n))), batch_size=50)
+            score = _joined(score, new, self.judging)
+        with files.atomic(kept) as path:
+            save_file(_tensors(score), path)
+        if base is not None:
+            self.looked, self.whole = self.looked + score.n, self.whole + n
+        return score
+
+    def _known(self, place: Path) -> accuracy.Score:
+        return _read(place / f"score-{self.seed}.safetensors", self.judging)
+
+    def _first(self, score: accuracy.Score, n: int) -> accuracy.Score:
+        return _of({name: value[:n] for name, value in _tensors(score).items()}, self.judging)
+
+
+def _tensors(score: accuracy.Score) -> dict:
+    known = {"statistics": score.statistics, "labels": score.labels, "predictions": score.predictions}
+    return {name: value.contiguous() for name, value in known.items() if value is not None}
+
+
+def _of(tensors: Mapping, split: Split) -> accuracy.Score:
+    tensors = dict(tensors)
+    units = None if split.units is None else split.units[:len(tensors["statistics"])]
+    return accuracy.scored(tensors.pop("statistics"), split.objective, units=units, **tensors)
+
+
+def _read(path: Path, split: Split) -> accuracy.Score:
+    return _of({name: value[:len(split)] for name, value in load_file(path).items()}, split)
+
+
+def _joined(score, new: accuracy.Score, split: Split) -> accuracy.Score:
+    if score is None:
+        return _of(_tensors(new), split)
+    before, after = _tensors(score), _tensors(new)
+    return _of({name: torch.cat([before[name], after[name]]) for name in before}, split)
+
+
+def _behind(score: accuracy.Score, rival: accuracy.Score) -> bool:
+    """Whether a rival is surely no worse: the interval of its gain over this plan, which holds over all looks, is above zero."""
+    if score.objective.metric != "top1" or rival.n < score.n:
+        return False
+    gained = rival.statistics[:score.n, 0] - score.statistics[:, 0]
+    low, _ = accuracy.paired_interval(float(gained.sum()), float(gained.square().sum()), score.n, z=Z_OF_LOOKS, added=ADDED)
+    return low > 0
+
+
+def made(start: Subject, space: Space, plan: Plan, store: Store, key: dict) -> Path:
+    """The folder of a plan, made here where it is not there yet: model.onnx, model.safetensors, plan.json."""
+    torch.set_num_threads(1)  # so that one worker and many round alike
+
+    def make(folder: Path) -> None:
+        began, subject = time.perf_counter(), start
+        for step in space.steps(plan).values():
+            subject = step.apply(subject)
+        onnx.export(subject.model, subject.example, folder / "model.onnx", tolerance=1.0)
+        save_file({name: value.detach().contiguous().clone() for name, value in subject.model.state_dict().items()},
+                  folder / "model.safetensors")
+        total = cost.total(subject.model, subject.example)
+        (folder / "plan.json").write_text(json.dumps({"params": total["params"], "macs": total["macs"],
+                                                      "took_s": round(time.perf_counter() - began, 2)}))
+
+    steps = [{"type": name, **recipe.written(step)} for name, step in space.steps(plan).items()]
+    return store.kept("plan", {**key, "steps": steps}, make)
+
+
+class Makers:
+    """make(plans) -> their folders: in this process, in processes here, or on a cluster."""
+
+    def __init__(self, start: Subject, space: Space, store: Store, key: dict, workers: int, scheduler: str | None):
+        self.arguments = start, space, store, key
+        self.workers, self.scheduler, self.pool, self.client = workers, scheduler, None, None
+
+    def __enter__(self) -> Callable[[Sequence[Plan]], list[Path]]:
+        if self.scheduler:
+            from distributed import Client
+
+            try:
+                self.client = Client(self.scheduler, timeout=5, set_as_default=False)
+            except (OSError, ValueError) as error:
+                raise OSError(f"no scheduler at {self.scheduler} ({error}); start one with `dask scheduler`") from error
+        elif self.workers > 1:
+            self.pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"),
+                                            initializer=_remember, initargs=self.arguments)
+        return self.make
+
+    def make(self, plans: Sequence[Plan]) -> list[Path]:
+        start, space, store, key = self.arguments
+        if self.pool:
+            return list(self.pool.map(_remembered, plans))
+        if self.client:
+            shared = self.client.scatter([self.arguments])[0]
+            found = self.client.map(_elsewhere, plans, arguments=shared, pure=False, retries=20)
+            return [Path(place) for place in self.client.gather(found)]
+        before = torch.get_num_threads()
+        try:
+            return [made(start, space, plan, store, key) for plan in plans]
+        finally:
+            torch.set_num_threads(before)
+
+    def __exit__(self, *_error) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+        if self.client:
+            self.client.close()
+
+
+_here: tuple = ()
+
+
+def _remember(*arguments) -> None:
+    global _here
+    machine.end_with_parent()
+    _here = arguments
+
+
+def _remembered(plan: Plan) -> Path:
+    start, space, store, key = _here
+    return made(start, space, plan, store, key)
+
+
+def _elsewhere(plan: Plan, *, arguments: tuple) -> str:
+    start, space, store, key = arguments
+    return str(made(start, space, plan, store, key))

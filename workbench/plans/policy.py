@@ -1,0 +1,102 @@
+"""A policy that chooses a plan gene by gene, trained by reinforcement learning.
+
+Sources: AMC He et al. 2018 (arXiv 1802.03494), HAQ Wang et al. 2019 (arXiv 1811.08886), Galen Krieger et al. 2022; trained by
+PPO, Schulman et al. 2017 (arXiv 1707.06347), as stable-baselines3 has it.
+"""
+
+from collections.abc import Sequence
+
+import gymnasium
+import numpy as np
+import stable_baselines3
+import torch
+from stable_baselines3.common.logger import configure
+
+from workbench.plans.samplers import TRIES, Box
+from workbench.plans.space import BITS, FLOAT, Forecast, Plan, Space
+
+
+class Policy:
+    """A policy that chooses gene by gene, trained by PPO; its reward is what the plan loses, where it keeps the limit.
+
+    It sees which gene is next, how much latency the choices so far leave at least (from the forecast, where there is one), and
+    what it chose last. A limit is drawn for each plan from the box, so that one policy learns the whole front.
+    """
+
+    EPISODES = 8  # plans behind each update
+
+    def __init__(self, space: Space, forecast: Forecast | None, box: Box, seed: int):
+        self.space, self.forecast, self.box, self.draw = space, forecast, box, np.random.default_rng(seed)
+        genes, width = len(space.genes), 3 + len(space.genes)
+
+        class Shapes(gymnasium.Env):  # PPO asks an environment for its shapes; the steps are taken here
+            observation_space = gymnasium.spaces.Box(-10, 10, (width,), np.float32)
+            action_space = gymnasium.spaces.Discrete(max(space.sizes))
+
+        self.learner = stable_baselines3.PPO("MlpPolicy", Shapes(), n_steps=genes * self.EPISODES, batch_size=genes * 2,
+                                             n_epochs=10, learning_rate=1e-3, gamma=1.0, seed=seed, device="cpu")
+        self.learner.set_logger(configure(None, []))
+        self.known, self.open, self.ended = {}, {}, []
+
+    def ask(self, count: int) -> list[Plan]:
+        asked: list[Plan] = []
+        for _ in range(TRIES):
+            plan, episode = self._played()
+            if plan in self.known:
+                self._end(episode, *self.known[plan])
+            elif plan in self.open:
+                self.open[plan].append(episode)
+            else:
+                self.open[plan] = [episode]
+                asked.append(plan)
+            if len(asked) == count:
+                break
+        return asked
+
+    def tell(self, plan: Plan, lost: float, latency: float) -> None:
+        self.known[plan] = lost, latency
+        for episode in self.open.pop(plan, []):
+            self._end(episode, lost, latency)
+
+    def _played(self) -> tuple[Plan, tuple]:
+        """A plan as the policy chooses it now, and the steps that led to it."""
+        limit, plan, steps = float(self.draw.uniform(0.3, 1.0)) * self.box[1], [], []
+        for place, size in enumerate(self.space.sizes):
+            seen = np.zeros(3 + len(self.space.sizes), np.float32)
+            seen[:3] = limit, self._least(plan) - limit, plan[-1] if plan else 0
+            seen[3 + place] = 1
+            with torch.no_grad():
+                action, value, chance = self.learner.policy(torch.from_numpy(seen)[None])
+            steps.append((seen, action.numpy(), value, chance))
+            plan.append(int(action) % size)
+        return self.space.reduced(plan), (limit, steps)
+
+    def _least(self, plan: Sequence[int]) -> float:
+        """The latency that the choices so far leave at least."""
+        if self.forecast is None:
+            return 0.0
+        names, least = self.space.names, []
+        place = names.index(BITS) if BITS in names else None
+        for bits in self.space.genes.get(BITS, (FLOAT,)):
+            if place is None or place >= len(plan) or self.space.genes[BITS][plan[place]] == bits:
+                fixed, parts = self.forecast.parts(bits)
+                least.append(fixed + sum(parts[name][plan[k]] if k < len(plan) else parts[name].min()
+                                         for k, name in enumerate(names) if name in parts))
+        return min(least)
+
+    def _end(self, episode: tuple, lost: float, latency: float) -> None:
+        limit, steps = episode
+        self.ended.append((steps, -100 * lost if latency <= limit else -10 - 10 * (latency - limit)))
+        if len(self.ended) == self.EPISODES:
+            self._learn()
+
+    def _learn(self) -> None:
+        buffer = self.learner.rollout_buffer
+        buffer.reset()
+        for steps, reward in self.ended:
+            for place, (seen, action, value, chance) in enumerate(steps):
+                buffer.add(seen[None], action.reshape(1, 1), np.array([reward if place == len(steps) - 1 else 0.0]),
+                           np.array([place == 0]), value, chance)
+        buffer.compute_returns_and_advantage(torch.zeros(1, 1), np.array([True]))
+        self.learner.train()
+        self.ended = []

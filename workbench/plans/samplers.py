@@ -1,0 +1,284 @@
+"""Who proposes the next plans: random, greedy, Optuna's samplers, a policy trained by reinforcement learning, and `forecast`.
+
+A sampler is asked for plans and told what they came to, (lost, latency) each, both to be low; a limit is a box (the most
+lost, the most latency) outside which nothing counts. `forecast` begins from the measured sensitivities and corrects them by
+what it is told: what a plan loses is taken as the sum of what its options lose, each normally distributed about a share of the
+distance that it alone causes; plans are drawn from that belief (Thompson 1933) by how much they would enlarge the area that is
+dominated.
+
+Sources: NSGA-II Deb et al. 2002, TPE Bergstra et al. 2011, GP with expected hypervolume improvement, all as Optuna has them.
+"""
+
+import warnings
+from typing import Protocol
+
+import numpy as np
+
+from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Plan, Space
+
+Box = tuple[float, float]  # the most lost (fraction) and the most latency (share) that count
+ENUMERATED = 5000  # plans up to which the whole space is looked at
+TRIES = 200  # of a sampler for plans that it has not proposed before
+
+
+class Sampler(Protocol):
+    """Proposes plans of a space."""
+
+    def ask(self, count: int) -> list[Plan]:
+        """At most `count` plans that it has not proposed before; none where it knows no more."""
+
+    def tell(self, plan: Plan, lost: float, latency: float) -> None:
+        """What a plan came to; all that were asked for are told in their order, before the next are asked for."""
+
+
+def sampler(name: str, space: Space, *, forecast: Forecast | None = None, box: Box = (1.0, 1.0), seed: int = 0) -> Sampler:
+    """The sampler of that name: forecast, greedy (both need `forecast`), random, nsga2, tpe, gp, policy.
+
+    Raises ValueError for an unknown name or where a forecast is missing, ImportError where its library is.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown sampler {name!r}; expected one of {', '.join(NAMES)}")
+    if name in ("forecast", "greedy"):
+        if forecast is None:
+            raise ValueError(f"sampler {name} needs the forecast of its space (space.forecast)")
+        return (Forecasting if name == "forecast" else Greedy)(space, forecast, box, seed)
+    if name == "random":
+        return Random(space, seed)
+    if name == "policy":
+        from workbench.plans.policy import Policy  # its library takes seconds to import
+
+        return Policy(space, forecast, box, seed)
+    return Optuna(name, space, box, seed)
+
+
+NAMES = ("forecast", "greedy", "random", "nsga2", "tpe", "gp", "policy")
+
+
+class Random:
+    """Plans drawn uniformly, none twice."""
+
+    def __init__(self, space: Space, seed: int):
+        self.space, self.draw, self.known = space, np.random.default_rng(seed), set()
+
+    def ask(self, count: int) -> list[Plan]:
+        asked: list[Plan] = []
+        for _ in range(TRIES * count):
+            plan = self.space.reduced([int(self.draw.integers(size)) for size in self.space.sizes])
+            if plan not in self.known:
+                self.known.add(plan)
+                asked.append(plan)
+            if len(asked) == count:
+                break
+        return asked
+
+    def tell(self, plan: Plan, lost: float, latency: float) -> None:
+        pass
+
+
+class Optuna:
+    """One of Optuna's samplers, by name; a plan that it proposes again is told from memory and costs nothing."""
+
+    def __init__(self, name: str, space: Space, box: Box, seed: int):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+        kinds = {"nsga2": optuna.samplers.NSGAIISampler, "tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
+        more = {"population_size": 16} if name == "nsga2" else {}  # of few evaluations a generation of 50 would be most
+        self.study = optuna.create_study(directions=["minimize", "minimize"],
+                                         sampler=kinds[name](seed=seed, **more))
+        self.space, self.box, self.known, self.open = space, box, {}, {}
+
+    def ask(self, count: int) -> list[Plan]:
+        asked: list[Plan] = []
+        for _ in range(TRIES):
+            trial = self.study.ask()
+            plan = self.space.reduced([trial.suggest_categorical(name, list(range(size)))
+                                       for name, size in zip(self.space.names, self.space.sizes, strict=True)])
+            if plan in self.known:
+                self._close(trial, *self.known[plan])
+            elif plan in self.open:
+                self.open[plan].append(trial)
+            else:
+                self.open[plan] = [trial]
+                asked.append(plan)
+            if len(asked) == count:
+                break
+        return asked
+
+    def tell(self, plan: Plan, lost: float, latency: float) -> None:
+        self.known[plan] = lost, latency
+        for trial in self.open.pop(plan, []):
+            self._close(trial, lost, latency)
+
+    def _close(self, trial, lost: float, latency: float) -> None:
+        for what, value, most in zip(("lost", "latency"), (lost, latency), self.box, strict=True):
+            if most < 1:
+                trial.set_constraint(what, value - most)
+        self.study.tell(trial, (lost, latency))
+
+
+class Greedy:
+    """The plans that the measured sensitivities alone say are best: those that no other is expected to beat, front by front."""
+
+    def __init__(self, space: Space, forecast: Forecast, box: Box, seed: int):
+        self.space, self.forecast, self.box = space, forecast, box
+        self.pool = _pool(space, forecast, np.random.default_rng(seed))
+        self.expected = np.array([[forecast.lost(plan), forecast.latency(plan)] for plan in self.pool])
+        self.left = np.ones(len(self.pool), dtype=bool)
+
+    def ask(self, count: int) -> list[Plan]:
+        asked: list[Plan] = []
+        while len(asked) < count and self.left.any():
+            places = np.flatnonzero(self.left)
+            inside = places[self.expected[places, 1] <= self.box[1]]
+            places = inside if len(inside) else places
+            front = places[undominated(self.expected[places])]
+            front = front[np.argsort(self.expected[front, 1])]
+            spread = front[np.unique(np.linspace(0, len(front) - 1, min(count - len(asked), len(front))).round().astype(int))]
+            self.left[spread] = False
+            asked += [self.pool[place] for place in spread]
+        return asked
+
+    def tell(self, plan: Plan, lost: float, latency: float) -> None:
+        pass
+
+
+class Forecasting:
+    """The sensitivities as a prior belief, corrected by what it is told; plans drawn from the belief."""
+
+    def __init__(self, space: Space, forecast: Forecast, box: Box, seed: int):
+        self.space, self.forecast, self.box, self.draw = space, forecast, box, np.random.default_rng(seed)
+        self.pool = _pool(space, forecast, self.draw)
+        self.places = {plan: place for place, plan in enumerate(self.pool)}
+        self.rows = np.array([self._row(plan) for plan in self.pool])
+        self.prior = np.concatenate([harm[1:] for harm in forecast.harms])
+        self.times = np.array([forecast.latency(plan) for plan in self.pool])
+        self.told: dict[int, tuple[float, float]] = {}
+        self.asked: set[int] = set()
+
+    def ask(self, count: int) -> list[Plan]:
+        if not self.told:  # the ends and the middle of what is expected: they tell how the sensitivities are to be read
+            self.first = Greedy(self.space, self.forecast, self.box, 0).ask(count)
+            self.asked |= {self.places[plan] for plan in self.first if plan in self.places}
+            return self.first
+        chosen: list[int] = []
+        front = {place: told for place, told in self.told.items()}
+        for _ in range(count):
+            believed = np.stack([self._losses(), self._latencies()], 1)
+            left = np.array([place for place in range(len(self.pool)) if place not in self.asked])
+            if not len(left):
+                break
+            gain = enlarged(np.array(list(front.values())), believed[left], self._corner())
+            best = int(left[gain.argmax()] if gain.max() > 0 else left[self._beside(believed[left]).argmin()])
+            self.asked.add(best)
+            chosen.append(best)
+            front[best] = tuple(believed[best])
+        return [self.pool[place] for place in chosen]
+
+    def tell(self, plan: Plan, lost: float, latency: float) -> None:
+        if plan not in self.places:
+            self.places[plan] = len(self.pool)
+            self.pool.append(plan)
+            self.rows = np.vstack([self.rows, self._row(plan)])
+            self.times = np.append(self.times, self.forecast.latency(plan))
+        self.told[self.places[plan]] = lost, latency
+        self.asked.add(self.places[plan])
+
+    def _row(self, plan: Plan) -> np.ndarray:
+        return np.concatenate([np.arange(1, size) == place for size, place in zip(self.space.sizes, plan, strict=True)])
+
+    def _corner(self) -> Box:
+        """Where the area begins that plans are to dominate: the box, or as far as what was told goes."""
+        worst = np.array(list(self.told.values())).max(0)
+        return min(self.box[0], worst[0] + 1e-3), min(self.box[1], worst[1] + 1e-3)
+
+    def _beside(self, believed: np.ndarray) -> np.ndarray:
+        """How far plans are outside the box."""
+        return np.maximum(believed - np.array(self.box), 0).sum(1) + 1e-3 * believed[:, 0]
+
+    def _losses(self) -> np.ndarray:
+        """What each plan of the pool loses, in one draw from the belief."""
+        places = np.array(list(self.told))
+        rows, lost = self.rows[places].astype(float), np.array([self.told[place][0] for place in places])
+        totals = rows @ self.prior
+        share = max(float(totals @ lost) / max(float(totals @ totals), 1e-12), 1e-4)
+        mean, spread = share * self.prior, np.diag((0.5 * share * self.prior) ** 2 + 1e-7)
+        noise = max(float(np.std(lost - rows @ mean)) / 2, 1e-3)
+        mean, spread = _belief(rows, lost, mean, spread + np.outer(mean, mean) / 4, noise)
+        return self.rows @ self.draw.multivariate_normal(mean, spread, method="eigh")
+
+    def _latencies(self) -> np.ndarray:
+        """What each plan of the pool takes, the table's error drawn from the belief."""
+        places = np.array(list(self.told))
+        rows = self.rows[places].astype(float)
+        apart = np.log(np.array([self.told[place][1] for place in places]) / self.times[places])
+        rows, every = (np.hstack([part, np.ones((len(part), 1))]) for part in (rows, self.rows))
+        mean, spread = _belief(rows, apart, np.zeros(rows.shape[1]), np.eye(rows.shape[1]) * 0.05**2, 0.02)
+        return self.times * np.exp(every @ self.draw.multivariate_normal(mean, spread, method="eigh"))
+
+
+def undominated(points: np.ndarray) -> np.ndarray:
+    """Which rows (n, 2), both numbers to be low, no other row beats: bool (n,); of equal rows the first."""
+    order, best, kept = np.lexsort((points[:, 1], points[:, 0])), np.inf, np.zeros(len(points), dtype=bool)
+    for place in order:
+        if points[place, 1] < best:
+            best, kept[place] = points[place, 1], True
+    return kept
+
+
+def dominated_area(points: np.ndarray, corner: Box) -> float:
+    """The area between `corner` and the points (n, 2) below it: the hypervolume in two dimensions.
+
+    Example: `dominated_area(np.array([[0.5, 0.5]]), (1.0, 1.0)) == 0.25`
+    """
+    inside = points[(points < np.array(corner)).all(1)]
+    inside = inside[undominated(inside)]
+    inside = inside[np.argsort(inside[:, 0])]
+    ends = np.append(inside[1:, 0], corner[0])
+    return float(((ends - inside[:, 0]) * (corner[1] - inside[:, 1])).sum())
+
+
+def enlarged(points: np.ndarray, new: np.ndarray, corner: Box) -> np.ndarray:
+    """By how much each of `new` (m, 2) alone would enlarge the dominated area of `points` (n, 2): float (m,)."""
+    inside = points[(points < np.array(corner)).all(1)]
+    inside = inside[undominated(inside)]
+    inside = inside[np.argsort(inside[:, 0])]
+    starts = np.concatenate([[-np.inf], inside[:, 0]])
+    ends = np.append(inside[:, 0], corner[0])
+    tops = np.concatenate([[corner[1]], inside[:, 1]])  # between starts and ends what lies above tops is dominated already
+    wide = np.clip(ends[None] - np.maximum(starts[None], new[:, :1]), 0, None)
+    high = np.clip(tops[None] - new[:, 1:], 0, None)
+    return (wide * high).sum(1)
+
+
+def _belief(rows: np.ndarray, told: np.ndarray, mean: np.ndarray, spread: np.ndarray, noise: float):
+    """Mean and covariance of weights whose sums over `rows` were told with that noise: a linear model's posterior."""
+    gain = spread @ rows.T @ np.linalg.inv(rows @ spread @ rows.T + noise**2 * np.eye(len(rows)))
+    after = spread - gain @ rows @ spread
+    return mean + gain @ (told - rows @ mean), (after + after.T) / 2
+
+
+def _pool(space: Space, forecast: Forecast, draw: np.random.Generator) -> list[Plan]:
+    """The plans that are thought about: all, or those that are expected to be good for some price of time, and their like."""
+    if len(space) <= ENUMERATED:
+        return list(dict.fromkeys(space.every()))
+    names, found = space.names, {}
+    bits = space.genes.get(BITS, (FLOAT,))
+    for place, width in enumerate(bits):
+        _, parts = forecast.parts(width)
+        for price in np.logspace(-3, 2, 100):
+            plan = [int(np.argmin(harm + price * parts[name])) if name in parts else place if name == BITS else 0
+                    for name, harm in zip(names, forecast.harms, strict=True)]
+            for way in range(len(space.genes.get(ROUNDING, (0,)))):
+                found[space.reduced([way if name == ROUNDING else gene for name, gene in zip(names, plan, strict=True)])] = None
+    for plan in list(found):
+        for _ in range(max(1, 2 * ENUMERATED // (3 * len(found)))):
+            new = list(plan)
+            for gene in draw.choice(len(names), size=min(2, len(names)), replace=False):
+                new[gene] = int(draw.integers(space.sizes[gene]))
+            found[space.reduced(new)] = None
+            if len(found) >= ENUMERATED:
+                return list(found)
+    return list(found)

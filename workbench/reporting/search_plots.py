@@ -1,0 +1,47 @@
+"""Figures of a search: what was found beneath the exact front, and how soon each sampler gets there."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from workbench.plans.samplers import undominated
+from workbench.reporting.plots import BLUE, GREY, RED, _axes
+
+
+def front(table: pd.DataFrame, found: pd.DataFrame, *, limit: float | None = None, ax: Axes | None = None) -> Axes:
+    """Every plan of a space as points, their exact front, and the front of what a search found.
+
+    table, found: columns lost (fraction), latency (share) and bits of the plans."""
+    ax = ax or _axes(8, 5)
+    for (bits, part), colour in zip(table.groupby("bits", sort=False), (GREY, "#9bb7d4"), strict=False):
+        kind = "float" if bits == 32 else f"{bits} bits"
+        ax.scatter(part.latency, 100 * part.lost, s=7, color=colour, label=f"every plan, {kind}")
+    for points, colour, label, marker in ((table, "black", "exact front", ""), (found, RED, "front of the search", "o")):
+        best = points[undominated(points[["lost", "latency"]].to_numpy())].sort_values("latency")
+        ax.step(best.latency, 100 * best.lost, where="post", color=colour, label=label, marker=marker, markersize=5)
+    if limit:
+        ax.axvline(limit, color=BLUE, linestyle=":", label=f"limit, {limit:g}x")
+    ax.set(xlabel="latency, as a share of the model's as it came", ylabel="accuracy lost, points",
+           title="What a search finds, and what there is (lower left is better)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def samplers(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share of the exact front's area against evaluations, the mean over seeds of each sampler with its bootstrap interval.
+
+    curves: sampler, seed, evaluations, share."""
+    ax = ax or _axes(8, 5)
+    order = curves[curves.evaluations == curves.evaluations.max()].groupby("sampler").share.mean().sort_values(ascending=False)
+    draws = np.random.default_rng(0)
+    for name, colour in zip(order.index, (RED, BLUE, "#2a7a5b", "#b8860b", "#7a4fa3", "#444444", "#c06c84"), strict=False):
+        table = curves[curves.sampler == name].pivot(index="evaluations", columns="seed", values="share")
+        values = table.to_numpy()
+        means = values[:, draws.integers(values.shape[1], size=(500, values.shape[1]))].mean(2)
+        low, high = np.percentile(means, [2.5, 97.5], axis=1)
+        ax.plot(table.index, values.mean(1), color=colour, label=f"{name} ({values.shape[1]} seeds)")
+        ax.fill_between(table.index, low, high, color=colour, alpha=0.15)
+    ax.set(xlabel="plans evaluated", ylabel="share of the exact front's area",
+           title="How soon each sampler gets there (mean, 95 %)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
