@@ -157,11 +157,11 @@ def judge(seeds: int, evaluations: int) -> None:
     points = np.array(list(known.values()))
     corner = tuple(points.max(0) + 1e-9)
     whole = dominated_area(points, corner)
-    expected = forecast(subject, space, judged_by(subject, 500, 0), folder=FOLDER / "forecast")
+    expected = [forecast(subject, space, judged_by(subject, 500, seed), folder=FOLDER / "forecast")  # from other pictures each
+                for seed in files.progress(range(seeds), title="forecasts")]
     rows = []
-    runs = [(name, seed) for name in NAMES for seed in range(1 if name == "greedy" else seeds)]
-    for name, seed in files.progress(runs, title="samplers"):
-        chooser, told, took = sampler(name, space, forecast=expected, seed=seed), [], 0.0
+    for name, seed in files.progress([(name, seed) for name in NAMES for seed in range(seeds)], title="samplers"):
+        chooser, told, took = sampler(name, space, forecast=expected[seed], seed=seed), [], 0.0
         while len(told) < evaluations:
             began = time.perf_counter()
             plans = chooser.ask(min(4, evaluations - len(told)))

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from workbench.errors import UnsupportedModelError
 from workbench.methods.channels import Prune
 from workbench.methods.distillation import Distil
 from workbench.methods.factorization import Factorize
@@ -164,6 +165,12 @@ def test_mixed_widths_keep_to_their_share_of_the_bytes(model, tiny):
                                         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)}
     assert sum(bits[name] * weights[name] for name in bits) <= 0.5 * 8 * sum(weights.values())
     assert len(set(bits.values())) > 1
+
+
+def test_a_quantised_model_is_not_cut(model, tiny):
+    quantised = Quantize(examples=40).apply(Subject(model, tiny))
+    with pytest.raises(UnsupportedModelError, match="put prune before quantize"):
+        Prune(macs=0.5).apply(quantised)
 
 
 def test_a_plan_may_export_on_its_way(model, tiny, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The search: what it chooses from, who proposes, that nothing is made twice and it goes on; bad limits are one line."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +142,7 @@ def small(model, tiny):
 
 
 def settings(space) -> dict:
-    return {"space": space, "evaluations": 6, "batch": 2, "images": 100, "blocks": 5}
+    return {"space": space, "evaluations": 6, "batch": 3, "images": 100, "blocks": 5}
 
 
 def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
     # the same again, from what is kept; then as if it had been killed behind the first batch
     before = (tmp_path / "a" / "plans.csv").read_bytes()
     journal = (tmp_path / "a" / "journal.jsonl").read_text()
-    (tmp_path / "a" / "journal.jsonl").write_text("".join(journal.splitlines(keepends=True)[:3]) + '{"pl')
+    (tmp_path / "a" / "journal.jsonl").write_text("".join(journal.splitlines(keepends=True)[:4]) + '{"pl')
 
     def fails(*_arguments):
         raise AssertionError("a plan was made again")
@@ -166,6 +167,11 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
     assert (tmp_path / "a" / "journal.jsonl").read_text() == journal
     with pytest.raises(ValueError, match=r"is of another search \(its limits is .*\); give another folder"):
         search(start, Limits(latency=0.8), tmp_path / "a", **settings(space))
+    # and where no plan keeps the limit, what was made being taken over
+    shutil.copytree(tmp_path / "a" / "evaluations", tmp_path / "b" / "evaluations")
+    found = search(start, Limits(latency=0.01), tmp_path / "b", **settings(space))
+    assert found.reason.startswith("no plan of 6 keeps the limits; the nearest has latency 0.")
+    assert found.file.exists()
 
 
 def test_two_workers_make_what_one_makes(small, tmp_path):
@@ -203,13 +209,6 @@ def test_a_plan_that_another_surely_beats_is_not_looked_at_further():
 def test_bad_limits_are_one_line(limits, message):
     with pytest.raises(ValueError, match=message):
         Limits(**limits)
-
-
-def test_what_cannot_be_kept_leaves_the_nearest_and_the_reason(small, tmp_path):
-    start, space = small
-    found = search(start, Limits(latency=0.01), tmp_path / "a", **{**settings(space), "evaluations": 2})
-    assert found.reason.startswith("no plan of 2 keeps the limits; the nearest has latency 0.")
-    assert found.file.exists()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -17,13 +17,14 @@ from annotated_types import Ge
 from torch import nn
 
 from workbench.batches import Batch, Inputs
-from workbench.errors import listed
+from workbench.errors import UnsupportedModelError, listed
 from workbench.graph import cutting
 from workbench.graph.coupling import groups
 from workbench.graph.kinds import BATCHNORM
 from workbench.graph.layers import Change, Masked, macs_of, matching
 from workbench.graph.norms import reestimate_batchnorm
 from workbench.methods.criteria import CRITERIA, score
+from workbench.numbers.quantizers import quantizers
 from workbench.subjects.objectives import Objective
 from workbench.subjects.subject import Count, Globs, Removed, Share, Subject
 
@@ -294,7 +295,10 @@ class Prune:
             raise ValueError("prune: give exactly one of macs, params, shares (what stays) and ratio (which channels go)")
 
     def apply(self, subject: Subject) -> Subject:
-        """The cut subject."""
+        """The cut subject. Raises UnsupportedModelError for one that is quantised."""
+        if any(quantizers(subject.model)):
+            raise UnsupportedModelError("prune: the model is quantised, its scales belong to the channels that it has; put prune "
+                                        "before quantize")
         validation = subject.task.validation
         seen = list(validation.subset(self.examples, seed=self.seed).batches(100)) if len(validation) else None
         scores = score(subject.model, self.criterion, example=subject.example, batches=seen, objective=subject.task.objective,

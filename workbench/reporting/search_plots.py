@@ -45,3 +45,15 @@ def samplers(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
            title="How soon each sampler gets there (mean, 95 %)")
     ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+def orders(matrix: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What each order of methods loses, the best on top, with its interval. matrix: order, top1_change with _low and _high."""
+    ax = ax or _axes(7, 0.6 + 0.4 * len(matrix))
+    rows = matrix.iloc[::-1]
+    ends = [abs(rows[f"top1_change_{end}"] - rows.top1_change).fillna(0) * 100 for end in ("low", "high")]
+    ax.errorbar(100 * rows.top1_change, range(len(rows)), xerr=ends, fmt="o", color=BLUE, capsize=3)
+    ax.set_yticks(range(len(rows)), rows.order)
+    ax.axvline(0, color=GREY, linestyle=":")
+    ax.set(xlabel="change of top-1, points (95 %)", title="P prune, D distil, Q quantise, in their order")
+    return ax
