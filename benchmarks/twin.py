@@ -48,8 +48,8 @@ def main() -> None:
         for bits in (8, 4):
             made = quantize(model, seen, weights=Scheme(bits, granularity="channel"))
             with tempfile.TemporaryDirectory() as folder:
-                found = equivalence.compare(made, onnx.export(made, task.example, f"{folder}/made.onnx", tolerance=1.0), task.test,
-                                            batch_size=25)
+                path = onnx.export(made, task.example, f"{folder}/made.onnx", tolerance=1.0)
+                found = equivalence.compare(made, path, task.test, batch_size=25)
             rows.append({"model": name, "bits": bits, "n": found.n, "answered_otherwise": round((1 - found.agreement) * found.n),
                          "l2_max": found.l2_max, "machine": machine.describe()})
             print(rows[-1])
