@@ -159,6 +159,7 @@ def judge(seeds: int, evaluations: int) -> None:
     whole = dominated_area(points, corner)
     expected = [forecast(subject, space, judged_by(subject, 500, seed), folder=FOLDER / "forecast")  # from other pictures each
                 for seed in files.progress(range(seeds), title="forecasts")]
+    expected[0].write(FOLDER.parent / "search_forecast")
     rows = []
     for name, seed in files.progress([(name, seed) for name in NAMES for seed in range(seeds)], title="samplers"):
         chooser, told, took = sampler(name, space, forecast=expected[seed], seed=seed), [], 0.0

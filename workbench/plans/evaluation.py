@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -47,13 +46,9 @@ class Evaluations:
                 made.append(forecast(self.start, self.space, part, folder=folder))
             for path in folder.glob("*.onnx"):
                 path.unlink()
-            made[0].harm.to_csv(folder / "harm.csv", index=False)
-            made[0].times.to_csv(folder / "times.csv", index=False)
-            (folder / "genes.json").write_text(json.dumps(made[0].genes_of))
+            made[0].write(folder / "forecast")
 
-        place = self.store.kept("forecast", key, measure)
-        genes = {layer: tuple(names) for layer, names in json.loads((place / "genes.json").read_text()).items()}
-        return Forecast(self.space, pd.read_csv(place / "harm.csv"), pd.read_csv(place / "times.csv"), genes)
+        return Forecast.read(self.store.kept("forecast", key, measure) / "forecast", self.space)
 
     def evaluated(self, plans: Sequence[Plan], make: Callable, rows: list[dict]) -> list[dict]:
         """The rows of plans: made by the workers, then timed together, then scored one by one."""

@@ -174,7 +174,7 @@ def _confirmed(run: Evaluations, limits: Limits, rows: list[dict], expected: For
     order = table.sort_values(["excess", by, "latency"], kind="stable").head(CONFIRMED)
     paths = {"as it came": run.base_file / "model.onnx"}
     paths |= {row.plan: Path(row.place) / "model.onnx" for row in order.itertuples()}
-    with machine.alone(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # which is alone by itself
         timed = pool.submit(_timed_alone, paths, run.start.example, 2 * run.blocks, run.seed).result()
     scores = {name: accuracy.evaluate(path, test) for name, path in paths.items()}
     first = scores["as it came"]

@@ -9,8 +9,9 @@ of the whole model) and the time of each layer at each share, in float and in 8 
 copies).
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -141,14 +142,25 @@ class Forecast:
     """What each option is expected to cost, measured on the model as it came.
 
     harm: gene, option, lost (fraction of the examples) and distance (of the outputs), each option alone. times: share, bits,
-    layer, latency_ms. shares: of each layer the genes that its time depends on. base_ms: of the model as it came.
+    layer, latency_ms. genes_of: of each layer the genes that its time depends on.
     """
 
     space: Space
     harm: pd.DataFrame
     times: pd.DataFrame
     genes_of: Mapping[str, tuple[str, ...]]
-    scale: float = field(default=1.0)
+
+    def write(self, path: Path | str) -> None:
+        """Leave PATH_harm.csv, PATH_times.csv and PATH_genes.json, which `read` takes."""
+        self.harm.to_csv(f"{path}_harm.csv", index=False)
+        self.times.to_csv(f"{path}_times.csv", index=False)
+        Path(f"{path}_genes.json").write_text(json.dumps(self.genes_of, indent=1))
+
+    @classmethod
+    def read(cls, path: Path | str, space: Space) -> "Forecast":
+        """What `write` left. Raises FileNotFoundError where a file is missing."""
+        genes = {layer: tuple(names) for layer, names in json.loads(Path(f"{path}_genes.json").read_text()).items()}
+        return cls(space, pd.read_csv(f"{path}_harm.csv"), pd.read_csv(f"{path}_times.csv"), genes)
 
     @cached_property
     def harms(self) -> list[np.ndarray]:

@@ -85,6 +85,7 @@ def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -
     ax.axhline(0, color=GREY, linestyle=":")
     ax.set(xlabel="latency, as a share of the model as it came", ylabel=f"change of {change.removesuffix('_change')}, points",
            title="Stage by stage (paired, 95 %)")
+    ax.margins(x=0.15)  # room for the last stages' names
     ax.invert_xaxis()
     ax.legend(frameon=False, fontsize=8)
     return ax
