@@ -144,12 +144,11 @@ def exact():
 
 def judge(seeds: int, evaluations: int) -> None:
     """Every sampler on the table: the share of the exact front's area after each evaluation, and what asking took."""
-    import time
-
     import numpy as np
 
     from workbench import files, machine
-    from workbench.plans.samplers import NAMES, dominated_area, sampler, undominated
+    from workbench.numbers.fronts import dominated_area, undominated
+    from workbench.plans.samplers import NAMES, replayed
     from workbench.plans.search import judged_by
     from workbench.plans.space import forecast
 
@@ -162,18 +161,11 @@ def judge(seeds: int, evaluations: int) -> None:
     expected[0].write(FOLDER.parent / "search_forecast")
     rows = []
     for name, seed in files.progress([(name, seed) for name in NAMES for seed in range(seeds)], title="samplers"):
-        chooser, told, took = sampler(name, space, forecast=expected[seed], seed=seed), [], 0.0
-        while len(told) < evaluations:
-            began = time.perf_counter()
-            plans = chooser.ask(min(4, evaluations - len(told)))
-            if not plans:
-                break
-            for plan in plans:
-                chooser.tell(plan, *known[plan])
-                told.append(known[plan])
-            took += time.perf_counter() - began
-            rows.append({"sampler": name, "seed": seed, "evaluations": len(told), "asking_s": took,
-                         "share": dominated_area(np.array(told), corner) / whole})
+        asked = replayed(name, space, known, forecast=expected[seed], evaluations=evaluations, seed=seed)
+        for count in range(4, len(asked) + 1, 4):
+            area = dominated_area(asked[["lost", "latency"]].to_numpy()[:count], corner)
+            rows.append({"sampler": name, "seed": seed, "evaluations": count, "asking_s": asked.asking_s[count - 1],
+                         "share": area / whole})
     curves = pd.DataFrame(rows)
     curves.to_csv(FOLDER.parent / "search_curves.csv", index=False)
     table = table.rename(columns={"ratio": "latency"})

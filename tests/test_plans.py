@@ -21,6 +21,7 @@ from workbench.methods.sparsity import Sparsify
 from workbench.plans import recipe
 from workbench.plans.allocation import Mix
 from workbench.plans.compress import compress
+from workbench.plans.orders import order
 from workbench.plans.steps import Export, Load, plan
 from workbench.plans.tuning import Tune
 from workbench.store import Store
@@ -212,3 +213,12 @@ def test_the_command_refuses_in_one_line(arguments, message, tmp_path):
     assert message in made.stderr
     assert len(made.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_orders_are_recipes_and_nothing_is_cut_behind_rounding():
+    assert list(order("PDQ", steps=2)) == ["prune", "distil", "quantize"]
+    behind, before = (order(letters)["distil"].recipe.learning_rate for letters in ("PQD", "PDQ"))
+    assert behind < before
+    for letters in ("QP", "PP", "X", ""):
+        with pytest.raises(ValueError, match="expected some of P, D and Q, each once, P before Q"):
+            order(letters)

@@ -12,9 +12,10 @@ import torch
 
 from workbench.graph.layers import macs_of
 from workbench.methods import channels
+from workbench.numbers.fronts import dominated_area, enlarged, undominated
 from workbench.plans import evaluation, recipe
 from workbench.plans.evaluation import Makers
-from workbench.plans.samplers import NAMES, dominated_area, enlarged, sampler, undominated
+from workbench.plans.samplers import NAMES, replayed, sampler
 from workbench.plans.search import Limits, search
 from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Space
 from workbench.plans.steps import plan as run_steps
@@ -120,15 +121,9 @@ def test_sensitivities_lead_faster_than_chance(space, expected):
     points = np.array(list(known.values()))
     corner, shares = tuple(points.max(0) + 1e-9), {}
     for name in ("forecast", "random"):
-        found = []
-        for seed in range(5):
-            chooser, told = sampler(name, space, forecast=expected, seed=seed), []
-            for _ in range(4):
-                for plan in chooser.ask(4):
-                    chooser.tell(plan, *known[plan])
-                    told.append(known[plan])
-            found.append(dominated_area(np.array(told), corner) / dominated_area(points, corner))
-        shares[name] = np.mean(found)
+        runs = [replayed(name, space, known, forecast=expected, evaluations=16, seed=seed) for seed in range(5)]
+        shares[name] = np.mean([dominated_area(run[["lost", "latency"]].to_numpy(), corner) for run in runs])
+        shares[name] /= dominated_area(points, corner)
     assert shares["forecast"] > shares["random"]
     assert shares["forecast"] > 0.95
 

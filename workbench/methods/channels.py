@@ -2,6 +2,10 @@
 
 Channels go by groups, those that can only go together: see graph.coupling. In a transformer a group is the neurons of a
 feed-forward layer, or the heads of an attention.
+
+Sources of the criteria: l1 Li et al. 2017 (arXiv 1608.08710); bn_gamma Liu et al. 2017 (arXiv 1708.06519); taylor
+Molchanov et al. 2019 (arXiv 1906.10771), |weight x gradient| instead of its square; fpgm He et al. 2019
+(arXiv 1811.00250), by the sum of distances to all other filters.
 """
 
 import bisect
@@ -13,24 +17,66 @@ from functools import cache, partial
 from typing import Annotated, Literal
 
 import pandas as pd
+import torch
 from annotated_types import Ge
 from torch import nn
 
-from workbench.batches import Batch, Inputs
+from workbench.batches import Batch, Inputs, call
 from workbench.errors import UnsupportedModelError, listed
 from workbench.graph import cutting
 from workbench.graph.coupling import groups
+from workbench.graph.criteria import each, gradients, of_filters
+from workbench.graph.cutting import blocks, kept_width
 from workbench.graph.kinds import BATCHNORM
 from workbench.graph.layers import Change, Masked, macs_of, matching
 from workbench.graph.norms import reestimate_batchnorm
-from workbench.methods.criteria import CRITERIA, score
 from workbench.numbers.quantizers import quantizers
 from workbench.subjects.objectives import Objective
 from workbench.subjects.subject import Count, Globs, Removed, Share, Subject
 
+CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
-BLOCK = 16  # channels that ONNX Runtime's convolutions take at a time (8 without AVX-512); what is no multiple goes a slow way
 NEAR = 0.95  # a cut to such blocks may keep this fraction of the target, else it takes narrower ones
+
+
+def score(model: nn.Module, criterion: str, *, example: Inputs, batches: Iterable[Batch] | None = None,
+          objective: Objective | None = None, seed: int = 0) -> pd.DataFrame:
+    """One row per channel of each group: layer (of the group), channel, score, group_size, kept, unit; higher is more important.
+
+    A group's score sums those of the layers that make its channels, filter by filter: l1 sum |w|, l2 sqrt(sum w^2),
+    fpgm sum of the distances to the other filters; bn_gamma |gamma| of the batch norms over it; taylor
+    sum |w dL/dw| with L the loss of `objective` (one class an example) over `batches`; random by `seed`, as a control.
+
+    Raises ValueError for an unknown criterion, NaN, or taylor without batches; UnsupportedModelError where bn_gamma
+    finds no batch norm.
+
+    Example: `channels.score(model, "l1", example=task.example)`
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}; expected one of {', '.join(CRITERIA)}")
+    if criterion == "taylor" and batches is None:
+        raise ValueError("criterion 'taylor' needs batches=split.batches(), of inputs and targets")
+    asked = objective or Objective()
+    slopes = gradients(model, batches, lambda work, batch: asked.loss(
+        asked.read(call(work, batch.inputs), batch.targets), batch.targets)) if criterion == "taylor" else {}
+    draw = torch.Generator().manual_seed(seed)
+    modules, rows = dict(model.named_modules()), []
+    for group in groups(model, example):
+        if criterion == "random":
+            total = torch.rand(group.channels, generator=draw)
+        elif criterion == "bn_gamma":
+            if not group.normed_by and not group.kept:
+                raise UnsupportedModelError(f"layer {group.layer} has no batch norm, so bn_gamma cannot rank its channels; "
+                                            "use l1, or taylor")
+            total = sum((each(modules[n].weight.detach().abs(), at) for n, at in group.normed_by.items()),
+                        torch.zeros(group.channels))
+        else:
+            total = sum(each(of_filters(modules[n], criterion, slopes.get(n)), at) for n, at in group.made_by.items())
+        if not torch.isfinite(total).all():
+            raise ValueError(f"layer {group.layer}: criterion {criterion} gives NaN or infinity; look at its weights")
+        rows += [{"layer": group.layer, "channel": c, "score": float(s), "group_size": group.channels,
+                  "kept": group.kept is not None, "unit": group.unit} for c, s in enumerate(total)]
+    return pd.DataFrame(rows)
 
 
 def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multiple: int | Callable[[int], int] = 1,
@@ -89,24 +135,6 @@ def fewest(scores: pd.DataFrame, shares: Mapping[str, float], *, multiple: int |
         lowest = part.score.to_numpy().argsort(kind="stable")[: len(part) - stay]
         chosen[layer] = sorted(part.channel.to_numpy()[lowest].tolist())
     return {layer: places for layer, places in chosen.items() if places}
-
-
-def kept_width(width: int, share: float, *, multiple: int | None = None) -> int:
-    """How many of `width` channels stay where the fraction `share` of them may.
-
-    Example: `[kept_width(32, share) for share in (1.0, 0.6, 0.25, 0.01)] == [32, 16, 8, 8]`
-    """
-    whole = multiple or blocks(width, parts=4)
-    return min(max(round(share * width / whole), 1) * whole, width)
-
-
-def blocks(width: int, *, parts: int = 2) -> int:
-    """The multiple that the runtime likes in a group of `width` channels: 16, or where that is more than one of `parts` of it,
-    the largest power of two that is not.
-
-    Example: `[blocks(width) for width in (16, 24, 320)] == [8, 8, 16]`
-    """
-    return min(BLOCK, 2 ** int(math.log2(max(width // parts, 1))))
 
 
 def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inputs) -> nn.Module:

@@ -12,8 +12,8 @@ import stable_baselines3
 import torch
 from stable_baselines3.common.logger import configure
 
-from workbench.plans.samplers import TRIES, Box
-from workbench.plans.space import BITS, FLOAT, Forecast, Plan, Space
+from workbench.numbers.fronts import Box
+from workbench.plans.space import BITS, FLOAT, TRIES, Forecast, Plan, Space
 
 
 class Policy:

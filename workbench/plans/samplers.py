@@ -7,17 +7,19 @@ it is told, and asks for the plans that are expected to enlarge the dominated ar
 Sources: NSGA-II Deb et al. 2002, TPE Bergstra et al. 2011, GP with expected hypervolume improvement, all as Optuna has them.
 """
 
+import time
 import warnings
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+import pandas as pd
 from scipy.special import ndtri
 
-from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Plan, Space
+from workbench.numbers.fronts import Box, enlarged, undominated
+from workbench.plans.space import BITS, FLOAT, ROUNDING, TRIES, Forecast, Plan, Space
 
-Box = tuple[float, float]  # the most lost (fraction) and the most latency (share) that count
 ENUMERATED = 5000  # plans up to which the whole space is looked at
-TRIES = 200  # of a sampler for plans that it has not proposed before
 
 
 class Sampler(Protocol):
@@ -48,6 +50,28 @@ def sampler(name: str, space: Space, *, forecast: Forecast | None = None, box: B
 
         return Policy(space, forecast, box, seed)
     return Optuna(name, space, box, seed)
+
+
+def replayed(name: str, space: Space, known: Mapping[Plan, tuple[float, float]], *, forecast: Forecast | None = None,
+             evaluations: int = 64, batch: int = 4, seed: int = 0) -> pd.DataFrame:
+    """The plans that a sampler asks for where what every plan comes to is known: plan, lost, latency, asking_s (so far).
+
+    known: plan -> (lost, latency), of all plans. It ends early where the sampler knows no more.
+
+    Example: `samplers.replayed("random", space, known, evaluations=8)`
+    """
+    chooser, rows, took = sampler(name, space, forecast=forecast, seed=seed), [], 0.0
+    while len(rows) < evaluations:
+        began = time.perf_counter()
+        plans = chooser.ask(min(batch, evaluations - len(rows)))
+        if not plans:
+            break
+        for plan in plans:
+            chooser.tell(plan, *known[plan])
+        took += time.perf_counter() - began
+        rows += [{"plan": "".join(map(str, plan)), "lost": known[plan][0], "latency": known[plan][1], "asking_s": took}
+                 for plan in plans]
+    return pd.DataFrame(rows)
 
 
 NAMES = ("forecast", "greedy", "random", "nsga2", "tpe", "gp", "policy")
@@ -226,40 +250,6 @@ class Forecasting:
         rows = every[places]
         weights = np.linalg.solve(rows.T @ rows / 0.02**2 + np.eye(rows.shape[1]) / 0.05**2, rows.T @ apart / 0.02**2)
         return self.times * np.exp(every @ weights)
-
-
-def undominated(points: np.ndarray) -> np.ndarray:
-    """Which rows (n, 2), both numbers to be low, no other row beats: bool (n,); of equal rows the first."""
-    order, best, kept = np.lexsort((points[:, 1], points[:, 0])), np.inf, np.zeros(len(points), dtype=bool)
-    for place in order:
-        if points[place, 1] < best:
-            best, kept[place] = points[place, 1], True
-    return kept
-
-
-def dominated_area(points: np.ndarray, corner: Box) -> float:
-    """The area between `corner` and the points (n, 2) below it: the hypervolume in two dimensions.
-
-    Example: `dominated_area(np.array([[0.5, 0.5]]), (1.0, 1.0)) == 0.25`
-    """
-    inside = points[(points < np.array(corner)).all(1)]
-    inside = inside[undominated(inside)]
-    inside = inside[np.argsort(inside[:, 0])]
-    ends = np.append(inside[1:, 0], corner[0])
-    return float(((ends - inside[:, 0]) * (corner[1] - inside[:, 1])).sum())
-
-
-def enlarged(points: np.ndarray, new: np.ndarray, corner: Box) -> np.ndarray:
-    """By how much each of `new` (m, 2) alone would enlarge the dominated area of `points` (n, 2): float (m,)."""
-    inside = points[(points < np.array(corner)).all(1)]
-    inside = inside[undominated(inside)]
-    inside = inside[np.argsort(inside[:, 0])]
-    starts = np.concatenate([[-np.inf], inside[:, 0]])
-    ends = np.append(inside[:, 0], corner[0])
-    tops = np.concatenate([[corner[1]], inside[:, 1]])  # between starts and ends what lies above tops is dominated already
-    wide = np.clip(ends[None] - np.maximum(starts[None], new[:, :1]), 0, None)
-    high = np.clip(tops[None] - new[:, 1:], 0, None)
-    return (wide * high).sum(1)
 
 
 def _pool(space: Space, forecast: Forecast, draw: np.random.Generator) -> list[Plan]:

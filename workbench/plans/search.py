@@ -24,10 +24,11 @@ import torch
 
 from workbench import files, machine
 from workbench.measures import accuracy, latency
+from workbench.numbers.fronts import undominated
 from workbench.plans import recipe
 from workbench.plans.compress import marked
 from workbench.plans.evaluation import Evaluations, Makers
-from workbench.plans.samplers import NAMES, undominated
+from workbench.plans.samplers import NAMES
 from workbench.plans.samplers import sampler as sampler_of
 from workbench.plans.space import Forecast, Plan, Space
 from workbench.store import Store, code

@@ -40,6 +40,7 @@ from workbench.subjects.training import Recipe
 
 FLOAT = 32
 BITS, ROUNDING = "(bits)", "(rounding)"  # the genes of the whole, between brackets as no layer is
+TRIES = 200  # of a sampler for plans that it has not proposed before
 Plan = tuple[int, ...]  # of each gene, in their order, the place of its option
 
 

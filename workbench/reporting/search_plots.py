@@ -4,20 +4,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from workbench.plans.samplers import undominated
 from workbench.reporting.plots import BLUE, GREY, RED, _axes
 
 
 def front(table: pd.DataFrame, found: pd.DataFrame, *, limit: float | None = None, ax: Axes | None = None) -> Axes:
     """Every plan of a space as points, their exact front, and the front of what a search found.
 
-    table, found: columns lost (fraction), latency (share) and bits of the plans."""
+    table, found: columns lost (fraction), latency (share) and front (whether no other beats the plan); table also bits."""
     ax = ax or _axes(8, 5)
     for (bits, part), colour in zip(table.groupby("bits", sort=False), (GREY, "#9bb7d4"), strict=False):
         kind = "float" if bits == 32 else f"{bits} bits"
         ax.scatter(part.latency, 100 * part.lost, s=7, color=colour, label=f"every plan, {kind}")
     for points, colour, label, marker in ((table, "black", "exact front", ""), (found, RED, "front of the search", "o")):
-        best = points[undominated(points[["lost", "latency"]].to_numpy())].sort_values("latency")
+        best = points[points.front].sort_values("latency")
         ax.step(best.latency, 100 * best.lost, where="post", color=colour, label=label, marker=marker, markersize=5)
     if limit:
         ax.axvline(limit, color=BLUE, linestyle=":", label=f"limit, {limit:g}x")

@@ -1,0 +1,41 @@
+"""How much each output channel of a layer matters by its weights, or by what a loss says of them."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from workbench.batches import Batch, count
+from workbench.graph.layers import WEIGHTED
+
+
+def each(scores: Tensor, at: Tensor) -> Tensor:
+    """The sum of a layer's scores over the places of each channel, (channels,); -1 is no place."""
+    return (scores[at.clamp_min(0)] * (at >= 0)).sum(1)
+
+
+def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:  # -> (out channels,)
+    """The score of each filter of a layer by its weights; of taylor what its gradient gave."""
+    weight = layer.weight.detach()
+    filters = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(1)
+    if criterion == "l1":
+        return filters.abs().sum(1)
+    if criterion == "l2":
+        return filters.norm(dim=1)
+    if criterion == "fpgm":
+        return torch.cdist(filters, filters).sum(1)
+    return gradient
+
+
+def gradients(model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> dict[str, Tensor]:
+    """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over the batches."""
+    work, seen = copy.deepcopy(model).eval(), 0
+    for batch in batches:
+        size = count(batch[0])
+        (size * loss(work, Batch(*batch))).backward()
+        seen += size
+    if not seen:
+        raise ValueError("criterion 'taylor' found no examples in its batches")
+    return {name: (layer.weight.detach() * layer.weight.grad / seen).abs().flatten(1).sum(1)
+            for name, layer in work.named_modules() if isinstance(layer, WEIGHTED) and layer.weight.grad is not None}
