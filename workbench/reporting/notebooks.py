@@ -133,8 +133,9 @@ def _wake(path: Path, processes: Sequence[subprocess.Popen]) -> None:
         except BlockingIOError:
             return
         for process in processes:
-            with contextlib.suppress(psutil.Error):
-                if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+            with contextlib.suppress(psutil.Error):  # who was killed may have let a notebook go on, and not yet its kernel
+                here = psutil.Process(process.pid)
+                if any(part.status() == psutil.STATUS_STOPPED for part in (here, *here.children(recursive=True))):
                     machine.go_on(process.pid)
 
 
