@@ -45,11 +45,14 @@ def sampler(name: str, space: Space, *, forecast: Forecast | None = None, box: B
         return (Forecasting if name == "forecast" else Greedy)(space, forecast, box, seed)
     if name == "random":
         return Random(space, seed)
-    if name == "policy":
-        from workbench.plans.policy import Policy  # its library takes seconds to import
+    try:
+        if name == "policy":
+            from workbench.plans.policy import Policy  # its library takes seconds to import
 
-        return Policy(space, forecast, box, seed)
-    return Optuna(name, space, box, seed)
+            return Policy(space, forecast, box, seed)
+        return Optuna(name, space, box, seed)
+    except ImportError as error:
+        raise ImportError(f"sampler {name} needs a library that is missing ({error}); pip install 'workbench[search]'") from error
 
 
 def replayed(name: str, space: Space, known: Mapping[Plan, tuple[float, float]], *, forecast: Forecast | None = None,
