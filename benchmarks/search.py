@@ -1,8 +1,8 @@
 """An exact front to judge searches by: ResNet-20 on Fashion-MNIST, every subnet of a space, in float and in 8 bits.
 
-    python benchmarks/search.py accuracy [--workers 2]   # cuts, recovers and scores 512 subnets twice: 70 minutes on two cores
-    python benchmarks/search.py latency                  # times their 1,024 files; needs a quiet machine, ten minutes
-    python benchmarks/search.py judge                    # every sampler against the true front, 20 seeds
+    python benchmarks/search.py accuracy [--workers 2]   # cuts, recovers and scores 512 subnets twice: an hour on two cores
+    python benchmarks/search.py latency                  # times their 1,024 files; needs a quiet machine, three minutes
+    python benchmarks/search.py judge                    # every sampler against the true front, 20 seeds: a quarter of an hour
 
 The nine groups of channels inside the blocks are whole or halved; each subnet is cut by L1, distilled for 60 steps of 64
 pictures, scored on the 5,000 validation pictures in float and on the first 2,500 in 8 bits. Writes the tables under

@@ -1,15 +1,14 @@
 """The search: what it chooses from, who proposes, that nothing is made twice and it goes on; bad limits are one line."""
 
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from workbench.__main__ import main
 from workbench.graph.layers import macs_of
 from workbench.methods import channels
 from workbench.numbers.fronts import dominated_area, enlarged, undominated
@@ -17,7 +16,7 @@ from workbench.plans import evaluation, recipe
 from workbench.plans.evaluation import Makers
 from workbench.plans.samplers import NAMES, replayed, sampler
 from workbench.plans.search import Limits, search
-from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Space
+from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Space, label, plan_of
 from workbench.plans.steps import plan as run_steps
 from workbench.store import Store
 from workbench.subjects.subject import Subject
@@ -33,7 +32,7 @@ def space():
 @pytest.fixture(scope="module")
 def expected(space):
     """A forecast whose harms and times differ from gene to gene."""
-    rows = [{"gene": name, "option": 1, "lost": 0.01, "distance": 0.1 * 2**k} for k, name in enumerate(GENES)]
+    rows = [{"gene": name, "option": 1, "distance": 0.1 * 2**k} for k, name in enumerate(GENES)]
     rows[-1]["distance"] = 0.05
     times = [{"share": share, "bits": bits, "layer": f"layer{k}", "latency_ms": share * (k + 1) / (1 if bits == FLOAT else 2)}
              for share in (1.0, 0.5) for bits in (FLOAT, 8) for k in range(6)]
@@ -69,6 +68,26 @@ def test_a_space_knows_the_models_groups_and_writes_plans_as_recipes(model, tiny
     made = run_steps(Subject(model, tiny), steps)
     assert macs_of(made["prune"].model, tiny.example) < 0.6 * macs_of(model, tiny.example)
     assert space.reduced((*[0] * 9, 0, 1)) == whole, "what is not rounded has no way of rounding"
+
+
+def test_a_plan_comes_back_from_its_label():
+    assert plan_of(label((0, 11, 2))) == (0, 11, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_spaces_too_large_to_write_down_are_searched_too(seed):
+    genes = {f"layer{k}": (1.0, 0.75, 0.5, 0.25) for k in range(9)} | {BITS: (FLOAT, 8, 4), ROUNDING: ("nearest", "descend")}
+    rows = [{"gene": name, "option": place, "distance": 0.1 * place * (k + 1)}
+            for k, (name, options) in enumerate(genes.items()) for place in range(1, len(options)) if name != ROUNDING]
+    times = [{"share": share, "bits": bits, "layer": f"layer{k}", "latency_ms": share * (1.0 if bits == FLOAT else 0.5)}
+             for share in (1.0, 0.75, 0.5, 0.25) for bits in (FLOAT, 8) for k in range(9)]
+    expected = Forecast(Space(genes), pd.DataFrame(rows), pd.DataFrame(times), {f"layer{k}": (f"layer{k}",) for k in range(9)})
+    chooser, plans = sampler("forecast", expected.space, forecast=expected, seed=seed), []
+    for _ in range(3):
+        for plan in chooser.ask(4):
+            chooser.tell(plan, 0.02 * expected.lost(plan), expected.latency(plan))
+            plans.append(plan)
+    assert len(set(plans)) == 12
 
 
 def test_shares_keep_the_channels_with_the_highest_scores(model, tiny):
@@ -144,7 +163,8 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
     start, space = small
     found = search(start, Limits(latency=0.9), tmp_path / "a", **settings(space))
     assert found.reason == "within the limits"
-    assert found.confirmed.set_index("plan").loc["".join(map(str, found.plan)), "latency"] < 0.9
+    assert found.confirmed.set_index("plan").loc[label(found.plan), "latency"] < 0.9
+    assert label(found.plan) == found.plans.sort_values(["excess", "lost", "latency"], kind="stable").plan.iloc[0]
     assert {"model.onnx", "model.safetensors", "recipe.yaml", "plans.csv", "confirmed.csv", "run.json", "journal.jsonl",
             "evaluations"} == {path.name for path in (tmp_path / "a").iterdir()}
     assert recipe.load(tmp_path / "a" / "recipe.yaml").steps == space.steps(found.plan)
@@ -169,13 +189,16 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
     assert found.file.exists()
 
 
-def test_two_workers_make_what_one_makes(small, tmp_path):
+def test_two_workers_and_a_cluster_make_what_one_makes(small, tmp_path):
+    from distributed import LocalCluster
+
     start, space = small
     plans, made = space.every()[1:3], []
-    for workers in (1, 2):
-        with Makers(start, space, Store(tmp_path / str(workers)), {"model": "m"}, workers, None) as make:
-            made.append([(place / "model.safetensors").read_bytes() for place in make(plans)])
-    assert made[0] == made[1]
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        for workers, scheduler in ((1, None), (2, None), (1, cluster.scheduler_address)):
+            with Makers(start, space, Store(tmp_path / str(len(made))), {"model": "m"}, workers, scheduler) as make:
+                made.append([(place / "model.safetensors").read_bytes() for place in make(plans)])
+    assert made[0] == made[1] == made[2]
 
 
 def test_a_plan_that_another_surely_beats_is_not_looked_at_further():
@@ -213,10 +236,14 @@ def test_bad_limits_are_one_line(limits, message):
     (["--latency", "half"], "'half' is not a valid float"),
     (["--latency", "0.5", "--scheduler", "tcp://127.0.0.1:9", "--evaluations", "1"], "no scheduler at tcp://127.0.0.1:9"),
 ])
-def test_the_command_refuses_in_one_line(arguments, message, tmp_path):
-    made = subprocess.run([sys.executable, "-m", "workbench", "search", "--model", "resnet20", "--data", "fashion_mnist", "--out",
-                           "out", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert made.returncode == 2
-    assert message in made.stderr
-    assert len(made.stderr.strip().splitlines()) == 1
-    assert not list(Path(tmp_path / "out").glob("recipe.yaml"))
+def test_the_command_refuses_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["workbench", "search", "--model", "resnet20", "--data", "fashion_mnist", "--out", "out",
+                                      *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

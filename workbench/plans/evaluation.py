@@ -16,7 +16,7 @@ from workbench.deployment import onnx, sessions
 from workbench.measures import accuracy, cost, latency
 from workbench.measures.sensitivity import ADDED, Z_OF_LOOKS
 from workbench.plans import recipe
-from workbench.plans.space import Forecast, Plan, Space, forecast
+from workbench.plans.space import Forecast, Plan, Space, forecast, label
 from workbench.store import Store
 from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import Split
@@ -37,16 +37,13 @@ class Evaluations:
 
     def forecast(self) -> Forecast:
         """What the space's options are expected to cost, measured once."""
-        made: list[Forecast] = []
         key = {**self.key, "space": self.space.told(), "images": len(self.judging)}
 
         def measure(folder: Path) -> None:
             part = self.judging.take(torch.arange(min(len(self.judging), 500)))
-            with machine.alone():
-                made.append(forecast(self.start, self.space, part, folder=folder))
+            forecast(self.start, self.space, part, folder=folder).write(folder / "forecast")
             for path in folder.glob("*.onnx"):
                 path.unlink()
-            made[0].write(folder / "forecast")
 
         return Forecast.read(self.store.kept("forecast", key, measure) / "forecast", self.space)
 
@@ -74,17 +71,13 @@ class Evaluations:
         size = (place / "model.onnx").stat().st_size / (self.base_file / "model.onnx").stat().st_size
         rivals = [row for row in rows if row["latency"] <= shares["ratio"] and row["size"] <= size and not row["raced"]]
         score = self._score(place, self.base, [self._known(Path(row["place"])) for row in rivals])
-        part = self.base if score.n == self.base.n else self._first(self.base, score.n)
-        change = accuracy.difference(part, score)
-        by = -1 / self.base.value if score.objective.metric == "perplexity" else 1  # perplexity: its relative rise
-        lost = sorted((-by * change.low, -by * change.high))
-        return {"plan": "".join(map(str, plan)), **self.space.chosen(plan), "lost": -by * change.difference, "lost_low": lost[0],
-                "lost_high": lost[1], "n": score.n, "latency": shares["ratio"], "latency_low": shares["ratio_low"],
-                "latency_high": shares["ratio_high"], "size": size, "raced": score.n < len(self.judging),
-                **json.loads((place / "plan.json").read_text()), "place": str(place)}
+        return {"plan": label(plan), **self.space.chosen(plan), **lost(self._first(self.base, score.n), score), "n": score.n,
+                "latency": shares["ratio"], "latency_low": shares["ratio_low"], "latency_high": shares["ratio_high"],
+                "size": size, "raced": score.n < len(self.judging), **json.loads((place / "plan.json").read_text()),
+                "place": str(place)}
 
     def _score(self, place: Path, base, rivals: list) -> accuracy.Score:
-        """The score of a file, stopped where a rival is surely no worse; what an earlier search has scored is taken up."""
+        """The score of a file, stopped where a rival is surely better; what an earlier search has scored is taken up."""
         kept, n = place / f"score-{self.seed}.safetensors", len(self.judging)
         score = _read(kept, self.judging) if kept.exists() else None
         session = None
@@ -95,8 +88,9 @@ class Evaluations:
             session = session or sessions.open(place / "model.onnx", threads=1)
             new = accuracy.evaluate(session, self.judging.take(torch.arange(done, min(done + LOOK, n))), batch_size=50)
             score = _joined(score, new, self.judging)
-        with files.atomic(kept) as path:
-            save_file(_tensors(score), path)
+        if session:
+            with files.atomic(kept) as path:
+                save_file(_tensors(score), path)
         if base is not None:
             self.looked, self.whole = self.looked + score.n, self.whole + n
         return score
@@ -106,6 +100,15 @@ class Evaluations:
 
     def _first(self, score: accuracy.Score, n: int) -> accuracy.Score:
         return _of({name: value[:n] for name, value in _tensors(score).items()}, self.judging)
+
+
+def lost(base: accuracy.Score, score: accuracy.Score) -> dict[str, float]:
+    """What a plan loses against the model as it came, on the same examples: lost, lost_low, lost_high. Of perplexity its rise, as
+    a fraction."""
+    change = accuracy.difference(base, score)
+    by = 1 / base.value if score.objective.metric == "perplexity" else -1
+    low, high = sorted((by * change.low, by * change.high))
+    return {"lost": by * change.difference, "lost_low": low, "lost_high": high}
 
 
 def _tensors(score: accuracy.Score) -> dict:
@@ -131,7 +134,7 @@ def _joined(score, new: accuracy.Score, split: Split) -> accuracy.Score:
 
 
 def _behind(score: accuracy.Score, rival: accuracy.Score) -> bool:
-    """Whether a rival is surely no worse: the interval of its gain over this plan, which holds over all looks, is above zero."""
+    """Whether a rival is surely better: the interval of its gain over this plan, which holds over all looks, is above zero."""
     if score.objective.metric != "top1" or rival.n < score.n:
         return False
     gained = rival.statistics[:score.n, 0] - score.statistics[:, 0]
@@ -147,7 +150,7 @@ def made(start: Subject, space: Space, plan: Plan, store: Store, key: dict) -> P
         began, subject = time.perf_counter(), start
         for step in space.steps(plan).values():
             subject = step.apply(subject)
-        onnx.export(subject.model, subject.example, folder / "model.onnx", tolerance=1.0)
+        onnx.export(subject.model, subject.example, folder / "model.onnx")
         save_file({name: value.detach().contiguous().clone() for name, value in subject.model.state_dict().items()},
                   folder / "model.safetensors")
         total = cost.total(subject.model, subject.example)
@@ -181,11 +184,10 @@ class Makers:
     def make(self, plans: Sequence[Plan]) -> list[Path]:
         start, space, store, key = self.arguments
         if self.pool:
-            return list(self.pool.map(_remembered, plans))
+            return list(self.pool.map(_made, plans))
         if self.client:
             shared = self.client.scatter([self.arguments])[0]
-            found = self.client.map(_elsewhere, plans, arguments=shared, pure=False, retries=20)
-            return [Path(place) for place in self.client.gather(found)]
+            return self.client.gather(self.client.map(_made, plans, arguments=shared, pure=False, retries=20))
         before = torch.get_num_threads()
         try:
             return [made(start, space, plan, store, key) for plan in plans]
@@ -208,11 +210,6 @@ def _remember(*arguments) -> None:
     _here = arguments
 
 
-def _remembered(plan: Plan) -> Path:
-    start, space, store, key = _here
+def _made(plan: Plan, arguments: tuple = ()) -> Path:
+    start, space, store, key = arguments or _here
     return made(start, space, plan, store, key)
-
-
-def _elsewhere(plan: Plan, *, arguments: tuple) -> str:
-    start, space, store, key = arguments
-    return str(made(start, space, plan, store, key))

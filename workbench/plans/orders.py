@@ -1,9 +1,12 @@
-"""Prune, distil, quantise: a recipe for every order of them."""
+"""Prune, distil, quantise: a plan for every order of them."""
 
-from workbench.plans import recipe
+from workbench.methods.channels import Prune
+from workbench.methods.distillation import Distil
+from workbench.methods.quantization import Quantize
 from workbench.subjects.subject import Step
+from workbench.subjects.training import Recipe
 
-LETTERS = "PDQ"
+NAMES = {"P": "prune", "D": "distil", "Q": "quantize"}
 
 
 def order(letters: str, *, macs: float = 0.5, bits: int = 4, steps: int = 60, learning_rate: float = 0.01,
@@ -15,12 +18,9 @@ def order(letters: str, *, macs: float = 0.5, bits: int = 4, steps: int = 60, le
 
     Example: `steps.plan(Subject(model, task), orders.order("PDQ"))`
     """
-    if not letters or set(letters) - set(LETTERS) or len(set(letters)) < len(letters) or "P" in letters.partition("Q")[2]:
+    if not letters or set(letters) - set(NAMES) or len(set(letters)) < len(letters) or "P" in letters.partition("Q")[2]:
         raise ValueError(f"order is {letters!r}, expected some of P, D and Q, each once, P before Q")
-    lines = []
-    for place, letter in enumerate(letters):
-        rate = learning_rate_rounded if "Q" in letters[:place] else learning_rate
-        lines.append({"P": f"{{type: prune, params: {{macs: {macs}}}}}", "Q": f"{{type: quantize, params: {{bits: {bits}}}}}",
-                      "D": f"{{type: distil, params: {{epochs: 1, batch_size: 64, examples: {64 * steps}, validation: 1, "
-                           f"learning_rate: {rate}, seed: {seed}}}}}"}[letter])
-    return recipe.parse("\n".join(["compression:", *(f"- {line}" for line in lines)])).steps
+    rounded = "D" in letters.partition("Q")[2]
+    training = Recipe(epochs=1, batch_size=64, learning_rate=learning_rate_rounded if rounded else learning_rate)
+    known = {"P": Prune(macs=macs), "Q": Quantize(bits=bits), "D": Distil(training, examples=64 * steps, validation=1, seed=seed)}
+    return {NAMES[letter]: known[letter] for letter in letters}

@@ -13,11 +13,12 @@ import torch
 from stable_baselines3.common.logger import configure
 
 from workbench.numbers.fronts import Box
-from workbench.plans.space import BITS, FLOAT, TRIES, Forecast, Plan, Space
+from workbench.plans.asking import Repeating
+from workbench.plans.space import BITS, FLOAT, Forecast, Space
 
 
-class Policy:
-    """A policy that chooses gene by gene, trained by PPO; its reward is what the plan loses, where it keeps the limit.
+class Policy(Repeating):
+    """A policy that chooses gene by gene, trained by PPO; its reward is less what the plan loses, where that keeps the limit.
 
     It sees which gene is next, how much latency the choices so far leave at least (from the forecast, where there is one), and
     what it chose last. A limit is drawn for each plan from the box, so that one policy learns the whole front.
@@ -26,7 +27,8 @@ class Policy:
     EPISODES = 8  # plans behind each update
 
     def __init__(self, space: Space, forecast: Forecast | None, box: Box, seed: int):
-        self.space, self.forecast, self.box, self.draw = space, forecast, box, np.random.default_rng(seed)
+        super().__init__(space)
+        self.forecast, self.box, self.numbers = forecast, box, np.random.default_rng(seed)
         genes, width = len(space.genes), 3 + len(space.genes)
 
         class Shapes(gymnasium.Env):  # PPO asks an environment for its shapes; the steps are taken here
@@ -36,31 +38,11 @@ class Policy:
         self.learner = stable_baselines3.PPO("MlpPolicy", Shapes(), n_steps=genes * self.EPISODES, batch_size=genes * 2,
                                              n_epochs=10, learning_rate=1e-3, gamma=1.0, seed=seed, device="cpu")
         self.learner.set_logger(configure(None, []))
-        self.known, self.open, self.ended = {}, {}, []
+        self.ended: list[tuple] = []
 
-    def ask(self, count: int) -> list[Plan]:
-        asked: list[Plan] = []
-        for _ in range(TRIES):
-            plan, episode = self._played()
-            if plan in self.known:
-                self._end(episode, *self.known[plan])
-            elif plan in self.open:
-                self.open[plan].append(episode)
-            else:
-                self.open[plan] = [episode]
-                asked.append(plan)
-            if len(asked) == count:
-                break
-        return asked
-
-    def tell(self, plan: Plan, lost: float, latency: float) -> None:
-        self.known[plan] = lost, latency
-        for episode in self.open.pop(plan, []):
-            self._end(episode, lost, latency)
-
-    def _played(self) -> tuple[Plan, tuple]:
-        """A plan as the policy chooses it now, and the steps that led to it."""
-        limit, plan, steps = float(self.draw.uniform(0.3, 1.0)) * self.box[1], [], []
+    def draw(self) -> tuple[list[int], tuple]:
+        """A plan as the policy chooses it now; with the limit that it was to keep and the steps that led to it."""
+        limit, plan, steps = float(self.numbers.uniform(0.3, 1.0)) * self.box[1], [], []
         for place, size in enumerate(self.space.sizes):
             seen = np.zeros(3 + len(self.space.sizes), np.float32)
             seen[:3] = limit, self._least(plan) - limit, plan[-1] if plan else 0
@@ -68,8 +50,14 @@ class Policy:
             with torch.no_grad():
                 action, value, chance = self.learner.policy(torch.from_numpy(seen)[None])
             steps.append((seen, action.numpy(), value, chance))
-            plan.append(int(action) % size)
-        return self.space.reduced(plan), (limit, steps)
+            plan.append(int(action) % size)  # there are as many actions as the widest gene has options
+        return plan, (limit, steps)
+
+    def learn(self, led: tuple, lost: float, latency: float) -> None:
+        limit, steps = led
+        self.ended.append((steps, -100 * lost if latency <= limit else -10 - 10 * (latency - limit)))
+        if len(self.ended) == self.EPISODES:
+            self._update()
 
     def _least(self, plan: Sequence[int]) -> float:
         """The latency that the choices so far leave at least."""
@@ -84,13 +72,7 @@ class Policy:
                                          for k, name in enumerate(names) if name in parts))
         return min(least)
 
-    def _end(self, episode: tuple, lost: float, latency: float) -> None:
-        limit, steps = episode
-        self.ended.append((steps, -100 * lost if latency <= limit else -10 - 10 * (latency - limit)))
-        if len(self.ended) == self.EPISODES:
-            self._learn()
-
-    def _learn(self) -> None:
+    def _update(self) -> None:
         buffer = self.learner.rollout_buffer
         buffer.reset()
         for steps, reward in self.ended:

@@ -10,26 +10,16 @@ Sources: NSGA-II Deb et al. 2002, TPE Bergstra et al. 2011, GP with expected hyp
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
 from workbench.numbers.fronts import Box, enlarged, undominated
-from workbench.plans.space import BITS, FLOAT, ROUNDING, TRIES, Forecast, Plan, Space
+from workbench.plans.asking import Repeating, Sampler
+from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Plan, Space, label
 
 ENUMERATED = 5000  # plans up to which the whole space is looked at
-
-
-class Sampler(Protocol):
-    """Proposes plans of a space."""
-
-    def ask(self, count: int) -> list[Plan]:
-        """At most `count` plans that it has not proposed before; none where it knows no more."""
-
-    def tell(self, plan: Plan, lost: float, latency: float) -> None:
-        """What a plan came to; all that were asked for are told in their order, before the next are asked for."""
 
 
 def sampler(name: str, space: Space, *, forecast: Forecast | None = None, box: Box = (1.0, 1.0), seed: int = 0) -> Sampler:
@@ -42,7 +32,7 @@ def sampler(name: str, space: Space, *, forecast: Forecast | None = None, box: B
     if name in ("forecast", "greedy"):
         if forecast is None:
             raise ValueError(f"sampler {name} needs the forecast of its space (space.forecast)")
-        return (Forecasting if name == "forecast" else Greedy)(space, forecast, box, seed)
+        return (Forecasting if name == "forecast" else Greedy)(forecast, box, _pool(forecast, np.random.default_rng(seed)))
     if name == "random":
         return Random(space, seed)
     try:
@@ -72,7 +62,7 @@ def replayed(name: str, space: Space, known: Mapping[Plan, tuple[float, float]],
         for plan in plans:
             chooser.tell(plan, *known[plan])
         took += time.perf_counter() - began
-        rows += [{"plan": "".join(map(str, plan)), "lost": known[plan][0], "latency": known[plan][1], "asking_s": took}
+        rows += [{"plan": label(plan), "lost": known[plan][0], "latency": known[plan][1], "asking_s": took}
                  for plan in plans]
     return pd.DataFrame(rows)
 
@@ -80,78 +70,50 @@ def replayed(name: str, space: Space, known: Mapping[Plan, tuple[float, float]],
 NAMES = ("forecast", "greedy", "random", "nsga2", "tpe", "gp", "policy")
 
 
-class Random:
-    """Plans drawn uniformly, none twice."""
+class Random(Repeating):
+    """Plans drawn uniformly."""
 
     def __init__(self, space: Space, seed: int):
-        self.space, self.draw, self.known = space, np.random.default_rng(seed), set()
+        super().__init__(space)
+        self.numbers = np.random.default_rng(seed)
 
-    def ask(self, count: int) -> list[Plan]:
-        asked: list[Plan] = []
-        for _ in range(TRIES * count):
-            plan = self.space.reduced([int(self.draw.integers(size)) for size in self.space.sizes])
-            if plan not in self.known:
-                self.known.add(plan)
-                asked.append(plan)
-            if len(asked) == count:
-                break
-        return asked
-
-    def tell(self, plan: Plan, lost: float, latency: float) -> None:
-        pass
+    def draw(self) -> tuple[list[int], None]:
+        return [int(self.numbers.integers(size)) for size in self.space.sizes], None
 
 
-class Optuna:
-    """One of Optuna's samplers, by name; a plan that it proposes again is told from memory and costs nothing."""
+class Optuna(Repeating):
+    """One of Optuna's samplers, by name."""
 
     def __init__(self, name: str, space: Space, box: Box, seed: int):
         import optuna
 
+        super().__init__(space)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
         kinds = {"nsga2": optuna.samplers.NSGAIISampler, "tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
         more = {"population_size": 16} if name == "nsga2" else {}  # of few evaluations a generation of 50 would be most
-        self.study = optuna.create_study(directions=["minimize", "minimize"],
-                                         sampler=kinds[name](seed=seed, **more))
-        self.space, self.box, self.known, self.open = space, box, {}, {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study = optuna.create_study(directions=["minimize", "minimize"], sampler=kinds[name](seed=seed, **more))
+        self.box = box
 
-    def ask(self, count: int) -> list[Plan]:
-        asked: list[Plan] = []
-        for _ in range(TRIES):
-            trial = self.study.ask()
-            plan = self.space.reduced([trial.suggest_categorical(name, list(range(size)))
-                                       for name, size in zip(self.space.names, self.space.sizes, strict=True)])
-            if plan in self.known:
-                self._close(trial, *self.known[plan])
-            elif plan in self.open:
-                self.open[plan].append(trial)
-            else:
-                self.open[plan] = [trial]
-                asked.append(plan)
-            if len(asked) == count:
-                break
-        return asked
+    def draw(self) -> tuple[list[int], object]:
+        trial = self.study.ask()
+        return [trial.suggest_categorical(name, list(range(size)))
+                for name, size in zip(self.space.names, self.space.sizes, strict=True)], trial
 
-    def tell(self, plan: Plan, lost: float, latency: float) -> None:
-        self.known[plan] = lost, latency
-        for trial in self.open.pop(plan, []):
-            self._close(trial, lost, latency)
-
-    def _close(self, trial, lost: float, latency: float) -> None:
+    def learn(self, led, lost: float, latency: float) -> None:
         for what, value, most in zip(("lost", "latency"), (lost, latency), self.box, strict=True):
             if most < 1:
-                trial.set_constraint(what, value - most)
-        self.study.tell(trial, (lost, latency))
+                led.set_constraint(what, value - most)
+        self.study.tell(led, (lost, latency))
 
 
 class Greedy:
     """The plans that the measured sensitivities alone say are best: those that no other is expected to beat, front by front."""
 
-    def __init__(self, space: Space, forecast: Forecast, box: Box, seed: int):
-        self.space, self.forecast, self.box = space, forecast, box
-        self.pool = _pool(space, forecast, np.random.default_rng(seed))
-        self.expected = np.array([[forecast.lost(plan), forecast.latency(plan)] for plan in self.pool])
+    def __init__(self, forecast: Forecast, box: Box, pool: list[Plan]):
+        self.box, self.pool = box, pool
+        self.expected = np.array([[forecast.lost(plan), forecast.latency(plan)] for plan in pool])
         self.left = np.ones(len(self.pool), dtype=bool)
 
     def ask(self, count: int) -> list[Plan]:
@@ -176,27 +138,29 @@ class Forecasting:
     dominated area most.
 
     A plan loses the sum of what its options lose, each normal about a common share of the distance that it alone causes, and a
-    deviation of its own, which plans of few other options have in part in common (a Gaussian process). The deviation's size is
-    what losses differ from their sums so far, at least DEVIATION: about the standard error of a loss on 2,500 pictures, so that
-    neighbours of the best plans are tried too.
+    deviation of its own, which plans that differ in few options share in part (a Gaussian process). The deviation's size is half
+    of what losses have differed from their sums so far, and at least DEVIATION, about the standard error of a loss on 2,500
+    pictures: so that neighbours of the best plans are tried too.
     """
 
     DEVIATION = 0.003
+    NOISE = 0.001  # standard error that is left when a plan was told
     QUANTILES = ndtri((np.arange(16) + 0.5) / 16)  # of a loss, over which the enlargement is averaged
 
-    def __init__(self, space: Space, forecast: Forecast, box: Box, seed: int):
-        self.space, self.forecast, self.box, self.draw = space, forecast, box, np.random.default_rng(seed)
-        self.pool = _pool(space, forecast, self.draw)
-        self.places = {plan: place for place, plan in enumerate(self.pool)}
-        self.rows = np.array([self._row(plan) for plan in self.pool])
+    def __init__(self, forecast: Forecast, box: Box, pool: list[Plan]):
+        self.forecast, self.box, self.pool = forecast, box, pool
+        self.places = {plan: place for place, plan in enumerate(pool)}
+        options = [np.concatenate([np.arange(1, size) == place for size, place in zip(forecast.space.sizes, plan, strict=True)])
+                   for plan in pool]
+        self.rows = np.array(options, dtype=float)  # of each option but the first of its gene whether the plan takes it
         self.prior = np.concatenate([harm[1:] for harm in forecast.harms])
-        self.times = np.array([forecast.latency(plan) for plan in self.pool])
+        self.times = np.array([forecast.latency(plan) for plan in pool])
         self.told: dict[int, tuple[float, float]] = {}
         self.asked: set[int] = set()
 
     def ask(self, count: int) -> list[Plan]:
         if not self.told:  # the ends and the middle of what is expected: they tell how the sensitivities are to be read
-            first = Greedy(self.space, self.forecast, self.box, 0).ask(count)
+            first = Greedy(self.forecast, self.box, self.pool).ask(count)
             self.asked |= {self.places[plan] for plan in first}
             return first
         mean, error = self._losses()
@@ -214,11 +178,6 @@ class Forecasting:
 
     def tell(self, plan: Plan, lost: float, latency: float) -> None:
         self.told[self.places[plan]] = lost, latency
-
-    def _row(self, plan: Plan) -> np.ndarray:
-        """Of each option but the first whether the plan takes it."""
-        taken = [np.arange(1, size) == place for size, place in zip(self.space.sizes, plan, strict=True)]
-        return np.concatenate(taken).astype(float)
 
     def _corner(self) -> Box:
         """Where the area begins that plans are to dominate: the box, or as far as what was told goes."""
@@ -239,11 +198,11 @@ class Forecasting:
             apart = one.sum(1)[:, None] + other.sum(1)[None] - 2 * one @ other.T
             return one @ options @ other.T + own**2 * np.exp(-apart / 2)
 
-        among, between = alike(rows, rows) + 1e-6 * np.eye(len(rows)), alike(self.rows, rows)
+        among, between = alike(rows, rows) + self.NOISE**2 * np.eye(len(rows)), alike(self.rows, rows)
         solved = np.linalg.solve(among, between.T)
         known = np.einsum("ij,ji->i", between, solved)
         before = np.einsum("ij,jk,ik->i", self.rows, options, self.rows) + own**2
-        return self.rows @ mean + solved.T @ (lost - rows @ mean), np.sqrt(np.maximum(before - known, 0) + 1e-6)
+        return self.rows @ mean + solved.T @ (lost - rows @ mean), np.sqrt(np.maximum(before - known, 0) + self.NOISE**2)
 
     def _latencies(self) -> np.ndarray:
         """What each plan of the pool is expected to take: the table's figure, corrected by how far it was off so far."""
@@ -255,8 +214,9 @@ class Forecasting:
         return self.times * np.exp(every @ weights)
 
 
-def _pool(space: Space, forecast: Forecast, draw: np.random.Generator) -> list[Plan]:
+def _pool(forecast: Forecast, draw: np.random.Generator) -> list[Plan]:
     """The plans that are thought about: all, or those that are expected to be good for some price of time, and their like."""
+    space = forecast.space
     if len(space) <= ENUMERATED:
         return list(dict.fromkeys(space.every()))
     names, found = space.names, {}

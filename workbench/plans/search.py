@@ -1,11 +1,12 @@
 """A search that is given only limits: plans are proposed, made, timed and scored until the evaluations are spent.
 
 Each plan is made once: cut, recovered for a stated number of steps, rounded, exported; the file is timed against the model as
-it came, interleaved, while nothing else runs; pictures are added until the plan's loss is known or another plan is surely no
-slower and no worse (racing). All of it is kept under the hash of what made it (`DIR/evaluations`), so that nothing is made
+it came, interleaved, while nothing else runs; pictures are added until all have judged it, or a plan that is as fast and as
+small is surely better (racing). All of it is kept under the hash of what made it (`DIR/evaluations`), so that nothing is made
 twice and a search that was killed goes on: it is asked the same again and finds the answers. Workers, here or on a cluster, only
-make files; this process alone times, scores and writes the journal. The best plans are then scored on the test split, which the
-search never saw, and timed again in a process of their own; only these figures are results.
+make files; this process alone times, scores and writes the journal. The best plans are then timed again in a process of their
+own, and the first that keeps its limits there is taken; the test split, which chooses nothing, says what it loses. Only these
+figures are results.
 """
 
 import dataclasses
@@ -27,15 +28,16 @@ from workbench.measures import accuracy, latency
 from workbench.numbers.fronts import undominated
 from workbench.plans import recipe
 from workbench.plans.compress import marked
-from workbench.plans.evaluation import Evaluations, Makers
+from workbench.plans.evaluation import Evaluations, Makers, lost
 from workbench.plans.samplers import NAMES
 from workbench.plans.samplers import sampler as sampler_of
-from workbench.plans.space import Forecast, Plan, Space
+from workbench.plans.space import Forecast, Plan, Space, plan_of
 from workbench.store import Store, code
 from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import Split
 
 CONFIRMED = 3  # plans that are judged again, at most
+LEAST = 100  # validation examples below which training ones judge
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Limits:
         if self.lost is not None and not 0 <= self.lost < 1:
             raise ValueError(f"limit lost is {self.lost:g}, expected a fraction, 0 <= lost < 1")
 
+    def __str__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ", ".join(f"{name} {most:g}" for name, most in given.items() if most is not None)
+
     def excess(self, row: Mapping[str, float]) -> float:
         """By how much a plan's figures (lost, latency, size) are beyond, summed; 0 where it keeps them."""
         given = {name: most for name in ("latency", "size", "lost") if (most := getattr(self, name)) is not None}
@@ -71,9 +77,9 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a search leaves. plans: one row a plan in the order of asking; confirmed: the best ones judged again, the first being
-    the model as it came; plan, subject: the best of them; reason: what to say of it; saved: share of the scoring that racing
-    spared; forecast: what was expected."""
+    """What a search leaves. plans: one row a plan in the order of asking; confirmed: the model as it came and the best plans,
+    the best first, judged again; plan: the one that is taken; file: its ONNX file; base: that of the model as it came; reason:
+    what to say of it; saved: share of the scoring that racing spared; forecast: what was expected."""
 
     plans: pd.DataFrame
     confirmed: pd.DataFrame
@@ -83,6 +89,7 @@ class Found:
     reason: str
     saved: float
     file: Path
+    base: Path
 
 
 def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | None = None, sampler: str = "forecast",
@@ -96,8 +103,8 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
     same path. images: validation examples (training ones where there are too few) that judge; blocks: rounds of each timing.
     test: what the best plans are judged on, by default the task's test split.
 
-    plans.csv has plan, its options, lost with interval (paired, on n examples), latency and size as shares, predicted, raced
-    (another plan was surely no slower and no worse), params, macs.
+    plans.csv has plan, its options, lost with interval (paired, on n examples), latency and size as shares, predicted (latency,
+    from the forecast), raced (not scored to the end: another plan was surely better), params, macs.
 
     Raises ValueError for limits or settings out of range, or a journal in `out` of another search, OSError where no scheduler
     answers.
@@ -114,9 +121,9 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
     key = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task), "code": code()}
     asked = {"limits": dataclasses.asdict(limits), "space": space.told(), "sampler": sampler, "batch": batch, "seed": seed,
              "images": len(judging), **key}
-    journal = _Journal(out / "journal.jsonl", asked)
     store, rows = Store(out / "evaluations"), []
     with Makers(start, space, store, key, workers, scheduler) as make:
+        journal = _Journal(out / "journal.jsonl", asked)
         run = Evaluations(start, space, store, key, judging, blocks, seed)
         expected = run.forecast()
         box = (1.0 if limits.lost is None else max(limits.lost, 1e-6), limits.latency or 1.0)
@@ -138,7 +145,7 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
 def judged_by(start: Subject, images: int, seed: int) -> Split:
     """The examples that a search judges by: of the validation split, or where it has too few, of the training split."""
     task = start.task
-    source = task.validation if len(task.validation) >= min(images, 200) else task.train
+    source = task.validation if len(task.validation) >= LEAST else task.train
     if not len(source):
         raise ValueError(f"search: {task.name} has no validation or training examples; it needs some, test examples are not for "
                          "choosing")
@@ -153,8 +160,8 @@ class _Journal:
         self.path, told = path, json.dumps(asked, sort_keys=True)
         lines = path.read_text().splitlines() if path.exists() else []
         if lines and lines[0] != told:
-            theirs = json.loads(lines[0]) if lines[0].startswith("{") else {}
-            odd = next((name for name in asked if theirs.get(name) != json.loads(told)[name]), "header")
+            theirs, ours = (json.loads(lines[0]) if lines[0].startswith("{") else {}), json.loads(told)
+            odd = next((name for name in ours if theirs.get(name) != ours[name]), "header")
             raise ValueError(f"journal {path} is of another search (its {odd} is {json.dumps(theirs.get(odd))[:80]}); give "
                              "another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +175,8 @@ class _Journal:
 
 def _confirmed(run: Evaluations, limits: Limits, rows: list[dict], expected: Forecast, test: Split, out: Path,
                asked: dict) -> Found:
-    """Judge the best plans again, on examples and in a process that the search never used, and write what is left."""
+    """Time the best plans again in a process of their own, take the first that keeps latency and size there, judge on `test`,
+    which chooses nothing, and write what is left."""
     table = pd.DataFrame(rows)
     table["excess"] = [limits.excess(row) for row in rows]
     by = "lost" if limits.latency or limits.size else "latency"
@@ -179,17 +187,14 @@ def _confirmed(run: Evaluations, limits: Limits, rows: list[dict], expected: For
         timed = pool.submit(_timed_alone, paths, run.start.example, 2 * run.blocks, run.seed).result()
     scores = {name: accuracy.evaluate(path, test) for name, path in paths.items()}
     first = scores["as it came"]
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
-    judged = pd.DataFrame([{"plan": name, **score.row(), **accuracy.difference(first, score).row(), "size_bytes": sizes[name],
-                            "size": sizes[name] / sizes["as it came"]} for name, score in scores.items()])
+    judged = pd.DataFrame([{"plan": name, **score.row(), **accuracy.difference(first, score).row(), **lost(first, score)}
+                           for name, score in scores.items()])
+    judged["size_bytes"] = [path.stat().st_size for path in paths.values()]
+    judged["size"] = judged.size_bytes / judged.size_bytes[0]
     judged[["latency_ms", "latency", "latency_low", "latency_high"]] = timed[["latency_ms", "ratio", "ratio_low", "ratio_high"]]
-    change = next(column for column in judged if column.endswith("_change"))
-    found = judged.iloc[1:].assign(lost=-judged[change])
-    found["excess"] = [limits.excess(row) for row in found.to_dict("records")]
-    best = found.sort_values(["excess", by], kind="stable").iloc[0]
-    plan = tuple(map(int, best.plan))
-    reason = "within the limits" if best.excess == 0 else _nearest(limits, best, len(rows))
-    source = Path(table.set_index("plan").place[best.plan])
+    best = min(judged.iloc[1:].to_dict("records"), key=lambda row: limits.excess({**row, "lost": 0.0}))  # the first of equals
+    reason = "within the limits" if limits.excess(best) == 0 else _nearest(limits, best, len(rows))
+    source, plan = paths[best["plan"]].parent, plan_of(best["plan"])
     for name in ("model.onnx", "model.safetensors"):
         with files.atomic(out / name) as new:
             shutil.copy(source / name, new)
@@ -201,16 +206,16 @@ def _confirmed(run: Evaluations, limits: Limits, rows: list[dict], expected: For
         judged.to_csv(new, index=False)
     saved = 1 - run.looked / max(run.whole, 1)
     with files.atomic(out / "run.json") as new:
-        new.write_text(json.dumps({**asked, "plan": best.plan, "reason": reason, "saved": saved, "hardware": machine.hardware(),
-                                   "versions": machine.versions()}, indent=1))
-    return Found(table, judged, plan, run.space, expected, reason, saved, out / "model.onnx")
+        new.write_text(json.dumps({**asked, "plan": best["plan"], "reason": reason, "saved": saved,
+                                   "hardware": machine.hardware(), "versions": machine.versions()}, indent=1))
+    return Found(table, judged, plan, run.space, expected, reason, saved, out / "model.onnx", paths["as it came"])
 
 
 def _timed_alone(paths: Mapping[str, Path], example, blocks: int, seed: int) -> pd.DataFrame:
     return latency.paired(paths, example, threads=1, blocks=max(blocks, 5), seed=seed)
 
 
-def _nearest(limits: Limits, row: pd.Series, tried: int) -> str:
+def _nearest(limits: Limits, row: Mapping, tried: int) -> str:
     parts = [f"{name} {row[name]:.3f} of at most {most:g}" for name in ("latency", "size", "lost")
              if (most := getattr(limits, name)) is not None and row[name] > most]
     return f"no plan of {tried} keeps the limits; the nearest has {', '.join(parts)}"

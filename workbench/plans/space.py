@@ -11,7 +11,7 @@ copies).
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from workbench.batches import answer, call
 from workbench.deployment import onnx
 from workbench.graph.coupling import groups
 from workbench.graph.layers import evaluating, named
-from workbench.measures import accuracy, latency, sensitivity
+from workbench.measures import latency, sensitivity
 from workbench.methods import channels
 from workbench.methods.channels import Prune
 from workbench.methods.distillation import Distil
@@ -40,8 +40,17 @@ from workbench.subjects.training import Recipe
 
 FLOAT = 32
 BITS, ROUNDING = "(bits)", "(rounding)"  # the genes of the whole, between brackets as no layer is
-TRIES = 200  # of a sampler for plans that it has not proposed before
 Plan = tuple[int, ...]  # of each gene, in their order, the place of its option
+
+
+def label(plan: Plan) -> str:
+    """A plan for a table. Example: `label((0, 2, 1)) == "0-2-1"`"""
+    return "-".join(map(str, plan))
+
+
+def plan_of(label: str) -> Plan:
+    """The plan of a label. Example: `plan_of("0-2-1") == (0, 2, 1)`"""
+    return tuple(map(int, label.split("-")))
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,11 @@ class Space:
         return list(self.genes)
 
     @property
+    def inner(self) -> dict[str, tuple]:
+        """The genes that are groups of channels."""
+        return {name: options for name, options in self.genes.items() if name not in (BITS, ROUNDING)}
+
+    @property
     def sizes(self) -> list[int]:
         """How many options each gene has."""
         return [len(options) for options in self.genes.values()]
@@ -109,19 +123,18 @@ class Space:
         """The option of each gene."""
         return {name: options[place] for (name, options), place in zip(self.genes.items(), plan, strict=True)}
 
-    def steps(self, plan: Plan, *, recovery: int | None = None) -> dict[str, Step]:
-        """The plan as named steps, which recipe.dump writes and `compress` runs. recovery: steps of distilling, else the space's.
+    def steps(self, plan: Plan) -> dict[str, Step]:
+        """The plan as named steps, which recipe.dump writes and `compress` runs.
 
         Example: `recipe.dump(space.steps(found.plan))`
         """
         chosen, steps = self.chosen(plan), {}
-        shares = {name: share for name, share in chosen.items() if not name.startswith("(") and share < 1}
+        shares = {name: chosen[name] for name in self.inner if chosen[name] < 1}
         if shares:
             steps["prune"] = Prune(shares=shares, seed=self.seed)
-            count = self.recovery if recovery is None else recovery
-            if count:
+            if self.recovery:
                 steps["distil"] = Distil(Recipe(epochs=1, batch_size=self.batch_size, learning_rate=self.learning_rate),
-                                         examples=count * self.batch_size, validation=1, seed=self.seed)
+                                         examples=self.recovery * self.batch_size, validation=1, seed=self.seed)
         bits = chosen.get(BITS, FLOAT)
         if bits != FLOAT:
             steps["quantize"] = (Quantize(bits=8, calibrator=self.calibrator, seed=self.seed) if bits == 8 else
@@ -133,17 +146,15 @@ class Space:
 
     def told(self) -> dict:
         """What tells one space from another, as JSON holds it."""
-        return {"genes": {name: list(options) for name, options in self.genes.items()}, "recovery": self.recovery,
-                "batch_size": self.batch_size, "learning_rate": self.learning_rate, "calibrator": self.calibrator,
-                "seed": self.seed}
+        return asdict(self) | {"genes": {name: list(options) for name, options in self.genes.items()}}
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
     """What each option is expected to cost, measured on the model as it came.
 
-    harm: gene, option, lost (fraction of the examples) and distance (of the outputs), each option alone. times: share, bits,
-    layer, latency_ms. genes_of: of each layer the genes that its time depends on.
+    harm: gene, option, distance (of the outputs) of each option alone. times: share, bits, layer, latency_ms. genes_of: of each
+    layer the genes that its time depends on.
     """
 
     space: Space
@@ -176,8 +187,7 @@ class Forecast:
 
     def latency(self, plan: Plan) -> float:
         """The time of a plan's file as a share of the model's as it came, layer by layer from the table."""
-        bits = self.space.chosen(plan).get(BITS, FLOAT)
-        fixed, parts = self.parts(FLOAT if bits == FLOAT else 8)
+        fixed, parts = self.parts(self.space.chosen(plan).get(BITS, FLOAT))
         return fixed + float(sum(parts[name][place] for name, place in zip(self.space.names, plan, strict=True) if name in parts))
 
     def parts(self, bits: int) -> tuple[float, dict[str, np.ndarray]]:
@@ -190,7 +200,7 @@ class Forecast:
         whole = table[FLOAT].xs(1.0, level="share").sum()
         made = {}
         for bits in sorted(set(self.times.bits)):
-            fixed, parts = 0.0, {name: np.zeros(len(options)) for name, options in self.space.genes.items() if name[0] != "("}
+            fixed, parts = 0.0, {name: np.zeros(len(options)) for name, options in self.space.inner.items()}
             for layer, curve in table[bits].groupby(level="layer"):
                 genes = self.genes_of.get(layer, ()) if layer != "(rest)" else tuple(parts)
                 shares, times = curve.index.get_level_values("share").to_numpy(), curve.to_numpy() / whole
@@ -212,24 +222,21 @@ def forecast(subject: Subject, space: Space, judging: Split, *, folder: Path, ru
     """
     model, example = subject.model, subject.example
     method, rows = channels.silencing(model, example=example), []
-    inner = {name: options for name, options in space.genes.items() if not name.startswith("(")}
+    inner = space.inner
     for share in sorted({option for options in inner.values() for option in options if option < 1}):
         layers = [name for name, options in inner.items() if share in options]
         curves = sensitivity.scan(model, judging, method, levels=[1 - share], layers=layers)
-        change = next(column for column in curves if column.endswith("_change"))
-        rows += [{"gene": row.layer, "option": inner[row.layer].index(share), "lost": -getattr(row, change),
-                  "distance": row.distance} for row in curves.itertuples()]
+        rows += [{"gene": row.layer, "option": inner[row.layer].index(share), "distance": row.distance}
+                 for row in curves.itertuples()]
     seen = list(subject.task.validation.subset(100, seed=space.seed).batches(50))
     expected = _answers(model, judging)
-    base = accuracy.evaluate(model, judging)
     for place, bits in enumerate(space.genes.get(BITS, ())):
         if bits == FLOAT:
             continue
         rounded = quantize(model, seen, weights=Scheme(bits, granularity="channel"), calibrator=space.calibrator)
         apart = (_answers(rounded, judging) - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-12)
-        rows.append({"gene": BITS, "option": place, "lost": base.value - accuracy.evaluate(rounded, judging).value,
-                     "distance": apart.mean().item()})
-    harm = pd.DataFrame(rows, columns=["gene", "option", "lost", "distance"])
+        rows.append({"gene": BITS, "option": place, "distance": apart.mean().item()})
+    harm = pd.DataFrame(rows, columns=["gene", "option", "distance"])
     return Forecast(space, harm, _times(model, example, space, folder, seen, runs), _genes_of(model, example, inner))
 
 
@@ -240,7 +247,7 @@ def _answers(model: nn.Module, split: Split) -> torch.Tensor:
 
 def _times(model: nn.Module, example, space: Space, folder: Path, seen: list, runs: int) -> pd.DataFrame:
     """Each layer's time in copies whose groups are all cut to one share, in float and, where the space rounds, in 8 bits."""
-    inner = {name: options for name, options in space.genes.items() if not name.startswith("(")}
+    inner = space.inner
     shares = sorted({option for options in inner.values() for option in options} | {1.0}, reverse=True)
     scores, rows = channels.score(model, "l1", example=example), []
     for share in files.progress(shares, title="times", unit="share"):
@@ -249,7 +256,7 @@ def _times(model: nn.Module, example, space: Space, folder: Path, seen: list, ru
         small = channels.remove(model, removed, example=example) if removed else model
         copies = {FLOAT: small} | ({8: quantize(small, seen)} if BITS in space.genes else {})
         for bits, copied in copies.items():
-            path = onnx.export(copied, example, Path(folder) / f"{share:.3f}-{bits}.onnx", tolerance=1.0)
+            path = onnx.export(copied, example, Path(folder) / f"{share:.3f}-{bits}.onnx")
             found = latency.by_layer({"": path}, example, runs=runs)
             rows += [{"share": share, "bits": bits, "layer": row.layer, "latency_ms": row.latency_ms}
                      for row in found.itertuples()]
