@@ -7,7 +7,7 @@ transfer Zagoruyko & Komodakis 2017 (arXiv 1612.03928); relational Park et al. 2
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import ClassVar, Literal
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from workbench.batches import Batch, Inputs, call
 from workbench.files import fingerprint
 from workbench.graph.layers import evaluating, watch
-from workbench.subjects.objectives import Objective
+from workbench.subjects import data
+from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Globs, Subject
+from workbench.subjects.tasks import joined
 from workbench.subjects.training import Recipe, few, fit
 
 KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
@@ -37,10 +39,14 @@ def soft_targets(student: Tensor, teacher: Tensor, *, temperature: float = 3.0) 
 
 
 def with_labels(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 3.0, alpha: float = 0.7) -> Tensor:
-    """alpha soft_targets + (1 - alpha) cross entropy of the labels int64 (n,). Raises as `soft_targets` does."""
+    """alpha soft_targets + (1 - alpha) cross entropy of the labels int64 (n,); those at IGNORED have the first part alone.
+
+    Raises as `soft_targets` does, and ValueError for an alpha that is no fraction.
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}, expected 0 (labels only) to 1 (teacher only)")
-    return alpha * soft_targets(student, teacher, temperature=temperature) + (1 - alpha) * F.cross_entropy(student, labels)
+    told = F.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum") / (labels != IGNORED).sum().clamp_min(1)
+    return alpha * soft_targets(student, teacher, temperature=temperature) + (1 - alpha) * told
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 4.0, alpha: float = 1.0,
@@ -218,6 +224,8 @@ class Distil:
     """The step of a plan that trains with a teacher: by default the subject's reference, the model before any step.
 
     kind, temperature, alpha, weight, layers: as `loss` has them. examples, validation: of those splits, all where 0.
+    unlabelled: other data, as data.load takes them, on whose training examples the teacher alone says what is right;
+    `unlabelled_examples` of them, all where 0.
     """
 
     keeps_shape: ClassVar[bool] = True
@@ -230,14 +238,24 @@ class Distil:
     teacher: nn.Module | None = None
     examples: Count = 0
     validation: Count = 0
+    unlabelled: str = ""
+    unlabelled_examples: Count = 0
     seed: Count = 0
     state: str | None = None
+
+    def __post_init__(self):
+        if self.unlabelled and self.kind == "decoupled":
+            raise ValueError("distil: kind 'decoupled' needs the label of every example; give another kind, or none unlabelled")
 
     def apply(self, subject: Subject) -> Subject:
         """The subject taught."""
         teaching = loss(self.teacher or subject.reference, self.kind, temperature=self.temperature, alpha=self.alpha,
                         weight=self.weight, layers=self.layers, student=subject.model, example=subject.example)
         task = few(subject.task, self.examples, validation=self.validation, seed=self.seed)
+        if self.unlabelled:
+            more = data.load(self.unlabelled, preprocessing=task.train.prepare).train
+            more = more.subset(self.unlabelled_examples, seed=self.seed) if self.unlabelled_examples else more
+            task = replace(task, train=joined(task.train, more))
         trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, loss=teaching, state=self.state)
         return subject.with_model(trained.model, history=trained.history)
 

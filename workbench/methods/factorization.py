@@ -1,13 +1,16 @@
 """Low-rank layers: a weight replaced by two thinner ones, the rank given, by energy, or by a share of the cost.
 
 A linear layer W (o, i) becomes U V with U (o, r), V (r, i); a convolution W (o, c, h, w) an h x w convolution to r channels
-and a 1 x 1 to o. The factors are the truncated singular value decomposition of W, the best of its rank in Frobenius norm
-(Eckart & Young 1936), or, with images, of W L where L L^T = E[x x^T] of the layer's inputs, the best in the outputs.
+and a 1 x 1 to o; a table of embeddings W (tokens, width) one of r numbers a token and a linear layer to the width. The factors
+are the truncated singular value decomposition of W, the best of its rank in Frobenius norm (Eckart & Young 1936), or, with
+images, of W L where L L^T = E[x x^T] of the layer's inputs, the best in the outputs.
 
-Sources: Denton et al. 2014 (arXiv 1404.0736); Zhang et al. 2015 (arXiv 1505.06798) for the outputs' norm.
+Sources: Denton et al. 2014 (arXiv 1404.0736); Zhang et al. 2015 (arXiv 1505.06798) for the outputs' norm; tables Lan et al. 2019
+(arXiv 1909.11942).
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from workbench.batches import Batch, Inputs, call, rows
 from workbench.errors import UnsupportedModelError
-from workbench.graph.layers import Change, evaluating, named, patches
+from workbench.graph.layers import Change, evaluating, matching, named, patches
 from workbench.subjects.subject import Count, Globs, Share, Subject
 
 DAMPING = 1e-3  # of the mean second moment, added to E[x x^T] before it is factored
@@ -60,7 +63,10 @@ class _Factors:
         """The two thinner layers."""
         root = self.values[:rank].sqrt()
         first, second, layer = root[:, None] * self.right[:rank], self.left[:, :rank] * root, self.layer
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Embedding):
+            pair = nn.Sequential(nn.Embedding(layer.num_embeddings, rank), nn.Linear(rank, layer.embedding_dim, bias=False))
+            first, second = second, first.T
+        elif isinstance(layer, nn.Linear):
             pair = nn.Sequential(nn.Linear(layer.in_features, rank, bias=False),
                                  nn.Linear(rank, layer.out_features, bias=layer.bias is not None))
         else:
@@ -70,7 +76,7 @@ class _Factors:
         with torch.no_grad():
             pair[0].weight.copy_(first.reshape(pair[0].weight.shape))
             pair[1].weight.copy_(second.reshape(pair[1].weight.shape))
-            if layer.bias is not None:
+            if getattr(layer, "bias", None) is not None:
                 pair[1].bias.copy_(layer.bias)
         return pair.to(memory_format=torch.channels_last).train(layer.training)
 
@@ -84,7 +90,7 @@ def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, 
     share_of_layers (of the `cost` of the chosen layers alone, "params" or "macs", this share stays; ranks go where they keep most
     energy for it). A network whose layers all lose a fifth at once is to be trained again. layers: globs. batches: of inputs and
     targets, for the best factors in the outputs instead of the weights. example: one input, needed for "macs". Grouped
-    convolutions stay as they are.
+    convolutions stay as they are, and so do tables of embeddings, unless a glob other than "*" names them.
 
     Raises ValueError where not exactly one of the three is given or it is out of range, and where that share is below
     rank 1 in every layer; UnsupportedModelError where no layer can be factored.
@@ -101,6 +107,8 @@ def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, 
     if cost == "macs" and example is None:
         raise ValueError("cost 'macs' needs an example, one input of the model")
     factors = _factors(model, layers, batches, example)
+    if cost == "macs":  # looking a token up costs none
+        factors = {name: f for name, f in factors.items() if not isinstance(f.layer, nn.Embedding)}
     if rank is not None:
         ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(factors, rank)
         odd = next((name for name, r in ranks.items() if name not in factors or r < 1), None)
@@ -119,18 +127,19 @@ def factorize(model: nn.Module, *, rank: int | Mapping[str, int] | None = None, 
 
 
 def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
-    """One row per layer of `reference`: layer, rank (NaN where it is whole), full_rank, error, params, params_before.
+    """One row per layer and table of `reference`: layer, rank (NaN where it is whole), full_rank, error, params, params_before.
 
     error: relative Frobenius distance of the product from the reference's weight. Biases are counted.
     """
     lines, modules = [], dict(model.named_modules())
-    for name, layer in named(reference).items():
+    for name, layer in (named(reference) | _tables(reference)).items():
         here, before = modules[name], layer.weight.detach()
         count = sum(p.numel() for p in here.parameters())
         row = {"layer": name, "rank": float("nan"), "full_rank": min(before.flatten(1).shape), "error": 0.0}
         if isinstance(here, nn.Sequential):
-            product = here[1].weight.detach().flatten(1) @ here[0].weight.detach().flatten(1)
-            row |= {"rank": len(here[0].weight), "error": ((product - before.flatten(1)).norm() / before.norm()).item()}
+            first, second = (part.weight.detach().flatten(1) for part in here)
+            product = first @ second.T if isinstance(layer, nn.Embedding) else second @ first
+            row |= {"rank": second.shape[1], "error": ((product - before.flatten(1)).norm() / before.norm()).item()}
         lines.append(row | {"params": count, "params_before": sum(p.numel() for p in layer.parameters())})
     return pd.DataFrame(lines)
 
@@ -154,13 +163,14 @@ def truncating(model: nn.Module, *, batches: Iterable[Batch] | None = None):
 
 
 def _factors(model: nn.Module, patterns, batches: Iterable[Batch] | None, example: Inputs | None) -> dict[str, _Factors]:
-    chosen = {name: layer for name, layer in named(model, patterns).items()
-              if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)}
-    chosen = {name: layer for name, layer in chosen.items() if min(layer.weight.flatten(1).shape) > 1}
+    known = named(model) | ({} if patterns == "*" else _tables(model))
+    chosen = {name: known[name] for name in matching(known, patterns) if _factorable(known[name])}
     if not chosen:
-        raise UnsupportedModelError(f"no layer of {patterns!r} can be factored; it takes Linear and ungrouped Conv2d")
-    moments = _second_moments(model, chosen, batches) if batches is not None else {}
-    positions = _positions(model, chosen, example) if example is not None else {}
+        raise UnsupportedModelError(f"no layer of {patterns!r} can be factored; it takes Linear, ungrouped Conv2d and, by name, "
+                                    "Embedding")
+    layers = {name: layer for name, layer in chosen.items() if not isinstance(layer, nn.Embedding)}  # a table reads no numbers
+    moments = _second_moments(model, layers, batches) if batches is not None and layers else {}
+    positions = _positions(model, layers, example) if example is not None else {}
     factors = {}
     for name, layer in chosen.items():
         weight = layer.weight.detach().flatten(1).double()
@@ -172,6 +182,18 @@ def _factors(model: nn.Module, patterns, batches: Iterable[Batch] | None, exampl
             right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
         factors[name] = _Factors(layer, left.float(), values.float(), right.float(), positions.get(name, 1))
     return factors
+
+
+def _factorable(layer: nn.Module) -> bool:
+    whole = isinstance(layer, nn.Linear | nn.Embedding) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    return whole and min(layer.weight.flatten(1).shape) > 1
+
+
+def _tables(model: nn.Module) -> dict[str, nn.Module]:
+    """Tables of embeddings by name, without those whose weights another layer uses too."""
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and uses[id(module.weight)] == 1}
 
 
 def _second_moments(model: nn.Module, chosen: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:

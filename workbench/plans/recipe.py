@@ -27,6 +27,7 @@ from torch import nn
 from workbench.errors import reason
 from workbench.graph.layers import matching, named
 from workbench.methods.channels import Prune
+from workbench.methods.depth import Drop
 from workbench.methods.distillation import Distil
 from workbench.methods.factorization import Factorize
 from workbench.methods.quantization import CALIBRATORS, Quantize
@@ -41,8 +42,9 @@ from workbench.subjects.subject import Step
 from workbench.subjects.training import Train
 
 STEPS: dict[str, type] = {
-    "prune": Prune, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold, "equalize": Equalize,
-    "reestimate": Reestimate, "train": Train, "distil": Distil, "quantize": Quantize, "tune": Tune, "mix": Mix, "repair": Repair,
+    "prune": Prune, "drop": Drop, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold,
+    "equalize": Equalize, "reestimate": Reestimate, "train": Train, "distil": Distil, "quantize": Quantize, "tune": Tune,
+    "mix": Mix, "repair": Repair,
     "load": Load, "export": Export}
 ALIASES = {  # the articles' name: ours, their fields' names in ours, what it means beside them
     "structured_pruning": ("prune", {"sparsity_ratio": "ratio", "target_layers": "layers"}, {}),
@@ -135,7 +137,7 @@ def written(step: Step) -> dict[str, object]:
 def expect_layers(steps: Mapping[str, Step], model: nn.Module, *, where: str = "recipe") -> None:
     """Raise ValueError where globs of a step match no layer of `model`, as far as no step before it renames layers."""
     for name, step in steps.items():
-        if isinstance(step, Factorize | Fuse):
+        if isinstance(step, Factorize | Fuse | Drop):
             return
         for key in ("layers", "keep"):
             patterns = getattr(step, key, ())

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from workbench import files
+from workbench.graph.depth import leave_out
 
 
 def save(model: nn.Module, path: Path | str, *, notes: dict[str, str] | None = None) -> None:
@@ -38,6 +39,9 @@ def fill(model: nn.Module, path: Path, architecture: str) -> None:
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit, naming the first tensor.
     """
     tensors, header = _read(path)
+    if header.get("dropped", "[]") != getattr(model, "origin", {}).get("dropped", "[]"):
+        for names in json.loads(header.get("dropped", "[]")):
+            leave_out(model, names)
     if header.get("cut") == "true":
         _shrink(model, tensors)
         set_attributes(model, json.loads(header.get("attributes", "{}")))

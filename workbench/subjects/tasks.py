@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.batches import Batch, Inputs, rows, tensors
 from workbench.errors import reason
-from workbench.subjects.objectives import Objective
+from workbench.subjects.objectives import IGNORED, Objective
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,24 @@ def described(inputs: Inputs) -> str:
     if isinstance(inputs, Mapping):
         return ", ".join(f"{name} {one(value)}" for name, value in inputs.items())
     return ", ".join(map(one, tensors(inputs)))
+
+
+def joined(labelled: Split, more: Split) -> Split:
+    """The examples of both splits, those of `more` without their labels: their targets are IGNORED.
+
+    Raises ValueError where they hold other kinds of input, or more than one class an example is asked for.
+    """
+    one, two = labelled.inputs, more.inputs
+    if not isinstance(labelled.targets, Tensor) or labelled.targets.dim() != 1:
+        raise ValueError(f"{labelled.name}: unlabelled examples can stand beside those with one class each, not beside tags or "
+                         "plain text")
+    targets = torch.cat([labelled.targets, torch.full((len(more),), IGNORED)])
+    if isinstance(one, Texts) and isinstance(two, Texts):
+        return replace(labelled, inputs=Texts([*one.lines, *two.lines]), targets=targets, units=None)
+    if not (isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape[1:] == two.shape[1:] and one.dtype == two.dtype):
+        raise ValueError(f"unlabelled examples of {more.name} are not of the kind of those of {labelled.name}; give data of the "
+                         "same kind, pictures of the same size")
+    return replace(labelled, inputs=torch.cat([one, two]), targets=targets, units=None)
 
 
 def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split]:

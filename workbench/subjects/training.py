@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from workbench import files, machine
 from workbench.batches import Batch, call, count, mapped
 from workbench.subjects import states
-from workbench.subjects.objectives import Objective
+from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Subject
 from workbench.subjects.tasks import Split, Task
 
@@ -224,9 +224,9 @@ class _Fit:
         parts = {"model": self.model, "loss": self.criterion, "after_step": self.after_step}
         self.loop = Loop(parts, trained, recipe, steps=self.epoch_steps * recipe.epochs, seed=seed, identity=identity,
                          device=device)
-        self.loop.progress["sums"] = {"loss": 0.0, "right": 0.0, "examples": 0, "seconds": 0.0}
+        self.loop.progress["sums"] = dict.fromkeys(("loss", "right", "labelled", "examples", "seconds"), 0.0)
         self._order: tuple[int, Tensor] | None = None
-        self._now: tuple[float, int] = (0.0, 0)  # of the last batch: how much was right, of how many
+        self._now: tuple[float, int, int] = (0.0, 0, 0)  # of the last batch: how much was right, of how many with labels, of all
 
     def loss(self, step: int) -> Tensor:
         """The loss of the step's batch; how much of it is right is kept for the history."""
@@ -239,7 +239,8 @@ class _Fit:
             handle.remove()
         with torch.no_grad():
             logits = self.task.objective.read(outputs[0])
-            self._now = float(self.task.objective.right(logits, batch.targets).sum()), count(batch.inputs)
+            labelled = count(batch.inputs) if batch.targets.dim() != 1 else int((batch.targets != IGNORED).sum())
+            self._now = float(self.task.objective.right(logits, batch.targets).sum()), labelled, count(batch.inputs)
         return value
 
     def before_update(self) -> None:
@@ -251,15 +252,16 @@ class _Fit:
         """Count the step, and close the epoch at its end."""
         if self.after_step:
             self.after_step(self.model, step, self.loop.steps)
-        right, examples = self._now
-        new = {"loss": loss * examples, "right": right, "examples": examples, "seconds": seconds}
+        right, labelled, examples = self._now
+        new = {"loss": loss * examples, "right": right, "labelled": labelled, "examples": examples, "seconds": seconds}
         sums = {key: value + new[key] for key, value in self.loop.progress["sums"].items()}
         if step % self.epoch_steps == 0:
             row = {"epoch": step // self.epoch_steps, "loss": sums["loss"] / sums["examples"],
-                   "train_right": sums["right"] / sums["examples"], f"validation_{self.task.objective.metric}": self._validate(),
+                   "train_right": sums["right"] / max(sums["labelled"], 1),
+                   f"validation_{self.task.objective.metric}": self._validate(),
                    "learning_rate": self.loop.optimizer.param_groups[0]["lr"], "seconds": round(sums["seconds"], 3)}
             self.loop.progress["rows"].append(row)
-            sums = dict.fromkeys(sums, 0.0) | {"examples": 0}
+            sums = dict.fromkeys(sums, 0.0)
         self.loop.progress["sums"] = sums
 
     def _batch(self, step: int) -> Batch:

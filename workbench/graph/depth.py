@@ -1,0 +1,97 @@
+"""Blocks of a network: which of them it runs without, and the network without them."""
+
+import copy
+import json
+from collections.abc import Sequence
+
+from torch import nn
+
+from workbench.batches import Inputs, answer, call
+from workbench.errors import UnsupportedModelError, listed
+from workbench.graph.layers import WEIGHTED, evaluating
+
+
+def blocks(model: nn.Module, example: Inputs) -> list[str]:
+    """The names of the blocks that can go, each by itself, in the order of definition.
+
+    A block is an element of an nn.Sequential or nn.ModuleList with two or more layers in it, without which the network still
+    runs on the example and answers in the same shape. Of what holds several such blocks, a stage, these count; of a block with
+    one within it, such as squeeze and excitation, the block as a whole.
+
+    Example: `depth.blocks(models.load("resnet20", task), task.example)[:2] == ["layer1.0", "layer1.1"]`
+    """
+    held = {f"{name}.{key}" if name else key for name, module in model.named_modules()
+            if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1 for key, _ in module.named_children()}
+    deep = [name for name, module in model.named_modules() if name in held
+            and sum(isinstance(layer, WEIGHTED) for layer in module.modules()) > 1]
+    with evaluating(model):
+        shape = answer(call(model, example)).shape
+    free = [name for name in deep if _shape(model, name, example) == shape]
+    for name in sorted(free, key=lambda name: -name.count(".")):  # the innermost first
+        inner = [other for other in free if other.startswith(f"{name}.")]
+        free = [other for other in free if other not in (inner if len(inner) < 2 else [name])]
+    return free
+
+
+def without_blocks(model: nn.Module, names: Sequence[str], *, shared: bool = False) -> nn.Module:
+    """A copy without these blocks, what stands before each going on to what stands behind it. It is not run.
+
+    In an nn.Sequential the others keep their names; in an nn.ModuleList those behind move up. shared: the copy has the weights
+    of `model` themselves, for a look at its answers.
+
+    Raises ValueError for a name that is no element of either, or where a list would be left empty.
+    """
+    weights = [*model.parameters(), *model.buffers()] if shared else ()
+    new = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+    leave_out(new, names)
+    return new
+
+
+def leave_out(model: nn.Module, names: Sequence[str]) -> None:
+    """Take these blocks out of `model` itself, and note it where the model knows its origin. Raises as `without_blocks` does."""
+    lists: dict[str, set[int]] = {}
+    for name in names:
+        holder, _, key = name.rpartition(".")
+        within = dict(model.named_modules(remove_duplicate=False)).get(holder)
+        if not isinstance(within, nn.Sequential | nn.ModuleList) or key not in dict(within.named_children()):
+            raise ValueError(f"{name!r} is no block of {type(model).__name__}; blocks lie in an nn.Sequential or nn.ModuleList, "
+                             f"here {listed(_containers(model)) or 'none'}")
+        if isinstance(within, nn.Sequential):
+            setattr(within, key, nn.Identity())
+        else:
+            lists.setdefault(holder, set()).add(int(key))
+    for holder, gone in lists.items():
+        within = model.get_submodule(holder)
+        if len(gone) == len(within):
+            raise ValueError(f"all {len(within)} blocks of {holder} would go; leave at least one")
+        model.set_submodule(holder, nn.ModuleList(block for place, block in enumerate(within) if place not in gone))
+    if names and hasattr(model, "origin"):  # so that its checkpoint is read as what it is
+        model.origin = model.origin | {"dropped": json.dumps([*json.loads(model.origin.get("dropped", "[]")), list(names)])}
+
+
+def _shape(model: nn.Module, name: str, example: Inputs):
+    """The shape of the answer without a block; None where the network does not run."""
+    try:
+        new = without_blocks(model, [name], shared=True)
+        with evaluating(new):
+            return answer(call(new, example)).shape
+    except Exception:  # of the model's own forward, which may raise anything
+        return None
+
+
+def refuse_broken(model: nn.Module, example: Inputs, shape: Sequence[int], names: Sequence[str]) -> None:
+    """Raise UnsupportedModelError where a network without these blocks does not run, or answers in another shape."""
+    try:
+        with evaluating(model):
+            found = answer(call(model, example)).shape
+    except Exception as error:  # of the model's own forward, which may raise anything
+        raise UnsupportedModelError(f"{type(model).__name__} does not run without {listed(names)} ({error}); keep one of "
+                                    "them") from error
+    if found != shape:
+        raise UnsupportedModelError(f"{type(model).__name__} answers {tuple(found)} without {listed(names)}, expected "
+                                    f"{tuple(shape)}; keep one of them")
+
+
+def _containers(model: nn.Module) -> list[str]:
+    return [name or "the network itself" for name, module in model.named_modules()
+            if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1]
