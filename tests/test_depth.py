@@ -150,7 +150,7 @@ def test_a_table_of_embeddings_is_factored_by_name_only():
 def test_a_teacher_alone_says_what_is_right_of_unlabelled_examples(tiny, model):
     from workbench.methods import distillation
     from workbench.subjects.objectives import IGNORED
-    from workbench.subjects.tasks import joined
+    from workbench.subjects.tasks import with_unlabelled
 
     logits, taught = torch.randn(4, 10), torch.randn(4, 10)
     labels = torch.tensor([1, IGNORED, 3, IGNORED])
@@ -159,11 +159,11 @@ def test_a_teacher_alone_says_what_is_right_of_unlabelled_examples(tiny, model):
     assert torch.allclose(distillation.with_labels(logits, taught, labels), expected)
     alone = distillation.with_labels(logits, taught, torch.full((4,), IGNORED))
     assert torch.allclose(alone, 0.7 * soft)
-    both = joined(tiny.train, tiny.test)
+    both = with_unlabelled(tiny.train, tiny.test)
     assert len(both) == len(tiny.train) + len(tiny.test)
     assert (both.targets[len(tiny.train):] == IGNORED).all()
     with pytest.raises(ValueError, match="not of the kind"):
-        joined(tiny.train, data.load("stamps").train)
+        with_unlabelled(tiny.train, data.load("stamps").train)
     with pytest.raises(ValueError, match="'decoupled' needs the label"):
         distillation.Distil(recipe.training.Recipe(), kind="decoupled", unlabelled="wordnet")
     step = distillation.Distil(recipe.training.Recipe(epochs=1, learning_rate=0.01), unlabelled="fashion_mnist",

@@ -6,7 +6,7 @@ from torch import nn
 
 from workbench.deployment import onnx, sessions
 from workbench.measures import peers
-from workbench.methods import transfer
+from workbench.methods import depth, factorization, transfer
 from workbench.subjects import encoders
 
 TEXTS = ["A red rose.", "A big brown dog in the snow.", "A dog."]
@@ -54,29 +54,34 @@ def test_each_way_trains_its_share_and_leaves_the_original(minilm, kind):
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
 
 
+def smaller(encoder, tokenize, layers, rank):
+    gone = [f"bert.encoder.layer.{k}" for k in range(6) if k not in layers]
+    fewer = depth.drop(encoder, gone, example=tokenize(TEXTS))
+    return transfer.trimmed(factorization.factorize(fewer, rank=rank, layers="*word_embeddings"))
+
+
 def test_a_smaller_encoder_starts_near_the_whole_one_where_little_is_left_out(minilm):
     encoder, tokenize = minilm
-    whole = transfer.smaller(encoder, layers=range(6), rank=384)
-    small = transfer.smaller(encoder, layers=[0, 5], rank=64)
+    whole = smaller(encoder, tokenize, range(6), 375)
+    small = smaller(encoder, tokenize, [0, 5], 64)
     with torch.no_grad():
-        torch.testing.assert_close(whole(tokenize(TEXTS)), encoder(tokenize(TEXTS)), atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(transfer.trimmed(encoder)(tokenize(TEXTS)), encoder(tokenize(TEXTS)))
+        assert (whole(tokenize(TEXTS)) * encoder(tokenize(TEXTS))).sum(1).min() > 0.99
         assert small(tokenize(TEXTS)).shape == (3, 384)
     assert sum(p.numel() for p in small.parameters()) < 0.3 * sum(p.numel() for p in encoder.parameters())
 
 
-def test_bad_ways_layers_and_ranks_get_one_line(minilm):
+def test_bad_ways_and_positions_get_one_line(minilm):
     encoder, _ = minilm
     with pytest.raises(ValueError, match="unknown transfer 'magic'; expected one of frozen, prompts"):
         transfer.tuned(encoder, "magic")
-    with pytest.raises(ValueError, match="layer 6; the encoder has layers 0 to 5"):
-        transfer.smaller(encoder, layers=[0, 6], rank=8)
-    with pytest.raises(ValueError, match="rank is 500, expected 1 to 384"):
-        transfer.smaller(encoder, layers=[0], rank=500)
+    with pytest.raises(ValueError, match="positions is 600, expected 1 to 512"):
+        transfer.trimmed(encoder, positions=600)
 
 
 def test_a_tower_of_words_serves_any_length_and_quantises(minilm, tmp_path):
     encoder, tokenize = minilm
-    tower = nn.Sequential(transfer.smaller(encoder, layers=[0], rank=16), encoders.Projection(384, 32)).eval()
+    tower = nn.Sequential(smaller(encoder, tokenize, [0], 16), encoders.Projection(384, 32)).eval()
     path = onnx.export(tower, tokenize(TEXTS)[:1], tmp_path / "words.onnx")
     with torch.no_grad():
         for texts in (TEXTS, TEXTS[:1], ["one"]):

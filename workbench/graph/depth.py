@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from workbench.batches import Inputs, answer, call
-from workbench.errors import UnsupportedModelError, listed
+from workbench.errors import listed
 from workbench.graph.layers import WEIGHTED, evaluating
 
 
@@ -24,9 +24,8 @@ def blocks(model: nn.Module, example: Inputs) -> list[str]:
             if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1 for key, _ in module.named_children()}
     deep = [name for name, module in model.named_modules() if name in held
             and sum(isinstance(layer, WEIGHTED) for layer in module.modules()) > 1]
-    with evaluating(model):
-        shape = answer(call(model, example)).shape
-    free = [name for name in deep if _shape(model, name, example) == shape]
+    shape = shape_without(model, [], example)
+    free = [name for name in deep if shape_without(model, [name], example) == shape]
     for name in sorted(free, key=lambda name: -name.count(".")):  # the innermost first
         inner = [other for other in free if other.startswith(f"{name}.")]
         free = [other for other in free if other not in (inner if len(inner) < 2 else [name])]
@@ -69,27 +68,19 @@ def leave_out(model: nn.Module, names: Sequence[str]) -> None:
         model.origin = model.origin | {"dropped": json.dumps([*json.loads(model.origin.get("dropped", "[]")), list(names)])}
 
 
-def _shape(model: nn.Module, name: str, example: Inputs):
-    """The shape of the answer without a block; None where the network does not run."""
+def shape_without(model: nn.Module, names: Sequence[str], example: Inputs) -> tuple[int, ...] | None:
+    """The shape of the answer without these blocks; None where the network does not run without them.
+
+    Raises as `without_blocks` does, and what the whole network raises where no names are given.
+    """
+    new = without_blocks(model, names, shared=True)
     try:
-        new = without_blocks(model, [name], shared=True)
         with evaluating(new):
-            return answer(call(new, example)).shape
+            return tuple(answer(call(new, example)).shape)
     except Exception:  # of the model's own forward, which may raise anything
+        if not names:
+            raise
         return None
-
-
-def refuse_broken(model: nn.Module, example: Inputs, shape: Sequence[int], names: Sequence[str]) -> None:
-    """Raise UnsupportedModelError where a network without these blocks does not run, or answers in another shape."""
-    try:
-        with evaluating(model):
-            found = answer(call(model, example)).shape
-    except Exception as error:  # of the model's own forward, which may raise anything
-        raise UnsupportedModelError(f"{type(model).__name__} does not run without {listed(names)} ({error}); keep one of "
-                                    "them") from error
-    if found != shape:
-        raise UnsupportedModelError(f"{type(model).__name__} answers {tuple(found)} without {listed(names)}, expected "
-                                    f"{tuple(shape)}; keep one of them")
 
 
 def _containers(model: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ from workbench.graph.layers import evaluating, watch
 from workbench.subjects import data
 from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Globs, Subject
-from workbench.subjects.tasks import joined
+from workbench.subjects.tasks import with_unlabelled
 from workbench.subjects.training import Recipe, few, fit
 
 KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
@@ -255,7 +255,7 @@ class Distil:
         if self.unlabelled:
             more = data.load(self.unlabelled, preprocessing=task.train.prepare).train
             more = more.subset(self.unlabelled_examples, seed=self.seed) if self.unlabelled_examples else more
-            task = replace(task, train=joined(task.train, more))
+            task = replace(task, train=with_unlabelled(task.train, more))
         trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, loss=teaching, state=self.state)
         return subject.with_model(trained.model, history=trained.history)
 

@@ -44,8 +44,7 @@ from workbench.subjects.training import Train
 STEPS: dict[str, type] = {
     "prune": Prune, "drop": Drop, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold,
     "equalize": Equalize, "reestimate": Reestimate, "train": Train, "distil": Distil, "quantize": Quantize, "tune": Tune,
-    "mix": Mix, "repair": Repair,
-    "load": Load, "export": Export}
+    "mix": Mix, "repair": Repair, "load": Load, "export": Export}
 ALIASES = {  # the articles' name: ours, their fields' names in ours, what it means beside them
     "structured_pruning": ("prune", {"sparsity_ratio": "ratio", "target_layers": "layers"}, {}),
     "unstructured_pruning": ("sparsify", {"sparsity_ratio": "sparsity", "target_layers": "layers"}, {}),

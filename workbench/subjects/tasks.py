@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.batches import Batch, Inputs, rows, tensors
+from workbench.batches import Batch, Inputs, joined, rows, tensors
 from workbench.errors import reason
 from workbench.subjects.objectives import IGNORED, Objective
 
@@ -210,22 +210,26 @@ def described(inputs: Inputs) -> str:
     return ", ".join(map(one, tensors(inputs)))
 
 
-def joined(labelled: Split, more: Split) -> Split:
+def with_unlabelled(labelled: Split, more: Split) -> Split:
     """The examples of both splits, those of `more` without their labels: their targets are IGNORED.
 
-    Raises ValueError where they hold other kinds of input, or more than one class an example is asked for.
+    Raises ValueError where they hold other kinds of input, or something else than one class an example is asked for.
     """
-    one, two = labelled.inputs, more.inputs
     if not isinstance(labelled.targets, Tensor) or labelled.targets.dim() != 1:
         raise ValueError(f"{labelled.name}: unlabelled examples can stand beside those with one class each, not beside tags or "
                          "plain text")
+    texts = isinstance(labelled.inputs, Texts) and isinstance(more.inputs, Texts)
+    if not texts and _kind(labelled.inputs) != _kind(more.inputs):
+        raise ValueError(f"unlabelled examples of {more.name} are not of the kind of those of {labelled.name}; give texts beside "
+                         "texts, tensors beside tensors of the same shape and type")
+    inputs = Texts([*labelled.inputs.lines, *more.inputs.lines]) if texts else joined([labelled.inputs, more.inputs])
     targets = torch.cat([labelled.targets, torch.full((len(more),), IGNORED)])
-    if isinstance(one, Texts) and isinstance(two, Texts):
-        return replace(labelled, inputs=Texts([*one.lines, *two.lines]), targets=targets, units=None)
-    if not (isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape[1:] == two.shape[1:] and one.dtype == two.dtype):
-        raise ValueError(f"unlabelled examples of {more.name} are not of the kind of those of {labelled.name}; give data of the "
-                         "same kind, pictures of the same size")
-    return replace(labelled, inputs=torch.cat([one, two]), targets=targets, units=None)
+    return replace(labelled, inputs=inputs, targets=targets, units=None)
+
+
+def _kind(inputs) -> object:
+    """What has to agree before examples can be joined; never equal for pictures that are not decoded yet, or texts."""
+    return object() if isinstance(inputs, Pictures | Texts) else [(value.dtype, value.shape[1:]) for value in tensors(inputs)]
 
 
 def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split]:
