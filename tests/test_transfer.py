@@ -66,7 +66,7 @@ def test_a_smaller_encoder_starts_near_the_whole_one_where_little_is_left_out(mi
     small = smaller(encoder, tokenize, [0, 5], 64)
     with torch.no_grad():
         torch.testing.assert_close(transfer.trimmed(encoder)(tokenize(TEXTS)), encoder(tokenize(TEXTS)))
-        assert (whole(tokenize(TEXTS)) * encoder(tokenize(TEXTS))).sum(1).min() > 0.99
+        torch.testing.assert_close(whole(tokenize(TEXTS)), encoder(tokenize(TEXTS)), atol=5e-3, rtol=1e-2)
         assert small(tokenize(TEXTS)).shape == (3, 384)
     assert sum(p.numel() for p in small.parameters()) < 0.3 * sum(p.numel() for p in encoder.parameters())
 
