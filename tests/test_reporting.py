@@ -155,9 +155,10 @@ def test_while_one_notebook_takes_times_the_others_stand_still(folder):
     assert summary["checks"] == 3
 
 
-def test_who_is_killed_while_alone_holds_nobody_up(folder):
+@pytest.mark.parametrize("killed", ["os.getppid()", "os.getpid()"])
+def test_who_is_killed_while_alone_holds_nobody_up(folder, killed):
     write(folder, "01_one", TICKING)
-    write(folder, "02_two", TIMING.format(last="Path('timed').touch(); os.kill(os.getppid(), 9)"))
+    write(folder, "02_two", TIMING.format(last=f"Path('timed').touch(); os.kill({killed}, 9)"))
     summary = run(folder, workers=2)
     assert list(summary["failures"]) == ["02_two"]
     assert [entry["name"] for entry in summary["reports"] if entry["status"] == "passed"] == ["01_one"]

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -83,10 +84,13 @@ def alone() -> Iterator[None]:
     run, own = json.loads(os.environ[RUN]), os.sched_getaffinity(0)
     with open(run["lock"], "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        me, began = psutil.Process(), time.perf_counter()
+        end_of_alone(lock)
+        me = psutil.Process()
         mine = {me.pid, *(parent.pid for parent in me.parents())}
         others = [other.pid for other in psutil.Process(run["runner"]).children() if other.pid not in mine]
         _is_alone = True
+        lock.write(f"{me.pid} {time.perf_counter()}")
+        lock.flush()
         try:
             for other in others:
                 stand_still(other)
@@ -94,11 +98,18 @@ def alone() -> Iterator[None]:
             yield
         finally:
             _settle(own)
-            lock.write(f"{me.pid} {time.perf_counter() - began}\n")
-            lock.flush()
+            end_of_alone(lock)
             for other in others:
                 go_on(other)
             _is_alone = False
+
+
+def end_of_alone(lock: TextIO) -> None:
+    """Write into the run's lock, which the caller holds, that whoever was alone is so no longer, were it because it was killed."""
+    written = Path(lock.name).read_text()
+    if written and not written.endswith("\n"):
+        lock.write(f" {time.perf_counter()}\n")
+        lock.flush()
 
 
 def clock() -> float:
@@ -108,7 +119,9 @@ def clock() -> float:
     path, said = Path(json.loads(os.environ[RUN])["lock"]), None
     while said != (said := path.read_text()):  # until nobody was alone in between
         now = time.perf_counter()
-    return now - sum(float(line.split()[1]) for line in said.splitlines() if line.split()[0] != str(os.getpid()))
+    times = [line.split() for line in said.splitlines()]
+    return now - sum(float(ended) - float(began) for process, began, *ends in times for ended in ends
+                     if process != str(os.getpid()))
 
 
 def stand_still(process: int) -> None:

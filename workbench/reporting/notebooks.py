@@ -132,6 +132,7 @@ def _wake(path: Path, processes: Sequence[subprocess.Popen]) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
+        machine.end_of_alone(lock)
         for process in processes:
             with contextlib.suppress(psutil.Error):  # who was killed may have let a notebook go on, and not yet its kernel
                 here = psutil.Process(process.pid)
