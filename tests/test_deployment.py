@@ -1,15 +1,17 @@
 """Export and sessions: any batch size, nothing half-written, one line for what is refused."""
 
+import onnx as onnx_library
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from workbench import machine
-from workbench.deployment import onnx, sessions
+from workbench.deployment import capture, onnx, sessions
 from workbench.errors import UnsupportedModelError
 from workbench.graph import layers
 from workbench.measures import equivalence, peers
+from workbench.methods.quantization import quantize
 
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
@@ -219,3 +221,45 @@ def test_activations_in_place_and_norms_with_their_own_are_not_taken_for_a_parti
 def test_a_refusal_of_the_runtime_says_which_axis(network, exported):
     with pytest.raises(ValueError, match="indices.*Got: 30 Expected: 28"):
         sessions.open(exported)(torch.zeros(2, 1, 30, 28))
+
+
+class InPlace(torch.nn.Module):
+    """What is done in place is seen elsewhere, a norm has no scale of its own, or something is drawn."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first, self.second = kind, torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 1)
+        self.norm = torch.nn.BatchNorm2d(4, affine=kind != "bare norm")
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        if self.kind == "seen elsewhere":
+            before, x = x, torch.relu_(x)
+            return self.second(x) - 2 * before
+        if self.kind == "a view":
+            rows = x.reshape(len(x), 4, -1)
+            rows.relu_()
+            return self.second(x)
+        return self.second(torch.relu_(x)).add_(1.0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "seen elsewhere", "a view", "bare norm"])
+def test_a_plain_graph_goes_the_short_way_and_only_that(kind, tmp_path):
+    torch.manual_seed(0)
+    model, example = InPlace(kind).eval(), torch.randn(3, 1, 8, 8)
+    model.norm.running_mean.normal_()
+    free = ({0: torch.export.Dim.AUTO},)
+    assert (capture.captured(model, (example,), None, free) is not None) == (kind == "plain")
+    path = onnx.export(model, example, tmp_path / "model.onnx")  # which holds it to the model's own answers
+    assert equivalence.compare(model, path, [example]).passed
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_short_way_writes_the_same_file(model, tiny, bits, tmp_path, monkeypatch):
+    exported = model if bits == 32 else quantize(model, list(tiny.validation.batches(50)))
+    short = onnx.export(exported, tiny.example, tmp_path / "short.onnx")
+    monkeypatch.setattr(capture, "captured", lambda *_arguments: None)
+    whole = onnx.export(exported, tiny.example, tmp_path / "long.onnx")
+    kinds = [[node.op_type for node in onnx_library.load(path).graph.node] for path in (short, whole)]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(sessions.open(short)(tiny.example), sessions.open(whole)(tiny.example))

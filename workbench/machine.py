@@ -105,7 +105,7 @@ def alone() -> Iterator[None]:
 
 
 def end_of_alone(lock: TextIO) -> None:
-    """Write into the run's lock, which the caller holds, that whoever was alone is so no longer, were it because it was killed."""
+    """Write into the lock of the run, which the caller holds, that who was alone is so no longer, be it by being killed."""
     written = Path(lock.name).read_text()
     if written and not written.endswith("\n"):
         lock.write(f" {time.perf_counter()}\n")

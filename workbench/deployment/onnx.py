@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from workbench import files
 from workbench.batches import Inputs, answer, axes, call, mapped, named, outputs_by_name, repeated, tensors
-from workbench.deployment import sessions, surgery
+from workbench.deployment import capture, sessions, surgery
 from workbench.deployment.attention import attention
 from workbench.errors import UnsupportedModelError, quietly, reason
 from workbench.graph.layers import named as named_layers
@@ -95,9 +95,11 @@ def _exported(model: nn.Module, example: Inputs, names: list[str], places: Mappi
     if isinstance(model, fx.GraphModule) and kwargs:
         kwargs = {name: kwargs[name] for name in _order(model)}
     shapes = {name: dict.fromkeys(places[name], torch.export.Dim.AUTO) for name in kwargs or names}
-    program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, input_names=list(shapes), verbose=False,
-                                output_names=outputs, dynamic_shapes=shapes if kwargs else tuple(shapes.values()),
-                                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention})
+    free = shapes if kwargs else tuple(shapes.values())
+    program = torch.onnx.export(capture.captured(model, args, kwargs, free) or model, args, kwargs=kwargs, dynamo=True,
+                                input_names=list(shapes), verbose=False, output_names=outputs, dynamic_shapes=free,
+                                custom_translation_table=capture.TRANSLATIONS | {
+                                    torch.ops.aten.scaled_dot_product_attention.default: attention})
     fixed = [value.name for value in program.model.graph.inputs if isinstance(value.shape[0], int)]
     if fixed:
         raise ValueError(f"its forward fixes the number of examples of {fixed[0]!r}; write it for any batch")

@@ -1,0 +1,110 @@
+"""The graph of a plain network, as the exporter may take it: without being decomposed, which is half of its time.
+
+torch.onnx.export runs each graph through its decompositions twice over, for operators in place and those that ONNX lacks. A
+graph of convolutions, norms, activations and sums has neither once its operators in place are written as such that are not.
+"""
+
+import operator
+
+import torch
+import torch.onnx.ops
+from onnxscript import opset18 as op
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
+
+aten = torch.ops.aten
+VIEWS = {aten.slice.Tensor, aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.transpose.int,
+         aten.permute.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.unbind.int,
+         aten.to.device, aten.to.dtype, aten.to.dtype_layout, operator.getitem}
+PLAIN = VIEWS | {
+    aten.conv1d.default, aten.conv2d.default, aten.batch_norm.default, aten.layer_norm.default, aten.linear.default,
+    aten.embedding.default, aten.scaled_dot_product_attention.default, aten.matmul.default, aten.add.Tensor, aten.mul.Tensor,
+    aten.relu.default, aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default, aten.sigmoid.default,
+    aten.silu.default, aten.gelu.default, aten.tanh.default, aten.mean.dim, aten.adaptive_avg_pool2d.default,
+    aten.max_pool2d.default, aten.avg_pool2d.default, aten.pad.default, aten.cat.default, aten.gather.default,
+    aten.index.Tensor, aten.arange.default, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor, aten.new_ones.default,
+    aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
+IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
+            aten.hardswish_.default: aten.hardswish.default, aten.silu_.default: aten.silu.default,
+            aten.add_.Tensor: aten.add.Tensor}
+ALIKE = {aten.__and__.Tensor: aten.bitwise_and.Tensor}
+SAME = {aten.reshape.default, aten.view.default, aten.contiguous.default, aten.dropout.default, aten.dropout_.default,
+        aten.alias.default}  # where they keep the shape they do nothing, in eval mode
+LEAVES = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ReLU, nn.ReLU6,
+          nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Tanh, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d,
+          nn.Flatten, nn.Identity, nn.Sequential, nn.Dropout, ActivationQuantizer, WeightQuantizer)
+
+
+def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> ExportedProgram | None:
+    """The exported program of a plain network, which the exporter takes as it is; None for any other.
+
+    args, kwargs: example inputs; shapes: which of their axes are free, as torch.export.export has it.
+    """
+    if not all(_known(module) for module in model.modules()):
+        return None
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception:  # the exporter has other ways, and says why none goes
+        return None
+    if not _plain(program.graph):
+        return None
+    program.run_decompositions = lambda _table=None: program
+    return program
+
+
+def _known(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None or isinstance(module, LEAVES) or not (
+        next(module.parameters(recurse=False), None) is not None or type(module).__module__.startswith("torch.nn"))
+
+
+def _plain(graph: fx.Graph) -> bool:
+    """Whether it has plain operators only: those in place are written anew where nothing else sees what they change, and what
+    does nothing is taken out."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in SAME and node.meta["val"].shape == node.args[0].meta["val"].shape and True not in node.args[1:]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        if node.target in IN_PLACE:
+            changed = node.args[0]
+            if changed.op != "call_function" or changed.target in VIEWS or len(changed.users) > 1:
+                return False
+        node.target = IN_PLACE.get(node.target) or ALIKE.get(node.target) or node.target
+        if node.target not in PLAIN or _unlike_onnx(node):
+            return False
+    return True
+
+
+def _unlike_onnx(node: fx.Node) -> bool:
+    """Whether ONNX's operator of that name, as it is written here, does something else."""
+    if node.target is aten.batch_norm.default:
+        return None in node.args[1:5] or node.args[5]
+    return node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) != [1, 1]
+
+
+def batch_norm(x, weight, bias, mean, var, _training=False, _momentum=0.1, eps=1e-5, _cudnn=True):
+    """torch.batch_norm in eval mode."""
+    return op.BatchNormalization(x, weight, bias, mean, var, epsilon=eps)
+
+
+def average(x, _size):
+    """An adaptive average pool to one place, as the mean over both axes that the exporter writes for it."""
+    return op.ReduceMean(x, op.Constant(value_ints=[-1, -2]), keepdims=1)
+
+
+def silu(x):
+    """x sigmoid(x)."""
+    return op.Mul(x, op.Sigmoid(x))
+
+
+def cast(x, _device=None, dtype=None, **_more):
+    """A tensor's `to` another type."""
+    return x if dtype is None else op.Cast(x, to=dtype)
+
+
+TRANSLATIONS = {aten.batch_norm.default: batch_norm, aten.adaptive_avg_pool2d.default: average, aten.silu.default: silu,
+                aten.to.device: cast, aten.to.dtype_layout: cast}
