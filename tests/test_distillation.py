@@ -206,3 +206,12 @@ def test_regressors_learn(tiny, model):
         optimizer.step()
         values.append(value.item())
     assert values[-1] < values[0]
+
+
+def test_regressors_fit_vectors_and_sequences_too():
+    one, other = torch.nn.Sequential(torch.nn.Linear(3, 6)), torch.nn.Sequential(torch.nn.Linear(3, 10))
+    for shape in ((4, 3), (4, 5, 3)):
+        between = distillation.regressors(one, other, ["0"], torch.zeros(shape))
+        assert [tuple(r.weight.shape) for r in between.values()] == [(10, 6)]
+    with pytest.raises(ValueError, match=r"regressors: 0 puts out \(2, 3, 4, 5, 6\), .*expected feature maps"):
+        distillation.regressors(one, one, ["0"], torch.zeros(2, 3, 4, 5, 3))

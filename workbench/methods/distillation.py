@@ -74,7 +74,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: 
 
 
 def hint(student: Tensor, teacher: Tensor, *, regressor: nn.Module | None = None) -> Tensor:
-    """Half the mean squared distance of two feature maps (n, C, H, W), the student's through `regressor`.
+    """Half the mean squared distance of two layers' outputs, of one shape, the student's through `regressor`.
 
     Raises ValueError where the shapes differ and no regressor brings them together.
     """
@@ -160,10 +160,11 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
 
 
 def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Inputs, *, seed: int = 0) -> nn.ModuleDict:
-    """A 1 x 1 convolution, from the student's width to the teacher's, for those of `layers` whose widths differ: what FitNets
-    hints need there. Drawn by `seed`; training.fit trains them with the student.
+    """What FitNets hints need for those of `layers` whose widths differ: from the student's width to the teacher's, a 1 x 1
+    convolution of feature maps (n, C, H, W), a linear layer of vectors (n, C) or sequences (n, L, C). Drawn by `seed`;
+    training.fit trains them with the student.
 
-    Raises ValueError for an unknown layer, or one that does not put out feature maps (n, C, H, W).
+    Raises ValueError for an unknown layer, or one that puts out anything else.
     """
     with watch(student, layers) as mine, watch(teacher, layers) as theirs, evaluating(student), evaluating(teacher):
         call(student, example), call(teacher, example)
@@ -171,10 +172,14 @@ def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], ex
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in layers:
-            if mine[layer].dim() != 4 or theirs[layer].dim() != 4:
-                raise ValueError(f"regressors: {layer} puts out {tuple(mine[layer].shape)}, expected feature maps (n, C, H, W)")
-            if mine[layer].shape[1] != theirs[layer].shape[1]:
-                found[_key(layer)] = nn.Conv2d(mine[layer].shape[1], theirs[layer].shape[1], 1, bias=False)
+            one, other = mine[layer], theirs[layer]
+            if one.dim() != other.dim() or one.dim() not in (2, 3, 4):
+                raise ValueError(f"regressors: {layer} puts out {tuple(one.shape)}, the teacher's {tuple(other.shape)}; expected "
+                                 "feature maps (n, C, H, W), vectors (n, C) or sequences (n, L, C) of both")
+            place = 1 if one.dim() == 4 else -1
+            if one.shape[place] != other.shape[place]:
+                found[_key(layer)] = (nn.Conv2d(one.shape[1], other.shape[1], 1, bias=False) if one.dim() == 4 else
+                                      nn.Linear(one.shape[-1], other.shape[-1], bias=False))
     return found
 
 
