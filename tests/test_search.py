@@ -10,13 +10,13 @@ import torch
 
 from workbench.__main__ import main
 from workbench.graph.layers import macs_of
-from workbench.methods import channels
+from workbench.methods import channels, depth
 from workbench.numbers.fronts import dominated_area, enlarged, undominated
 from workbench.plans import evaluation, recipe
 from workbench.plans.evaluation import Makers
 from workbench.plans.samplers import NAMES, replayed, sampler
-from workbench.plans.search import Limits, search
-from workbench.plans.space import BITS, FLOAT, ROUNDING, Forecast, Space, label, plan_of
+from workbench.plans.search import Limits, judged_by, search, spared
+from workbench.plans.space import BITS, DEPTH, FLOAT, ROUNDING, Forecast, Space, label, plan_of
 from workbench.plans.steps import plan as run_steps
 from workbench.store import Store
 from workbench.subjects.subject import Subject
@@ -68,6 +68,43 @@ def test_a_space_knows_the_models_groups_and_writes_plans_as_recipes(model, tiny
     made = run_steps(Subject(model, tiny), steps)
     assert macs_of(made["prune"].model, tiny.example) < 0.6 * macs_of(model, tiny.example)
     assert space.reduced((*[0] * 9, 0, 1)) == whole, "what is not rounded has no way of rounding"
+
+
+def test_a_space_leaves_out_blocks_in_their_order_and_what_is_left_out_is_not_cut(model, tiny):
+    space = Space.of(model, tiny.example, shares=(1.0, 0.5), bits=(32, 8), rounding=(), blocks=["layer3.2", "layer1.1"],
+                     recovery=2, batch_size=20)
+    assert space.genes[DEPTH] == (0, 1, 2)
+    assert space.blocks == {"layer3.2": ("layer3.2.conv1",), "layer1.1": ("layer1.1.conv1",)}
+    everything = space.reduced([1] * (len(space.genes) - 2) + [2, 1])
+    assert [name for name, option in space.chosen(everything).items() if option == 1.0] == ["layer1.1.conv1", "layer3.2.conv1"]
+    steps = space.steps(everything)
+    assert list(steps) == ["prune", "drop", "distil", "quantize"]
+    assert list(recipe.parse(recipe.dump(steps)).steps.values()) == list(steps.values())
+    left = run_steps(Subject(model, tiny), steps)["distil"].model
+    assert "layer3.2.conv1" not in dict(left.named_modules())
+    assert left.layer3[1].conv1.out_channels == 32
+    assert space.left_out([0] * len(space.genes)) == []
+
+
+def test_a_forecast_takes_off_the_times_of_the_layers_that_are_left_out():
+    genes = {"a.0.x": (1.0, 0.5), "a.1.x": (1.0, 0.5), DEPTH: (0, 1), BITS: (FLOAT, 8)}
+    times = [{"share": share, "bits": bits, "layer": layer, "latency_ms": share * time * (1 if bits == FLOAT else 0.5)}
+             for share in (1.0, 0.5) for bits in (FLOAT, 8) for layer, time in (("a.0.x", 1.0), ("a.1.x", 2.0), ("b", 1.0))]
+    space = Space(genes, {"a.1": ("a.1.x",)})
+    harm = pd.DataFrame([{"gene": DEPTH, "option": 1, "distance": 0.3}, {"gene": "a.0.x", "option": 1, "distance": 0.1}])
+    expected = Forecast(space, harm, pd.DataFrame(times), {"a.0.x": ("a.0.x",), "a.1.x": ("a.1.x",)})
+    assert expected.latency((0, 0, 1, 0)) == pytest.approx(0.5)
+    assert expected.latency((1, 0, 1, 1)) == pytest.approx(0.1875)
+    assert expected.lost((1, 0, 1, 0)) == pytest.approx(0.4)
+    fixed, parts = expected.parts(FLOAT)
+    assert fixed + sum(parts[name][place] for name, place in zip(parts, (1, 0, 1), strict=True)) == pytest.approx(0.375)
+
+
+def test_a_search_that_is_given_nothing_else_may_leave_out_half_of_the_blocks(model, tiny):
+    start = Subject(model, tiny)
+    found = spared(start, judged_by(start, 100, 0))
+    assert len(found) == 3
+    assert set(found) <= set(depth.blocks(model, tiny.example))
 
 
 def test_a_plan_comes_back_from_its_label():

@@ -24,7 +24,9 @@ import pandas as pd
 import torch
 
 from workbench import files, machine
+from workbench.graph.depth import blocks as blocks_of
 from workbench.measures import accuracy, latency
+from workbench.methods import depth
 from workbench.numbers.fronts import undominated
 from workbench.plans import recipe
 from workbench.plans.compress import marked
@@ -97,11 +99,11 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
            images: int = 2000, blocks: int = 10, test: Split | None = None, seed: int = 0) -> Found:
     """Look for the plan that loses least within `limits`; leave in `out` model.onnx, recipe.yaml, plans.csv and run.json.
 
-    space: by default `Space.of` the model. sampler: see samplers.NAMES. evaluations, minutes: when it ends. batch: plans that
-    are asked for at once, so many whatever the workers, so that one worker and two give the same trials. workers: processes
-    that make plans, one thread each; scheduler: address of a dask.distributed one instead, whose workers see `out` under the
-    same path. images: validation examples (training ones where there are too few) that judge; blocks: rounds of each timing.
-    test: what the best plans are judged on, by default the task's test split.
+    space: by default `Space.of` the model, with the blocks `spared`. sampler: see samplers.NAMES. evaluations, minutes: when it
+    ends. batch: plans that are asked for at once, so many whatever the workers, so that one worker and two give the same
+    trials. workers: processes that make plans, one thread each; scheduler: address of a dask.distributed one instead, whose
+    workers see `out` under the same path. images: validation examples (training ones where there are too few) that judge;
+    blocks: rounds of each timing. test: what the best plans are judged on, by default the task's test split.
 
     plans.csv has plan, its options, lost with interval (paired, on n examples), latency and size as shares, predicted (latency,
     from the forecast), raced (not scored to the end: another plan was surely better), params, macs.
@@ -116,8 +118,8 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
     if sampler not in NAMES:
         raise ValueError(f"unknown sampler {sampler!r}; expected one of {', '.join(NAMES)}")
     out, test = Path(out), test or start.task.test
-    space = space or Space.of(start.model, start.example, seed=seed)
     judging = judged_by(start, images, seed)
+    space = space or Space.of(start.model, start.example, blocks=spared(start, judging), seed=seed)
     key = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task), "code": code()}
     asked = {"limits": dataclasses.asdict(limits), "space": space.told(), "sampler": sampler, "batch": batch, "seed": seed,
              "images": len(judging), **key}
@@ -151,6 +153,13 @@ def judged_by(start: Subject, images: int, seed: int) -> Split:
                          "choosing")
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:images]
     return source.take(order)
+
+
+def spared(start: Subject, judging: Split) -> list[str]:
+    """The blocks that a search may leave out, half of those that can go at most, those that matter least first."""
+    known = blocks_of(start.model, start.example)
+    few = judging.take(torch.arange(min(len(judging), 200)))
+    return list(depth.order(start.model, few.batches(100), among=known, count=len(known) // 2).block) if known else []
 
 
 class _Journal:

@@ -1,8 +1,8 @@
 """What a search chooses from: genes with their options, the recipe that a choice stands for, and what it is expected to cost.
 
-A gene is a group of channels, with the shares of it that may stay, or a setting of the whole: the bits that weights take on
-average (32 is float), and whether rounded weights are repaired. A plan gives each gene one of its options; as a recipe it is
-cut, recovered for a stated number of steps, rounded.
+A gene is a group of channels, with the shares of it that may stay, or a setting of the whole: how many blocks are left out, the
+bits that weights take on average (32 is float), and whether rounded weights are repaired. A plan gives each gene one of its
+options; as a recipe it is cut, recovered for a stated number of steps, rounded.
 
 What a plan is expected to cost comes from a few measurements: the harm of each option alone (sensitivity.scan, rounded copies
 of the whole model) and the time of each layer at each share, in float and in 8 bits (ONNX Runtime's own profile of evenly cut
@@ -11,7 +11,7 @@ copies).
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -25,10 +25,12 @@ from workbench import files
 from workbench.batches import answer, call
 from workbench.deployment import onnx
 from workbench.graph.coupling import groups
+from workbench.graph.depth import without_blocks
 from workbench.graph.layers import evaluating, named
 from workbench.measures import latency, sensitivity
 from workbench.methods import channels
 from workbench.methods.channels import Prune
+from workbench.methods.depth import Drop
 from workbench.methods.distillation import Distil
 from workbench.methods.quantization import Quantize, quantize
 from workbench.methods.rounding import Repair
@@ -39,7 +41,7 @@ from workbench.subjects.tasks import Split
 from workbench.subjects.training import Recipe
 
 FLOAT = 32
-BITS, ROUNDING = "(bits)", "(rounding)"  # the genes of the whole, between brackets as no layer is
+DEPTH, BITS, ROUNDING = "(depth)", "(bits)", "(rounding)"  # the genes of the whole, between brackets as no layer is
 Plan = tuple[int, ...]  # of each gene, in their order, the place of its option
 
 
@@ -57,10 +59,13 @@ def plan_of(label: str) -> Plan:
 class Space:
     """Genes by name, each with its options; the first option of each leaves the model as it is.
 
+    blocks: those that may be left out, in the order in which they go, each with the genes that go with it.
+
     Example: `Space.of(model, task.example, shares=(1.0, 0.5), bits=(32, 8))`
     """
 
     genes: Mapping[str, tuple]
+    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     recovery: int = 60  # steps of distilling behind a cut, of `batch_size` examples
     batch_size: int = 64
     learning_rate: float = 0.01
@@ -69,8 +74,11 @@ class Space:
 
     @classmethod
     def of(cls, model: nn.Module, example, *, shares: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-           bits: Sequence[int] = (32, 8, 6, 4), rounding: Sequence[str] = ("nearest", "descend"), **settings) -> "Space":
+           bits: Sequence[int] = (32, 8, 6, 4), rounding: Sequence[str] = ("nearest", "descend"),
+           blocks: Sequence[str] = (), **settings) -> "Space":
         """The genes that a model has: each group of channels that can be cut, with the shares that give different widths.
+
+        blocks: that may be left out, the first first (depth.order).
 
         Raises ValueError for shares or bits out of range, UnsupportedModelError where the model cannot be traced.
         """
@@ -78,17 +86,23 @@ class Space:
             raise ValueError(f"space: shares are {list(shares)}, bits {list(bits)}; expected shares above 0 and at most 1, bits "
                              f"from 2 to 8, or {FLOAT} for float")
         genes: dict[str, tuple] = {}
+        within: dict[str, tuple[str, ...]] = dict.fromkeys(blocks, ())
         for group in groups(model, example):
             multiple = 1 if group.unit == "head" else None
             widths = {channels.kept_width(group.channels, share, multiple=multiple): share
                       for share in sorted({*shares, 1.0}, reverse=True)}
             if not group.kept and len(widths) > 1:
                 genes[group.layer] = tuple(width / group.channels for width in widths)
+                for block in blocks:
+                    if all(layer.startswith(f"{block}.") for layer in group.made_by):
+                        within[block] = (*within[block], group.layer)
+        if blocks:
+            genes[DEPTH] = tuple(range(len(blocks) + 1))
         if len(set(bits)) > 1 or tuple(bits) != (FLOAT,):
             genes[BITS] = tuple(sorted({*bits, FLOAT}, reverse=True))
             if len(set(rounding)) > 1:
                 genes[ROUNDING] = tuple(rounding)
-        return cls(genes, **settings)
+        return cls(genes, within, **settings)
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +112,7 @@ class Space:
     @property
     def inner(self) -> dict[str, tuple]:
         """The genes that are groups of channels."""
-        return {name: options for name, options in self.genes.items() if name not in (BITS, ROUNDING)}
+        return {name: options for name, options in self.genes.items() if name not in (DEPTH, BITS, ROUNDING)}
 
     @property
     def sizes(self) -> list[int]:
@@ -113,11 +127,17 @@ class Space:
         return [self.reduced(plan) for plan in product(*map(range, self.sizes))]
 
     def reduced(self, plan: Sequence[int]) -> Plan:
-        """The same plan in the one way of writing it: what is not rounded has no way of rounding."""
+        """The same plan in the one way of writing it: what is left out is not cut, what is not rounded has no way of rounding."""
         plan, names = list(plan), self.names
+        for gene in (gene for block in self.left_out(plan) for gene in self.blocks[block]):
+            plan[names.index(gene)] = 0
         if ROUNDING in names and plan[names.index(BITS)] == 0:
             plan[names.index(ROUNDING)] = 0
         return tuple(plan)
+
+    def left_out(self, plan: Sequence[int]) -> list[str]:
+        """The blocks that a plan leaves out."""
+        return list(self.blocks)[:plan[self.names.index(DEPTH)]] if DEPTH in self.genes else []
 
     def chosen(self, plan: Plan) -> dict[str, float | int | str]:
         """The option of each gene."""
@@ -132,9 +152,11 @@ class Space:
         shares = {name: chosen[name] for name in self.inner if chosen[name] < 1}
         if shares:
             steps["prune"] = Prune(shares=shares, seed=self.seed)
-            if self.recovery:
-                steps["distil"] = Distil(Recipe(epochs=1, batch_size=self.batch_size, learning_rate=self.learning_rate),
-                                         examples=self.recovery * self.batch_size, validation=1, seed=self.seed)
+        if left_out := self.left_out(plan):
+            steps["drop"] = Drop(left_out)
+        if steps and self.recovery:
+            steps["distil"] = Distil(Recipe(epochs=1, batch_size=self.batch_size, learning_rate=self.learning_rate),
+                                     examples=self.recovery * self.batch_size, validation=1, seed=self.seed)
         bits = chosen.get(BITS, FLOAT)
         if bits != FLOAT:
             steps["quantize"] = (Quantize(bits=8, calibrator=self.calibrator, seed=self.seed) if bits == 8 else
@@ -187,29 +209,38 @@ class Forecast:
 
     def latency(self, plan: Plan) -> float:
         """The time of a plan's file as a share of the model's as it came, layer by layer from the table."""
-        fixed, parts = self.parts(self.space.chosen(plan).get(BITS, FLOAT))
-        return fixed + float(sum(parts[name][place] for name, place in zip(self.space.names, plan, strict=True) if name in parts))
+        layers = self._layers[self._rounded(self.space.chosen(plan).get(BITS, FLOAT))]
+        places, gone = dict(zip(self.space.names, plan, strict=True)), tuple(f"{block}." for block in self.space.left_out(plan))
+        return float(sum(fixed + sum(times[places[gene]] for gene, times in parts.items())
+                         for layer, (fixed, parts) in layers.items() if not (gone and layer.startswith(gone))))
 
     def parts(self, bits: int) -> tuple[float, dict[str, np.ndarray]]:
-        """The time at so many bits as a sum: what no gene changes, and of each gene's options its part of the layers' times."""
-        return self._parts[FLOAT if bits == FLOAT else 8]
+        """The time at so many bits as a sum: what no gene changes, and of each gene's options its part of the layers' times, that
+        of depth as if nothing was cut."""
+        layers = self._layers[self._rounded(bits)]
+        parts = {name: np.zeros(len(options)) for name, options in self.space.genes.items() if name not in (BITS, ROUNDING)}
+        for layer, (alone, own) in layers.items():
+            for gene, times in own.items():
+                parts[gene] += times
+            for place, block in enumerate(self.space.blocks):
+                if layer.startswith(f"{block}."):
+                    parts[DEPTH][place + 1:] -= alone + sum(times[0] for times in own.values())
+        return sum(alone for alone, _ in layers.values()), parts
+
+    def _rounded(self, bits: int) -> int:
+        return FLOAT if bits == FLOAT else 8
 
     @cached_property
-    def _parts(self) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
+    def _layers(self) -> dict[int, dict[str, tuple[float, dict[str, np.ndarray]]]]:
+        """By bits and layer, as shares of the whole model's time: what no gene changes, and each gene's options' part."""
         table = self.times.set_index(["bits", "layer", "share"]).latency_ms.sort_index()
         whole = table[FLOAT].xs(1.0, level="share").sum()
-        made = {}
-        for bits in sorted(set(self.times.bits)):
-            fixed, parts = 0.0, {name: np.zeros(len(options)) for name, options in self.space.inner.items()}
-            for layer, curve in table[bits].groupby(level="layer"):
-                genes = self.genes_of.get(layer, ()) if layer != "(rest)" else tuple(parts)
-                shares, times = curve.index.get_level_values("share").to_numpy(), curve.to_numpy() / whole
-                if not genes:
-                    fixed += times[shares == 1.0][0]
-                    continue
-                for gene in genes:
-                    parts[gene] += np.interp(self.space.genes[gene], shares, times) / len(genes)
-            made[bits] = fixed, parts
+        made: dict[int, dict] = {}
+        for (bits, layer), curve in table.groupby(level=["bits", "layer"]):
+            genes = self.genes_of.get(layer, ()) if layer != "(rest)" else tuple(self.space.inner)
+            shares, times = curve.index.get_level_values("share").to_numpy(), curve.to_numpy() / whole
+            made.setdefault(bits, {})[layer] = (0.0 if genes else float(times[shares == 1.0][0]), {
+                gene: np.interp(self.space.genes[gene], shares, times) / len(genes) for gene in genes})
         return made
 
 
@@ -229,13 +260,13 @@ def forecast(subject: Subject, space: Space, judging: Split, *, folder: Path, ru
         rows += [{"gene": row.layer, "option": inner[row.layer].index(share), "distance": row.distance}
                  for row in curves.itertuples()]
     seen = list(subject.task.validation.subset(100, seed=space.seed).batches(50))
+    changed = {(DEPTH, place + 1): without_blocks(model, list(space.blocks)[:place + 1]) for place in range(len(space.blocks))}
+    changed |= {(BITS, place): quantize(model, seen, weights=Scheme(bits, granularity="channel"), calibrator=space.calibrator)
+                for place, bits in enumerate(space.genes.get(BITS, ())) if bits != FLOAT}
     expected = _answers(model, judging)
-    for place, bits in enumerate(space.genes.get(BITS, ())):
-        if bits == FLOAT:
-            continue
-        rounded = quantize(model, seen, weights=Scheme(bits, granularity="channel"), calibrator=space.calibrator)
-        apart = (_answers(rounded, judging) - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-12)
-        rows.append({"gene": BITS, "option": place, "distance": apart.mean().item()})
+    for (gene, place), other in changed.items():
+        apart = (_answers(other, judging) - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-12)
+        rows.append({"gene": gene, "option": place, "distance": apart.mean().item()})
     harm = pd.DataFrame(rows, columns=["gene", "option", "distance"])
     return Forecast(space, harm, _times(model, example, space, folder, seen, runs), _genes_of(model, example, inner))
 
