@@ -65,6 +65,16 @@ def test_evaluate_counts_what_a_plain_loop_counts(tiny, model):
     assert found.n == 200
 
 
+def test_accuracy_on_a_models_own_answers_is_agreement_with_it(tiny, model, network):
+    labelled = accuracy.labelled_by(network, tiny.test)
+    assert accuracy.evaluate(network, labelled).value == 1.0
+    agreement = equivalence.compare(network, model, tiny.test).agreement
+    assert accuracy.evaluate(model, labelled).value == pytest.approx(agreement)
+    tokens = data.of((torch.zeros(8, 4).long(), torch.zeros(8, 4).long()), asks="next_token")
+    with pytest.raises(ValueError, match="asks for more than one class an example"):
+        accuracy.labelled_by(torch.nn.Embedding(3, 3), tokens.test)
+
+
 def test_cost_equals_the_formula_of_each_layer(task, model):
     table = cost.table(model, task.example).set_index("layer")
     assert table.macs["conv1"] == 28 * 28 * 16 * 1 * 9

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.reporting import plots
+from workbench.reporting import plan_plots, plots
 
 
 def curves(layers: int, what: str) -> pd.DataFrame:
@@ -29,3 +29,17 @@ def test_a_ladder_takes_its_names_from_any_table_of_differences(column):
     table = pd.DataFrame({column: ["a", "b"], "top1_change": [0.0, -0.1], "top1_change_low": [0.0, -0.2],
                           "top1_change_high": [0.0, 0.0]})
     assert [text.get_text() for text in plots.ladder(table).get_yticklabels()] == ["a", "b"]
+
+
+def test_what_is_left_stands_in_percent_beside_what_was_published():
+    table = pd.DataFrame({"subject": ["a", "b"], "params": [0.2, 1.0], "latency": [0.1, 0.5]})
+    axes = plan_plots.left(table, ["params", "latency"], beside={"latency": 0.436})
+    assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[20, 10], [100, 50]]
+    assert axes.lines[2].get_xdata()[0] == pytest.approx(43.6)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "as the articles have it"]
+
+
+def test_stages_are_named_in_the_legend():
+    table = pd.DataFrame({"recipe": "ours", "stage": ["start", "prune", "quantize"], "ratio": [1.0, 0.8, 0.4],
+                          "top1_change": [0.0, -0.1, -0.1], "top1_change_low": [0.0, -0.2, -0.2], "top1_change_high": 0.0})
+    assert [text.get_text() for text in plots.stages(table).get_legend().get_texts()] == ["ours: prune, quantize"]

@@ -9,7 +9,7 @@ Sources: Wilson 1927 for the interval of a proportion; McNemar 1947, exact binom
 Tibshirani 1993.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 
 import numpy as np
@@ -118,6 +118,19 @@ def evaluate(model, split: Split, *, batch_size: int = 64) -> Score:
             bar.update(len(targets))
     seen = (torch.cat(labels), torch.cat(answers)) if labels else (None, None)
     return scored(torch.cat(rows), asked, labels=seen[0], predictions=seen[1], units=split.units)
+
+
+def labelled_by(model, split: Split, *, batch_size: int = 64) -> Split:
+    """`split` with what a model answers in the place of its labels, so that the accuracy of another is agreement with it.
+
+    Raises ValueError where the answer is no single class, and as `evaluate` does.
+
+    Example: `accuracy.evaluate(small, accuracy.labelled_by(model, task.test))`
+    """
+    answers = evaluate(model, split, batch_size=batch_size).predictions
+    if answers is None:
+        raise ValueError(f"{split.name} asks for more than one class an example; only classes can be labelled by a model")
+    return replace(split, targets=answers)
 
 
 def from_predictions(predictions: Tensor, labels: Tensor) -> Score:

@@ -2,7 +2,7 @@
 
 A network of residual blocks, or of transformer layers, still runs without some of them (Veit et al. 2016, arXiv 1605.06431; Fan
 et al. 2019, arXiv 1909.11556; Sajjad et al. 2020, arXiv 2004.03844). Fewer layers are faster where narrower ones may not be: in
-int8 on ONNX Runtime a ResNet-20 with half its multiply-accumulates takes as long as the whole one (`40_recipes`).
+int8 on ONNX Runtime a ResNet-20 with half its multiply-accumulates takes as long as the whole one (`42_search`).
 """
 
 from collections.abc import Iterable, Sequence

@@ -32,12 +32,13 @@ COMPARED = 1000  # examples behind the verdict on module and file
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What `compress` leaves. stages: one row a stage; verdict: the last module against its file; file: that file; subject: the
-    last stage."""
+    """What `compress` leaves. stages: one row a stage; verdict: the last module against its file; file: that file; base: that of
+    the model as it came; subject: the last stage."""
 
     stages: pd.DataFrame
     verdict: equivalence.Equivalence
     file: Path
+    base: Path
     subject: Subject
 
 
@@ -134,7 +135,7 @@ def _told(out: Path, made: list[tuple[str, Path]], subject: Subject, test: Split
         new.write_text(json.dumps({**told, "threads": threads, "seed": seed, "checks": verdict.checks(), "time": time.time(),
                                    "versions": machine.versions(), "hardware": machine.hardware()}, indent=1))
     frame.attrs["machine"] = timed.attrs["machine"]
-    return Compressed(frame, verdict, out / "model.onnx", subject)
+    return Compressed(frame, verdict, out / "model.onnx", made[0][1] / "model.onnx", subject)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -78,14 +78,11 @@ def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -
     change = next(column for column in table if column.endswith("_change") and not column.startswith("int8"))
     for (name, line), colour, marker in zip(table.groupby(by, sort=False), (BLUE, RED, GREY, "#2a7a5b"), "os^D", strict=False):
         low, high = (abs(line[f"{change}_{end}"] - line[change]) * 100 for end in ("low", "high"))
-        ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker, capsize=2, label=name)
-        for place, row in enumerate(line.itertuples()):
-            ax.annotate(row.stage, (row.ratio, getattr(row, change) * 100), textcoords="offset points", fontsize=8, color=colour,
-                        xytext=(6, 5 if place % 2 else -12))  # stages that change little lie close
+        ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker, capsize=2,
+                    label=f"{name}: {', '.join(line.stage[1:])}")
     ax.axhline(0, color=GREY, linestyle=":")
     ax.set(xlabel="latency, as a share of the model as it came", ylabel=f"change of {change.removesuffix('_change')}, points",
            title="Stage by stage (paired, 95 %)")
-    ax.margins(x=0.15)  # room for the last stages' names
     ax.invert_xaxis()
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -1,4 +1,6 @@
-"""Figures of a search: what was found beneath the exact front, and how soon each sampler gets there."""
+"""Figures of plans: what a search found beneath the exact front, how soon each sampler gets there, orders, before and after."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -55,4 +57,27 @@ def orders(matrix: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(rows)), rows.order)
     ax.axvline(0, color=GREY, linestyle=":")
     ax.set(xlabel="change of top-1, points (95 %)", title="P prune, D distil, Q quantise, in their order")
+    return ax
+
+
+def left(table: pd.DataFrame, columns: Sequence[str], *, beside: Mapping[str, float] | None = None, by: str = "subject",
+         ax: Axes | None = None) -> Axes:
+    """What is left of each quantity, in percent of what it was before: a row a quantity, a mark a subject, the further left the
+    less. beside: a published share of some of the quantities."""
+    ax = ax or _axes(8, 1 + 0.5 * len(columns))
+    places = np.arange(len(columns))[::-1]
+    for (_, row), colour, marker in zip(table.iterrows(), (BLUE, RED, "#2a7a5b", "#b8860b", GREY), "os^Dv", strict=False):
+        shares = [100 * row[column] for column in columns]
+        ax.plot(shares, places, marker, color=colour, markersize=8, label=row[by])
+        for share, place in zip(shares, places, strict=True):
+            ax.annotate(f"{share:.0f}", (share, place), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=7,
+                        color=colour)
+    for name, share in (beside or {}).items():
+        ax.plot(100 * share, places[list(columns).index(name)], "|", color="black", markersize=20,
+                label="as the articles have it" if name == next(iter(beside)) else None)
+    ax.axvline(100, color=GREY, linestyle=":")
+    ax.set_yticks(places, columns)
+    ax.set(xlabel="left of it, percent of the model as it came", title="Before and after", xlim=(0, None),
+           ylim=(-0.6, len(columns) - 0.2))
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
