@@ -142,16 +142,13 @@ def search(name, source, out, latency, size, lost, sampler, evaluations, minutes
     """
     from workbench.plans.search import Limits
     from workbench.plans.search import search as run
-    from workbench.plans.space import Space
     from workbench.subjects import data, models
     from workbench.subjects.subject import Subject
 
     limits = Limits(latency, size, lost)
     task = data.load(source, preprocessing=models.preprocessing(name))
-    model = models.load(name, task)
-    space = Space.of(model, task.example, recovery=recovery, seed=seed)
-    found = run(Subject(model, task), limits, out, space=space, sampler=sampler, evaluations=evaluations, minutes=minutes,
-                workers=workers, scheduler=scheduler, images=images, seed=seed)
+    found = run(Subject(models.load(name, task), task), limits, out, sampler=sampler, evaluations=evaluations, minutes=minutes,
+                workers=workers, scheduler=scheduler, images=images, recovery=recovery, seed=seed)
     click.echo(found.confirmed.round(4).to_string(index=False))
     click.echo(f"{found.reason}; {len(found.plans)} plans made, racing spared {found.saved:.0%} of their scoring")
     click.echo(f"{out / 'recipe.yaml'}: workbench compress takes it, {out / 'model.onnx'} is its file")

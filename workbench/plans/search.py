@@ -96,14 +96,15 @@ class Found:
 
 def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | None = None, sampler: str = "forecast",
            evaluations: int = 64, minutes: float | None = None, batch: int = 4, workers: int = 1, scheduler: str | None = None,
-           images: int = 2000, blocks: int = 10, test: Split | None = None, seed: int = 0) -> Found:
+           images: int = 2000, recovery: int = 60, blocks: int = 10, test: Split | None = None, seed: int = 0) -> Found:
     """Look for the plan that loses least within `limits`; leave in `out` model.onnx, recipe.yaml, plans.csv and run.json.
 
-    space: by default `Space.of` the model, with the blocks `spared`. sampler: see samplers.NAMES. evaluations, minutes: when it
-    ends. batch: plans that are asked for at once, so many whatever the workers, so that one worker and two give the same
-    trials. workers: processes that make plans, one thread each; scheduler: address of a dask.distributed one instead, whose
-    workers see `out` under the same path. images: validation examples (training ones where there are too few) that judge;
-    blocks: rounds of each timing. test: what the best plans are judged on, by default the task's test split.
+    space: by default `Space.of` the model, with the blocks `spared` and `recovery` steps of distilling. sampler: see
+    samplers.NAMES. evaluations, minutes: when it ends. batch: plans that are asked for at once, so many whatever the workers,
+    so that one worker and two give the same trials. workers: processes that make plans, one thread each; scheduler: address
+    of a dask.distributed one instead, whose workers see `out` under the same path. images: validation examples (training ones
+    where there are too few) that judge; blocks: rounds of each timing. test: what the best plans are judged on, by default
+    the task's test split.
 
     plans.csv has plan, its options, lost with interval (paired, on n examples), latency and size as shares, predicted (latency,
     from the forecast), raced (not scored to the end: another plan was surely better), params, macs.
@@ -119,7 +120,7 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
         raise ValueError(f"unknown sampler {sampler!r}; expected one of {', '.join(NAMES)}")
     out, test = Path(out), test or start.task.test
     judging = judged_by(start, images, seed)
-    space = space or Space.of(start.model, start.example, blocks=spared(start, judging), seed=seed)
+    space = space or Space.of(start.model, start.example, blocks=spared(start, judging), recovery=recovery, seed=seed)
     key = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task), "code": code()}
     asked = {"limits": dataclasses.asdict(limits), "space": space.told(), "sampler": sampler, "batch": batch, "seed": seed,
              "images": len(judging), **key}
