@@ -96,10 +96,10 @@ def _exported(model: nn.Module, example: Inputs, names: list[str], places: Mappi
         kwargs = {name: kwargs[name] for name in _order(model)}
     shapes = {name: dict.fromkeys(places[name], torch.export.Dim.AUTO) for name in kwargs or names}
     free = shapes if kwargs else tuple(shapes.values())
-    program = torch.onnx.export(capture.captured(model, args, kwargs, free) or model, args, kwargs=kwargs, dynamo=True,
-                                input_names=list(shapes), verbose=False, output_names=outputs, dynamic_shapes=free,
-                                custom_translation_table=capture.TRANSLATIONS | {
-                                    torch.ops.aten.scaled_dot_product_attention.default: attention})
+    plain = capture.captured(model, args, kwargs, free)
+    translations = {torch.ops.aten.scaled_dot_product_attention.default: attention} | (capture.TRANSLATIONS if plain else {})
+    program = torch.onnx.export(plain or model, args, kwargs=kwargs, dynamo=True, input_names=list(shapes), verbose=False,
+                                output_names=outputs, dynamic_shapes=free, custom_translation_table=translations)
     fixed = [value.name for value in program.model.graph.inputs if isinstance(value.shape[0], int)]
     if fixed:
         raise ValueError(f"its forward fixes the number of examples of {fixed[0]!r}; write it for any batch")
