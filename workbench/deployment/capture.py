@@ -1,7 +1,7 @@
-"""The graph of a plain network, as the exporter may take it: without being decomposed, which is half of its time.
+"""The graph of a network for the exporter; that of a plain one is not decomposed, which takes half of the exporter's time.
 
-torch.onnx.export runs each graph through its decompositions twice over, for operators in place and those that ONNX lacks. A
-graph of convolutions, norms, activations and sums has neither once its operators in place are written as such that are not.
+torch.onnx.export decomposes every graph, because some operators work in place and some are unknown to ONNX. A plain graph has
+neither, once each operator in place is replaced by the one that makes a new tensor.
 """
 
 import operator
@@ -24,8 +24,8 @@ PLAIN = VIEWS | {
     aten.relu.default, aten.hardtanh.default, aten.hardswish.default, aten.hardsigmoid.default, aten.sigmoid.default,
     aten.silu.default, aten.gelu.default, aten.tanh.default, aten.mean.dim, aten.adaptive_avg_pool2d.default,
     aten.max_pool2d.default, aten.avg_pool2d.default, aten.pad.default, aten.cat.default, aten.gather.default,
-    aten.index.Tensor, aten.arange.default, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor, aten.new_ones.default,
-    aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
+    aten.index.Tensor, aten.arange.default, aten.gt.Scalar, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor,
+    aten.new_ones.default, aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
 IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
             aten.hardswish_.default: aten.hardswish.default, aten.silu_.default: aten.silu.default,
             aten.add_.Tensor: aten.add.Tensor}
@@ -38,7 +38,8 @@ LEAVES = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn
 
 
 def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> ExportedProgram | None:
-    """The exported program of a plain network, which the exporter takes as it is; None for any other.
+    """The exported program of a plain network, which the exporter takes as it is, with TRANSLATIONS; None for any other, which
+    the exporter has to read itself: it sets more about the axes that are free than torch.export.export does.
 
     args, kwargs: example inputs; shapes: which of their axes are free, as torch.export.export has it.
     """
@@ -46,7 +47,7 @@ def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> Expo
         return None
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception:  # the exporter has other ways, and says why none goes
+    except Exception:  # the exporter tries other ways, and says why none works
         return None
     if not _plain(program.graph):
         return None
@@ -101,10 +102,15 @@ def silu(x):
     return op.Mul(x, op.Sigmoid(x))
 
 
-def cast(x, _device=None, dtype=None, **_more):
+def cast(x, dtype, *_more):
     """A tensor's `to` another type."""
+    return op.Cast(x, to=dtype)
+
+
+def cast_on(x, _device=None, dtype=None, *_more, **_layout):
+    """A tensor's `to` another type, where a device is named as well."""
     return x if dtype is None else op.Cast(x, to=dtype)
 
 
 TRANSLATIONS = {aten.batch_norm.default: batch_norm, aten.adaptive_avg_pool2d.default: average, aten.silu.default: silu,
-                aten.to.device: cast, aten.to.dtype_layout: cast}
+                aten.to.dtype: cast, aten.to.device: cast_on, aten.to.dtype_layout: cast_on}

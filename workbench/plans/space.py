@@ -217,18 +217,24 @@ class Forecast:
     def parts(self, bits: int) -> tuple[float, dict[str, np.ndarray]]:
         """The time at so many bits as a sum: what no gene changes, and of each gene's options its part of the layers' times, that
         of depth as if nothing was cut."""
-        layers = self._layers[self._rounded(bits)]
-        parts = {name: np.zeros(len(options)) for name, options in self.space.genes.items() if name not in (BITS, ROUNDING)}
-        for layer, (alone, own) in layers.items():
-            for gene, times in own.items():
-                parts[gene] += times
-            for place, block in enumerate(self.space.blocks):
-                if layer.startswith(f"{block}."):
-                    parts[DEPTH][place + 1:] -= alone + sum(times[0] for times in own.values())
-        return sum(alone for alone, _ in layers.values()), parts
+        return self._parts[self._rounded(bits)]
 
     def _rounded(self, bits: int) -> int:
         return FLOAT if bits == FLOAT else 8
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
+        made = {}
+        for bits, layers in self._layers.items():
+            parts = {name: np.zeros(len(options)) for name, options in self.space.genes.items() if name not in (BITS, ROUNDING)}
+            for layer, (alone, own) in layers.items():
+                for gene, times in own.items():
+                    parts[gene] += times
+                for place, block in enumerate(self.space.blocks):
+                    if layer.startswith(f"{block}."):
+                        parts[DEPTH][place + 1:] -= alone + sum(times[0] for times in own.values())
+            made[bits] = sum(alone for alone, _ in layers.values()), parts
+        return made
 
     @cached_property
     def _layers(self) -> dict[int, dict[str, tuple[float, dict[str, np.ndarray]]]]:
@@ -260,7 +266,8 @@ def forecast(subject: Subject, space: Space, judging: Split, *, folder: Path, ru
         rows += [{"gene": row.layer, "option": inner[row.layer].index(share), "distance": row.distance}
                  for row in curves.itertuples()]
     seen = list(subject.task.validation.subset(100, seed=space.seed).batches(50))
-    changed = {(DEPTH, place + 1): without_blocks(model, list(space.blocks)[:place + 1]) for place in range(len(space.blocks))}
+    changed = {(DEPTH, place + 1): without_blocks(model, list(space.blocks)[:place + 1], shared=True)
+               for place in range(len(space.blocks))}
     changed |= {(BITS, place): quantize(model, seen, weights=Scheme(bits, granularity="channel"), calibrator=space.calibrator)
                 for place, bits in enumerate(space.genes.get(BITS, ())) if bits != FLOAT}
     expected = _answers(model, judging)
