@@ -119,6 +119,20 @@ def test_zero_added_and_one_multiplied_do_not_part_file_and_module(tmp_path):
     assert apart(sessions.open(made)(x), sessions.open(path)(x)) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [-20, 0, 0.4, 0.6, 3])
+def test_a_range_that_goes_beyond_a_cut_by_less_than_half_a_step_is_an_integer_kernels_still(steps, tmp_path):
+    """As percentiles give it, whose ranges end where a bin of the histogram does."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3), nn.Flatten()), 8 * torch.randn(24, 3, 8, 8)
+    made = quantization.quantize(model, [(x, torch.zeros(24))])
+    cut = [quantizer for name, quantizer in quantizers(made) if isinstance(quantizer, ActivationQuantizer)][1]
+    cut.scale.data.fill_(6 / 255 * (1 + steps / 255))
+    kernels = [node for node in integers.exact(made).graph.nodes if str(node.target).startswith("integer_")]
+    assert len(kernels) == (3 if steps < 0.5 else 2)
+    path = onnx.export(made, x, tmp_path / "cut.onnx")
+    assert apart(sessions.open(made)(x), sessions.open(path)(x)) < 1e-6
+
+
 def test_linear_layers_and_concatenations(tmp_path):
     class Both(nn.Module):
         def __init__(self):

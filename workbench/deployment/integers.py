@@ -14,6 +14,7 @@ sums of two products at 16 bits; `sessions.open` opens files so that they do not
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +71,9 @@ def _kernel(node: fx.Node, out: ActivationQuantizer, modules: dict, grids: dict)
         return _Images(out), [node]
     while ends(node) or is_idle(node, modules):
         if ends(node):
-            low, high = ends(node)
-            least, most = ((limit - out.zero.item()) * out.scale.item() for limit in out.scheme.limits)
-            if least < low - 1e-6 * out.scale.item() or most > high + 1e-3 * out.scale.item():
-                return None, []  # the range goes beyond where it cuts: it is computed for itself
+            low, high = (round(end / out.scale.item() + out.zero.item()) if math.isfinite(end) else end for end in ends(node))
+            if low > out.scheme.limits[0] or high < out.scheme.limits[1]:
+                return None, []  # some integers lie beyond where it cuts: it is computed for itself
         node = node.args[0]
     if is_layer(node, modules) and node.args[0] in grids and _whole(modules[node.target]):
         return _Layer(modules[node.target], grids[node.args[0]], out), [node.args[0]]
