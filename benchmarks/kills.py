@@ -40,7 +40,7 @@ def started(command: list[str], folder: Path) -> subprocess.Popen:
     """A process of its own, whose words go to a file."""
     with open(folder / "words.txt", "a") as words:
         return subprocess.Popen([sys.executable, *command], cwd=folder, stdout=words, stderr=words,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=machine.end_with_parent)
 
 
 def made(out: Path) -> int:
@@ -63,6 +63,7 @@ def disturbed(out: Path, folder: Path, draw: random.Random) -> tuple[list[dict],
             name = draw.choice(list(running))
             running[name].kill()
             kills.append({"kill": len(kills) + 1, "killed": name, "plans": done})
+            bar.write(f"{name} killed behind plan {done}")
             due.pop(0)
         for name, process in running.items():
             if process.poll() is not None and not (out / "plans.csv").exists():

@@ -3,9 +3,10 @@ it."""
 
 import json
 import multiprocessing
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -162,7 +163,12 @@ def made(start: Subject, space: Space, plan: Plan, store: Store, key: dict) -> P
 
 
 class Makers:
-    """make(plans) -> their folders: in this process, in processes here, or on a cluster."""
+    """make(plans) -> their folders: in this process, in processes here, or on a cluster.
+
+    A cluster's workers get what they need as bytes: a module that one of its threads traces cannot be sent from another.
+    """
+
+    AGAIN = 20  # times that plans are sent anew, where the scheduler or the last worker that had the bytes was lost
 
     def __init__(self, start: Subject, space: Space, store: Store, key: dict, workers: int, scheduler: str | None):
         self.arguments = start, space, store, key
@@ -170,12 +176,8 @@ class Makers:
 
     def __enter__(self) -> Callable[[Sequence[Plan]], list[Path]]:
         if self.scheduler:
-            from distributed import Client
-
-            try:
-                self.client = Client(self.scheduler, timeout=5, set_as_default=False)
-            except (OSError, ValueError) as error:
-                raise OSError(f"no scheduler at {self.scheduler} ({error}); start one with `dask scheduler`") from error
+            self.packed = pickle.dumps(self.arguments)
+            self.client = self._connected(5)
         elif self.workers > 1:
             self.pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"),
                                             initializer=_remember, initargs=self.arguments)
@@ -186,13 +188,34 @@ class Makers:
         if self.pool:
             return list(self.pool.map(_made, plans))
         if self.client:
-            shared = self.client.scatter([self.arguments])[0]
-            return self.client.gather(self.client.map(_made, plans, arguments=shared, pure=False, retries=20))
+            return self._on_cluster(plans)
         before = torch.get_num_threads()
         try:
             return [made(start, space, plan, store, key) for plan in plans]
         finally:
             torch.set_num_threads(before)
+
+    def _on_cluster(self, plans: Sequence[Plan]) -> list[Path]:
+        from distributed import KilledWorker
+        from distributed.comm import CommClosedError
+
+        for _ in range(self.AGAIN):
+            try:
+                packed = self.client.scatter(self.packed, broadcast=True)
+                return self.client.gather(self.client.map(_made_of, plans, packed=packed, pure=False, retries=20))
+            except (CancelledError, CommClosedError, KilledWorker, TimeoutError) as error:
+                lost = error
+                self.client.close(timeout=5)
+                self.client = self._connected(60)
+        raise OSError(f"the cluster at {self.scheduler} lost the same plans {self.AGAIN} times ({lost}); look at its workers")
+
+    def _connected(self, seconds: float):
+        from distributed import Client
+
+        try:
+            return Client(self.scheduler, timeout=seconds, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise OSError(f"no scheduler at {self.scheduler} ({error}); start one with `dask scheduler`") from error
 
     def __exit__(self, *_error) -> None:
         if self.pool:
@@ -210,6 +233,11 @@ def _remember(*arguments) -> None:
     _here = arguments
 
 
-def _made(plan: Plan, arguments: tuple = ()) -> Path:
-    start, space, store, key = arguments or _here
+def _made(plan: Plan) -> Path:
+    start, space, store, key = _here
+    return made(start, space, plan, store, key)
+
+
+def _made_of(plan: Plan, packed: bytes) -> Path:
+    start, space, store, key = pickle.loads(packed)
     return made(start, space, plan, store, key)
