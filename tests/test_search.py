@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pandas as pd
@@ -224,6 +225,44 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
     found = search(start, Limits(latency=0.01), tmp_path / "b", **settings(space))
     assert found.reason.startswith("no plan of 4 keeps the limits; the nearest has latency 0.")
     assert found.file.exists()
+
+
+def test_plans_are_sent_anew_where_the_scheduler_was_lost(small, tmp_path, monkeypatch):
+    import distributed
+
+    class Client:
+        """Loses the first plans that it is given."""
+
+        asked = 0
+
+        def __init__(self, *_arguments, **_settings):
+            pass
+
+        def scatter(self, packed, broadcast):
+            return packed
+
+        def map(self, work, plans, *, packed, **_settings):
+            return [work(plan, packed) for plan in plans]
+
+        def gather(self, futures):
+            Client.asked += 1
+            if Client.asked == 1 or lost:
+                raise CancelledError("lost")
+            return futures
+
+        def close(self, timeout=None):
+            pass
+
+    start, space = small
+    monkeypatch.setattr(distributed, "Client", Client)
+    monkeypatch.setattr(evaluation, "made", lambda _start, _space, plan, *_more: label(plan))
+    lost = False
+    with Makers(start, space, Store(tmp_path), {}, 1, "tcp://127.0.0.1:9") as make:
+        assert make(space.every()[1:3]) == [label(plan) for plan in space.every()[1:3]]
+        assert Client.asked == 2
+        lost = True
+        with pytest.raises(OSError, match="lost the same plans 20 times"):
+            make(space.every()[1:2])
 
 
 def test_two_workers_and_a_cluster_make_what_one_makes(small, tmp_path):
