@@ -42,4 +42,4 @@ def test_what_is_left_stands_in_percent_beside_what_was_published():
 def test_stages_are_named_in_the_legend():
     table = pd.DataFrame({"recipe": "ours", "stage": ["start", "prune", "quantize"], "ratio": [1.0, 0.8, 0.4],
                           "top1_change": [0.0, -0.1, -0.1], "top1_change_low": [0.0, -0.2, -0.2], "top1_change_high": 0.0})
-    assert [text.get_text() for text in plots.stages(table).get_legend().get_texts()] == ["ours: prune, quantize"]
+    assert [text.get_text() for text in plots.stages(table).get_legend().get_texts()] == ["ours: prune → quantize"]

@@ -79,7 +79,7 @@ def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -
     for (name, line), colour, marker in zip(table.groupby(by, sort=False), (BLUE, RED, GREY, "#2a7a5b"), "os^D", strict=False):
         low, high = (abs(line[f"{change}_{end}"] - line[change]) * 100 for end in ("low", "high"))
         ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker, capsize=2,
-                    label=f"{name}: {', '.join(line.stage[1:])}")
+                    label=f"{name}: {' → '.join(line.stage[1:])}")
     ax.axhline(0, color=GREY, linestyle=":")
     ax.set(xlabel="latency, as a share of the model as it came", ylabel=f"change of {change.removesuffix('_change')}, points",
            title="Stage by stage (paired, 95 %)")
