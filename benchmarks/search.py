@@ -18,6 +18,7 @@ import pandas as pd
 
 FOLDER = Path("reports/benchmarks/search")
 ROUNDED = 2500  # validation pictures that judge in 8 bits, whose exact arithmetic is slow in torch
+PLAN_S = 3.6  # seconds that making and scoring a plan took, measured on two cores: 7.2 a subnet, which is two plans
 
 
 def subject_and_space():
@@ -159,31 +160,50 @@ def judge(seeds: int, evaluations: int) -> None:
     expected = [forecast(subject, space, judged_by(subject, 500, seed), folder=FOLDER / "forecast")  # from other pictures each
                 for seed in files.progress(range(seeds), title="forecasts")]
     expected[0].write(FOLDER.parent / "search_forecast")
-    rows = []
+    rows, reached = [], []
     for name, seed in files.progress([(name, seed) for name in NAMES for seed in range(seeds)], title="samplers"):
         asked = replayed(name, space, known, forecast=expected[seed], evaluations=evaluations, seed=seed)
+        reached.append(asked[["lost", "latency"]].assign(sampler=name, seed=seed))
         for count in range(4, len(asked) + 1, 4):
             area = dominated_area(asked[["lost", "latency"]].to_numpy()[:count], corner)
-            rows.append({"sampler": name, "seed": seed, "evaluations": count, "asking_s": asked.asking_s[count - 1],
-                         "share": area / whole})
+            asking = asked.asking_s[count - 1]
+            rows.append({"sampler": name, "seed": seed, "evaluations": count, "asking_s": asking,
+                         "seconds": asking + count * PLAN_S, "share": area / whole})
     curves = pd.DataFrame(rows)
     curves.to_csv(FOLDER.parent / "search_curves.csv", index=False)
+    attainment(pd.concat(reached)).to_csv(FOLDER.parent / "search_attainment.csv", index=False)
     table = table.rename(columns={"ratio": "latency"})
     columns = ["plan", "bits", "lost", "n", "latency", "latency_ms", "size_bytes"]
     table[columns].to_csv(FOLDER.parent / "search_table.csv", index=False)
     front = table[undominated(table[["lost", "latency"]].to_numpy())].sort_values("latency")
     print(front[["plan", "bits", "lost", "latency", "size_bytes"]].to_string(index=False))
     last = curves[curves.evaluations == evaluations].groupby("sampler").share
+    in_time = curves[curves.seconds <= evaluations * PLAN_S * 1.01]  # what asking at random takes, to a hundredth
+    in_time = in_time.groupby(["sampler", "seed"]).share.last().groupby("sampler").mean()
     draws = np.random.default_rng(0)
     lines = []
     for name, shares in last:
         means = draws.choice(shares.to_numpy(), (2000, len(shares))).mean(1)
         low, high = np.percentile(means, [2.5, 97.5])
         lines.append({"sampler": name, "share": shares.mean(), "low": low, "high": high, "seeds": len(shares),
+                      "share_in_time": in_time[name],
                       "asking_s": curves[curves.sampler == name].groupby("seed").asking_s.max().mean()})
     made = pd.DataFrame(lines).sort_values("share", ascending=False).assign(evaluations=evaluations, machine=machine.describe())
     made.to_csv(FOLDER.parent / "search.csv", index=False)
     print(made.drop(columns="machine").round(4).to_string(index=False))
+
+
+def attainment(reached: pd.DataFrame) -> pd.DataFrame:
+    """What a quarter, a half and three quarters of a sampler's seeds attain: the corners of its attainment surfaces.
+
+    reached: sampler, seed, lost, latency, of every plan asked for."""
+    import moocore
+
+    parts = []
+    for name, part in reached.groupby("sampler", sort=False):
+        corners = moocore.eaf(part[["lost", "latency"]].to_numpy(), part.seed.to_numpy(), percentiles=[25, 50, 75])
+        parts.append(pd.DataFrame(corners, columns=["lost", "latency", "percentile"]).assign(sampler=name))
+    return pd.concat(parts, ignore_index=True)[["sampler", "percentile", "lost", "latency"]]
 
 
 def main() -> None:

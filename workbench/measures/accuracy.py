@@ -133,6 +133,15 @@ def labelled_by(model, split: Split, *, batch_size: int = 64) -> Split:
     return replace(split, targets=answers)
 
 
+def by(score: Score, metric: str) -> Score:
+    """The same examples by another metric of their objective. Raises ValueError where it has none of that name.
+
+    Example: `accuracy.by(accuracy.evaluate(model, commands.test), "f1")`
+    """
+    return scored(score.statistics, replace(score.objective, metric=metric), labels=score.labels,
+                  predictions=score.predictions, units=score.units)
+
+
 def from_predictions(predictions: Tensor, labels: Tensor) -> Score:
     """The top-1 accuracy of chosen classes int64 (n,) against labels int64 (n,)."""
     return scored((predictions == labels).double()[:, None], Objective(), labels=labels, predictions=predictions)

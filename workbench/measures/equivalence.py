@@ -126,23 +126,27 @@ def batch_proof(model, sentences: Iterable[Inputs], *, batches: Sequence[int] = 
     agreement, n, each against the answer to the sentence alone and without padding.
 
     sentences: inputs of one sentence each, named tensors (1, L), zeros being padding. padding: tokens more than the longest of a
-    batch needs. Raises ValueError where there are no sentences.
+    batch needs. Where an answer is for each token, those of the sentence's own tokens count, and all have to agree. Raises
+    ValueError where there are no sentences.
 
     Example: `equivalence.batch_proof("int8.onnx", [task.test.batch(torch.tensor([k])).inputs for k in range(64)])`
     """
     session, sentences = sessions.open(model), list(sentences)
     if not sentences:
         raise ValueError("batch_proof: there are no sentences")
-    alone = torch.cat([session(sentence).flatten(1) for sentence in sentences])
+    alone = [session(sentence)[0] for sentence in sentences]
     lines = []
     for size in batches:
         for more in padding:
             parts = [mapped(lambda value, more=more: F.pad(value, (0, more)), joined(sentences[start:start + size]))
                      for start in range(0, len(sentences), size)]
-            found = torch.cat([session(part).flatten(1) for part in files.progress(parts, title="batches", unit="batch")])
-            cosine, _ = _near(alone, found)
-            lines.append({"batch": size, "padding": more, "cosine_min": cosine.min().item(),
-                          "agreement": (alone.argmax(1) == found.argmax(1)).double().mean().item(), "n": len(sentences)})
+            found = [row for part in files.progress(parts, title="batches", unit="batch") for row in session(part)]
+            found = [row[:len(own)] if row.dim() > 1 else row for row, own in zip(found, alone, strict=True)]
+            pairs = list(zip(alone, found, strict=True))
+            cosines = [_near(own.flatten()[None], row.flatten()[None])[0].item() for own, row in pairs]
+            same = [torch.equal(own.argmax(-1), row.argmax(-1)) for own, row in pairs]
+            lines.append({"batch": size, "padding": more, "cosine_min": min(cosines), "agreement": sum(same) / len(same),
+                          "n": len(sentences)})
     return pd.DataFrame(lines)
 
 

@@ -2,7 +2,8 @@
 
 z_s, z_t: logits (n, K) of student and teacher; p = softmax(z / T). Sources: soft targets Hinton et al. 2015
 (arXiv 1503.02531); decoupled Zhao et al. 2022 (arXiv 2203.08679); hints Romero et al. 2015 (arXiv 1412.6550); attention
-transfer Zagoruyko & Komodakis 2017 (arXiv 1612.03928); relational Park et al. 2019 (arXiv 1904.05068).
+transfer Zagoruyko & Komodakis 2017 (arXiv 1612.03928); relational Park et al. 2019 (arXiv 1904.05068); relations between the
+tokens of a sentence MiniLMv2, Wang et al. 2021 (arXiv 2012.15828).
 """
 
 import copy
@@ -24,7 +25,7 @@ from workbench.subjects.subject import Count, Globs, Subject
 from workbench.subjects.tasks import with_unlabelled
 from workbench.subjects.training import Recipe, few, fit
 
-KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational")
+KINDS = ("soft_targets", "decoupled", "hint", "attention", "relational", "relations")
 Schedule = float | Callable[[float], float]  # a constant, or a function of the fraction of the steps done
 
 
@@ -114,6 +115,28 @@ def relational(student: Tensor, teacher: Tensor, *, distance: float = 25.0, angl
     return sum(losses)
 
 
+def relations(student: Tensor, teacher: Tensor, *, heads: int = 12, mask: Tensor | None = None) -> Tensor:
+    """KL(R_t || R_s), mean over tokens and heads, with R = softmax(X X^T / sqrt(d)) how the tokens of a sentence (n, L, C) look
+    to each other in each of `heads` parts of d = C / heads. Of queries or keys it is their attention, of values what they carry.
+
+    The two widths may differ. mask: (n, L), 0 where there is no token. Raises ValueError where the lengths differ, or a width
+    is no multiple of `heads`.
+    """
+    if student.dim() != 3 or student.shape[:2] != teacher.shape[:2] or student.shape[2] % heads or teacher.shape[2] % heads:
+        raise ValueError(f"relations: found {tuple(student.shape)} and {tuple(teacher.shape)}; expected sequences (n, L, C) of "
+                         f"as many tokens, with C a multiple of {heads}")
+    there = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
+
+    def related(states: Tensor) -> Tensor:  # log R, (n, heads, L, L)
+        parts = states.unflatten(2, (heads, -1)).transpose(1, 2)
+        alike = parts @ parts.transpose(2, 3) / parts.shape[3] ** 0.5
+        return alike.masked_fill(~there[:, None, None], -1e4).log_softmax(3)
+
+    mine, theirs = related(student), related(teacher)
+    apart = (theirs.exp() * (theirs - mine)).sum(3).transpose(1, 2)  # (n, L, heads)
+    return apart[there].mean()
+
+
 def embeddings(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], *, temperature: float = 5.0, scale: float = 20.0,
                features: float = 10.0) -> Tensor:
     """features * (1 - cosine of each vector and the teacher's) + soft_targets of the similarities of every two modalities.
@@ -137,12 +160,13 @@ def embeddings(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], *, 
 
 
 def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedule = 3.0, alpha: Schedule = 0.7,
-         weight: float = 1.0, layers: Sequence[str] = (), student: nn.Module | None = None,
+         weight: float = 1.0, layers: Sequence[str] | Mapping[str, str] = (), student: nn.Module | None = None,
          example: Inputs | None = None) -> nn.Module:
     """A loss for training.fit: (student, batch, objective, progress 0-1) -> scalar; the teacher is frozen in eval mode.
 
-    "soft_targets": with_labels. "decoupled": cross entropy + weight * decoupled. "hint", "attention", "relational":
-    with_labels + weight * the loss of the features of each of `layers` (module names in both, such as "layer2").
+    "soft_targets": with_labels. "decoupled": cross entropy + weight * decoupled. "hint", "attention", "relational", "relations":
+    with_labels + weight * the loss of the features of each of `layers` (module names in both, such as "layer2", or by
+    the student's name the teacher's).
     temperature and alpha may fall or step through training: see `falling` and `stages`. student, example: for hints
     between layers of different widths, which then get the `regressors` of the two networks.
 
@@ -152,27 +176,31 @@ def loss(teacher: nn.Module, kind: str = "soft_targets", *, temperature: Schedul
     """
     if kind not in KINDS:
         raise ValueError(f"unknown distillation {kind!r}; expected one of {', '.join(KINDS)}")
-    on_features = {"hint": hint, "attention": attention, "relational": relational}.get(kind)
+    on_features = {"hint": hint, "attention": attention, "relational": relational, "relations": relations}.get(kind)
     if on_features and not layers:
         raise ValueError(f"distillation {kind!r} needs layers=(NAME, ...), modules of both networks")
-    between = regressors(student, teacher, layers, example) if kind == "hint" and student is not None else None
-    return _Teaching(teacher, kind, temperature, alpha, weight, tuple(layers), on_features, between)
+    pairs = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+    between = regressors(student, teacher, pairs, example) if kind == "hint" and student is not None else None
+    return _Teaching(teacher, kind, temperature, alpha, weight, pairs, on_features, between)
 
 
-def regressors(student: nn.Module, teacher: nn.Module, layers: Sequence[str], example: Inputs, *, seed: int = 0) -> nn.ModuleDict:
+def regressors(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str], example: Inputs, *,
+               seed: int = 0) -> nn.ModuleDict:
     """What FitNets hints need for those of `layers` whose widths differ: from the student's width to the teacher's, a 1 x 1
     convolution of feature maps (n, C, H, W), a linear layer of vectors (n, C) or sequences (n, L, C). Drawn by `seed`;
     training.fit trains them with the student.
 
     Raises ValueError for an unknown layer, or one that puts out anything else.
     """
-    with watch(student, layers) as mine, watch(teacher, layers) as theirs, evaluating(student), evaluating(teacher):
-        call(student, example), call(teacher, example)
+    with watch(student, [*layers]) as mine, evaluating(student):
+        call(student, example)
+    with watch(teacher, [*layers.values()]) as theirs, evaluating(teacher):
+        call(teacher, example)
     found = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in layers:
-            one, other = mine[layer], theirs[layer]
+        for layer, told in layers.items():
+            one, other = mine[layer], theirs[told]
             if one.dim() != other.dim() or one.dim() not in (2, 3, 4):
                 raise ValueError(f"regressors: {layer} puts out {tuple(one.shape)}, the teacher's {tuple(other.shape)}; expected "
                                  "feature maps (n, C, H, W), vectors (n, C) or sequences (n, L, C) of both")
@@ -191,33 +219,37 @@ class _Teaching(nn.Module):
         self._teacher = (copy.deepcopy(teacher).eval(),)  # in a tuple, so that its weights are not this module's
         self.kind, self.temperature, self.alpha, self.weight = kind, temperature, alpha, weight
         self.layers, self.on_features, self.regressors = layers, on_features, regressors
-        self.identity = [kind, _told(temperature), _told(alpha), weight, list(layers), fingerprint(teacher.state_dict().values())]
+        self.identity = [kind, _told(temperature), _told(alpha), weight, list(layers.items()),
+                         fingerprint(teacher.state_dict().values())]
         if regressors:
             self.identity.append(fingerprint(regressors.state_dict().values()))
 
     def forward(self, student: nn.Module, batch: Batch, objective: Objective, progress: float) -> Tensor:
         heat, share = (value(progress) if callable(value) else value for value in (self.temperature, self.alpha))
         teacher, targets = self._teacher[0], batch.targets
-        with torch.no_grad(), watch(teacher, self.layers) as theirs:
+        with torch.no_grad(), watch(teacher, [*self.layers.values()]) as theirs:
             wanted, _ = objective.decisions(objective.read(call(teacher, batch.inputs)).float(), targets)
-        with watch(student, self.layers) as mine:
+        with watch(student, [*self.layers]) as mine:
             logits, labels = objective.decisions(objective.read(call(student, batch.inputs), targets).float(), targets)
+        if self.kind == "relations" and not isinstance(batch.inputs, Mapping):
+            raise ValueError("distillation 'relations' is of token ids and their mask, named; these inputs have no names")
         if self.kind == "decoupled":
             return F.cross_entropy(logits, labels) + self.weight * decoupled(logits, wanted, labels, temperature=heat)
         total = with_labels(logits, wanted, labels, temperature=heat, alpha=share)
-        for layer in self.layers if self.on_features else ():
+        for layer, other in self.layers.items() if self.on_features else ():
             if self.kind == "relational" and len(targets) < 2:
                 continue  # a last batch of one example has no relations
             with torch.autocast(logits.device.type, enabled=False):  # distances cancel in half precision
-                total = total + self.weight * self._of_features(layer, mine[layer].float(), theirs[layer].float())
+                told = {"mask": batch.inputs.get("attention_mask")} if self.kind == "relations" else {}
+                total = total + self.weight * self._of_features(layer, mine[layer].float(), theirs[other].float(), **told)
         return total
 
-    def _of_features(self, layer: str, student: Tensor, teacher: Tensor) -> Tensor:
+    def _of_features(self, layer: str, student: Tensor, teacher: Tensor, **told: Tensor | None) -> Tensor:
         if self.kind == "relational" and student.dim() > 2:  # of embeddings: each map's mean, (n, C)
             student, teacher = student.flatten(2).mean(2), teacher.flatten(2).mean(2)
         if self.kind == "hint" and self.regressors and _key(layer) in self.regressors:
             return hint(student, teacher, regressor=self.regressors[_key(layer)])
-        return self.on_features(student, teacher)
+        return self.on_features(student, teacher, **told)
 
     def _apply(self, change, recurse=True):  # .to(device) moves the teacher too
         self._teacher[0]._apply(change, recurse)

@@ -7,16 +7,20 @@ the library peft. A smaller encoder to start from: depth.drop leaves layers out,
 
 import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 KINDS = ("frozen", "prompts", "adapters", "full")
+HEADS = ("intent", "tagging")
 
 
-def tuned(encoder: nn.Module, kind: str, *, rank: int = 8, prompts: int = 10, seed: int = 0) -> nn.Module:
-    """A copy of a sentence encoder (subjects.encoders.Sentences) in which `kind` is trained: "frozen" nothing, "prompts" so
-    many vectors before the tokens, "adapters" of `rank` at queries and values, "full" everything.
+def tuned(encoder: nn.Module, kind: str, *, rank: int = 8, layers: Sequence[str] = ("query", "value"), prompts: int = 10,
+          seed: int = 0) -> nn.Module:
+    """A copy of a sentence encoder (subjects.encoders.Sentences) or a model that understands (subjects.understanding) in which
+    `kind` is trained: "frozen" nothing, "prompts" so many vectors before the tokens, "adapters" of `rank` at the linear layers
+    that end in one of `layers`, "full" everything. Heads are trained in any case.
 
     Raises ValueError for an unknown kind, ModuleNotFoundError without peft.
     """
@@ -27,19 +31,38 @@ def tuned(encoder: nn.Module, kind: str, *, rank: int = 8, prompts: int = 10, se
     if kind in ("prompts", "adapters"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it asks transformers for names that are to go
-            return _with_peft(new, kind, rank, prompts, seed)
+            _with_peft(new, kind, rank, list(layers), prompts, seed)
+    for head in (getattr(new, name) for name in HEADS if hasattr(new, name)):
+        head.requires_grad_(True)
     return new
 
 
-def _with_peft(new: nn.Module, kind: str, rank: int, prompts: int, seed: int) -> nn.Module:
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a model that was tuned by adapters, with what they learned added to its weights: the layers that it had before.
+
+    Raises ValueError where there are no adapters.
+    """
+    new = copy.deepcopy(model)
+    part = getattr(new, _inner(new))
+    if not hasattr(part, "merge_and_unload"):
+        raise ValueError(f"{type(model).__name__} has no adapters to merge; tune it by tuned(model, 'adapters')")
+    setattr(new, _inner(new), part.merge_and_unload())
+    return new.requires_grad_(True)
+
+
+def _with_peft(new: nn.Module, kind: str, rank: int, layers: list[str], prompts: int, seed: int) -> None:
     import peft
 
-    config = (peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"]) if kind == "adapters" else
+    config = (peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers) if kind == "adapters" else
               peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=prompts))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new.bert = peft.get_peft_model(new.bert, config)
-    return new
+        setattr(new, _inner(new), peft.get_peft_model(getattr(new, _inner(new)), config))
+
+
+def _inner(model: nn.Module) -> str:
+    """Which part of it is the pretrained encoder."""
+    return "bert" if hasattr(model, "bert") else "encoder"
 
 
 def trimmed(encoder: nn.Module, *, positions: int = 64, dropout: float = 0.1) -> nn.Module:

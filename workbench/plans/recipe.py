@@ -30,6 +30,7 @@ from workbench.methods.channels import Prune
 from workbench.methods.depth import Drop
 from workbench.methods.distillation import Distil
 from workbench.methods.factorization import Factorize
+from workbench.methods.fisher import Fisher
 from workbench.methods.quantization import CALIBRATORS, Quantize
 from workbench.methods.reparameterization import Equalize, Fold, Fuse, Reestimate
 from workbench.methods.rounding import REPAIRS, Repair
@@ -42,7 +43,7 @@ from workbench.subjects.subject import Step
 from workbench.subjects.training import Train
 
 STEPS: dict[str, type] = {
-    "prune": Prune, "drop": Drop, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold,
+    "prune": Prune, "drop": Drop, "fisher": Fisher, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold,
     "equalize": Equalize, "reestimate": Reestimate, "train": Train, "distil": Distil, "quantize": Quantize, "tune": Tune,
     "mix": Mix, "repair": Repair, "load": Load, "export": Export}
 ALIASES = {  # the articles' name: ours, their fields' names in ours, what it means beside them

@@ -100,10 +100,11 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
     """Look for the plan that loses least within `limits`; leave in `out` model.onnx, recipe.yaml, plans.csv and run.json.
 
     space: by default `Space.of` the model, with the blocks `spared` and `recovery` steps of distilling. sampler: see
-    samplers.NAMES. evaluations, minutes: when it ends. batch: plans that are asked for at once, so many whatever the workers,
-    so that one worker and two give the same trials. workers: processes that make plans, one thread each; scheduler: address
-    of a dask.distributed one instead, whose workers see `out` under the same path. images: validation examples (training ones
-    where there are too few) that judge; blocks: rounds of each timing. test: what the best plans are judged on, by default
+    samplers.NAMES. evaluations, minutes: when no more plans are made. batch: plans that are asked for at once, so many whatever
+    the workers, so that one worker and two give the same trials. workers: processes that make plans, one thread each;
+    scheduler: address of a dask.distributed one instead, whose workers see `out` under the same path. images: validation
+    examples (training ones where there are too few) that judge; blocks: rounds of each timing. test: what the best plans are
+    judged on, by default
     the task's test split.
 
     plans.csv has plan, its options, lost with interval (paired, on n examples), latency and size as shares, predicted (latency,
@@ -118,7 +119,7 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
         raise ValueError(f"search: evaluations, batch and workers are {evaluations}, {batch}, {workers}; expected 1 or more")
     if sampler not in NAMES:
         raise ValueError(f"unknown sampler {sampler!r}; expected one of {', '.join(NAMES)}")
-    out, test = Path(out), test or start.task.test
+    began, out, test = time.monotonic(), Path(out), test or start.task.test
     judging = judged_by(start, images, seed)
     space = space or Space.of(start.model, start.example, blocks=spared(start, judging), recovery=recovery, seed=seed)
     key = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task), "code": code()}
@@ -131,7 +132,7 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
         expected = run.forecast()
         box = (1.0 if limits.lost is None else max(limits.lost, 1e-6), limits.latency or 1.0)
         chooser = sampler_of(sampler, space, forecast=expected, box=box, seed=seed)
-        began, bar = time.monotonic(), files.progress(total=evaluations, title="search", unit="plan")
+        bar = files.progress(total=evaluations, title="search", unit="plan")
         while len(rows) < evaluations and (minutes is None or time.monotonic() - began < 60 * minutes):
             plans = chooser.ask(min(batch, evaluations - len(rows)))
             if not plans:

@@ -48,6 +48,30 @@ def samplers(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def attainment(surfaces: pd.DataFrame, exact: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What half of each sampler's seeds attain, with a band from a quarter to three quarters, and the exact front beneath.
+
+    surfaces: sampler, percentile (25, 50, 75), lost (fraction), latency (share). exact: lost, latency of the front alone."""
+    ax = ax or _axes(8, 5)
+    grid = np.linspace(exact.latency.min(), 1.15 * exact.latency.max(), 400)  # beyond it nothing is gained
+    for name, colour in zip(surfaces.sampler.unique(), (RED, BLUE, "#2a7a5b", "#b8860b"), strict=False):
+        own = surfaces[surfaces.sampler == name]
+        few, half, many = (_attained(own[own.percentile == k], grid) for k in (25, 50, 75))
+        ax.step(grid, half, where="post", color=colour, label=f"{name}, half of the seeds")
+        ax.fill_between(grid, few, many, step="post", color=colour, alpha=0.15)
+    ax.step(grid, _attained(exact, grid), where="post", color="black", label="exact front")
+    ax.set(xlabel="latency, as a share of the model's as it came", ylabel="accuracy lost, points",
+           title="What samplers attain (band: a quarter to three quarters of the seeds)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def _attained(points: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
+    """The least that is lost, in points, at each latency or below."""
+    within = points.latency.to_numpy()[None] <= grid[:, None] + 1e-12
+    return np.where(within.any(1), np.where(within, 100 * points.lost.to_numpy()[None], np.inf).min(1), np.nan)
+
+
 def orders(matrix: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What each order of methods loses, the best on top, with its interval. matrix: order, top1_change with _low and _high."""
     ax = ax or _axes(7, 0.6 + 0.4 * len(matrix))

@@ -1,6 +1,7 @@
 """Checkpoints as plain safetensors: weights, and in the header how the model is built anew, cut or not."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,9 +87,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"checkpoint {path} is not a whole safetensors file ({error}); fetch or write it again") from error
 
 
-def save_change(model: nn.Module, base: nn.Module, path: Path | str, *, rank: int, notes: dict[str, str] | None = None) -> None:
+def save_change(model: nn.Module, base: nn.Module, path: Path | str, *, rank: int, whole: Sequence[str] = (),
+                notes: dict[str, str] | None = None) -> None:
     """Write only how `model` differs from `base`, which it was trained from, as float16: of each matrix that changed the best
-    change of this rank (singular values), other tensors that changed as they are.
+    change of this rank (singular values), other tensors that changed, and those of the modules `whole`, as they are.
 
     Raises ValueError where the two have other tensors. Source: low-rank changes of fine-tuning, Hu et al. 2021 (arXiv
     2106.09685), here found after training.
@@ -98,7 +100,7 @@ def save_change(model: nn.Module, base: nn.Module, path: Path | str, *, rank: in
         raise ValueError("save_change: the two models have other tensors; give the model that training started from")
     for key, after in model.state_dict().items():
         change = after - before[key] if after.is_floating_point() else torch.zeros(1)
-        if change.any() and change.dim() == 2 and min(change.shape) > rank:
+        if change.any() and change.dim() == 2 and min(change.shape) > rank and not key.startswith(tuple(whole)):
             left, values, right = torch.linalg.svd(change, full_matrices=False)
             tensors |= {f"{key}.left": (left[:, :rank] * values[:rank].sqrt()).half().contiguous(),
                         f"{key}.right": (right[:rank] * values[:rank, None].sqrt()).half().contiguous()}

@@ -16,8 +16,8 @@ from torch import Tensor
 from workbench import files
 from workbench.batches import Batch, Inputs, count, joined, mapped
 from workbench.errors import reason
-from workbench.subjects import embedded, stamps, texts
-from workbench.subjects.objectives import Objective, objective
+from workbench.subjects import embedded, intents, stamps, texts
+from workbench.subjects.objectives import Objective, Understanding, objective
 from workbench.subjects.tasks import Pictures, Preprocessing, Split, Task, as_stored, set_aside
 
 DECODE_WHOLE_BELOW = 2**30  # bytes of uint8 pixels that are decoded once and kept; larger sets decode batch by batch
@@ -25,13 +25,14 @@ TEST_EVERY = 5  # every fifth example is test where the caller gives one set onl
 
 
 def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) -> Task:
-    """The task `name`: one of the embedded sets ("fashion_mnist", "stamps", "wiki_topics", "wordnet"), "hub:ID" or "folder:PATH".
+    """The task `name`: an embedded set ("fashion_mnist", "stamps", "wiki_topics", "wordnet"), "intents:LANGUAGE", "hub:ID" or
+    "folder:PATH".
 
     ID is a Hugging Face data set. PATH is a folder in the hub's layout (train/CLASS/x.png, or train-*.parquet), a Parquet
     file, or a pattern of Parquet files whose names say their split. Pictures with labels, text with `label`, `tokens` with
-    `tags`, or text alone are known by their columns. A set with one split only is all test. preprocessing: what the model
-    expects, models.preprocessing(MODEL); pictures default to their own size and ImageNet's mean and standard deviation, text
-    needs it for its tokens.
+    `tags` (and an `intent`), or text alone are known by their columns. A set with one split only is all test. preprocessing:
+    what the model expects, models.preprocessing(MODEL); pictures default to their own size and ImageNet's mean and standard
+    deviation, text needs it for its tokens.
 
     Raises ValueError for an unknown name or preprocessing of another kind, FileNotFoundError for a missing or empty folder.
 
@@ -40,9 +41,12 @@ def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) ->
     kind, _, rest = name.partition(":")
     if name in EMBEDDED:
         return EMBEDDED[name](preprocessing)
+    if kind == "intents" and rest:
+        return intents.load(rest, preprocessing)
     if kind in FETCHED and rest:
         return _from_columns(name, partial(FETCHED[kind], rest), preprocessing)
-    raise ValueError(f"unknown data {name!r}; expected one of {', '.join(EMBEDDED)}, hub:ID or folder:PATH")
+    raise ValueError(f"unknown data {name!r}; expected one of {', '.join(EMBEDDED)}, intents:LANGUAGE, hub:ID or "
+                     "folder:PATH")
 
 
 def of(train, test=None, *, validation=None, asks: Objective | str = "class", classes: tuple[str, ...] | None = None,
@@ -166,14 +170,16 @@ def _from_columns(name: str, read, preprocessing: Callable[[Batch], Batch] | Non
     if not len(first):
         raise FileNotFoundError(f"{name} holds no examples")
     columns = _columns(first.features, name)
-    classes = _classes(stored, columns, name)
+    classes = _classes(stored, columns.get("label") or columns.get("tags"), name)
     if "image" in columns:
         made = _pictures(name, stored, columns, preprocessing)
     else:
         if isinstance(preprocessing, Preprocessing):
             raise ValueError(f"{name} is text, and this preprocessing is of pictures; load it with that of a language model")
-        made = {kind: texts.of_columns(part, columns, classes, preprocessing, f"{name} {kind}") for kind, part in stored.items()
-                if len(part)}
+        tags = _classes(stored, columns.get("tags"), name)
+        made = {kind: texts.of_columns(part, columns, classes, tags, preprocessing, f"{name} {kind}")
+                for kind, part in stored.items() if len(part)}
+        _refuse_unseen(made, classes, name)
     return _task(name, made, classes, getattr(getattr(first, "info", None), "license", ""))
 
 
@@ -189,15 +195,26 @@ def _columns(features, name: str) -> dict[str, str]:
     if image and label:
         return {"image": image, "label": label}
     if tags and "tokens" in features:
-        return {"tokens": "tokens", "tags": tags}
+        return {"tokens": "tokens", "tags": tags} | ({"label": label} if label else {})
     if text:
         return {"text": text} | ({"label": label} if label else {})
     raise ValueError(f"{name} has the columns {', '.join(features)}; expected images or text with one named label, tokens with "
                      "tags, or text alone")
 
 
-def _classes(stored: Mapping, columns: Mapping[str, str], name: str) -> tuple[str, ...]:
-    column = columns.get("label") or columns.get("tags")
+def _refuse_unseen(splits: Mapping[str, Split], named: tuple[str, ...], name: str) -> None:
+    """Raise ValueError where a sentence has an intent that no training sentence has."""
+    if "train" not in splits or not isinstance(splits["train"].objective, Understanding):
+        return
+    known = {marks[0] for marks in splits["train"].targets.lines}
+    for split in splits.values():
+        for k, marks in enumerate(split.targets.lines):
+            if marks[0] not in known:
+                raise ValueError(f"{split.name}: sentence {k} has the intent {named[marks[0]]!r}, which no training sentence "
+                                 f"of {name} has; leave it out")
+
+
+def _classes(stored: Mapping, column: str | None, name: str) -> tuple[str, ...]:
     if column is None:
         return ()
     feature = next(iter(stored.values())).features[column]
@@ -205,7 +222,7 @@ def _classes(stored: Mapping, columns: Mapping[str, str], name: str) -> tuple[st
     if names:
         return tuple(names)
     values = [value for part in stored.values() for value in part[column][:]]
-    values = [tag for line in values for tag in line] if "tags" in columns else values
+    values = [tag for line in values for tag in line] if values and isinstance(values[0], list) else values
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(values), key=lambda tag: (tag != "O", tag)))
     try:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from workbench.errors import reason
-from workbench.subjects.objectives import NextToken, Objective, Tagging
+from workbench.subjects import understanding
+from workbench.subjects.objectives import NextToken, Objective, Tagging, Understanding
 from workbench.subjects.tasks import Task
 from workbench.subjects.texts import Tokens
 
 HEADS = {"encoder": "AutoModel", "class": "AutoModelForSequenceClassification", "tags": "AutoModelForTokenClassification",
-         "next_token": "AutoModelForCausalLM"}
+         "next_token": "AutoModelForCausalLM", "understanding": "AutoModel"}
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -46,7 +47,9 @@ def load(source: str, task: Task | None = None, *, pretrained: bool = True, new_
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build(kind, config, folder if pretrained else None)
-    model.origin = {"architecture": f"hf:{kind}", "config": config.to_json_string(use_diff=False), "source": source}
+            model = understanding.head(model, config.hidden_size, task) if kind == "understanding" else model
+    model.origin = getattr(model, "origin", {}) | {"architecture": f"hf:{kind}", "source": source,
+                                                   "config": config.to_json_string(use_diff=False)}
     return model
 
 
@@ -57,7 +60,7 @@ def build(kind: str, config, folder: str | None = None) -> nn.Module:
     config.use_cache = False  # one pass a call; a cache is named state of a session
     maker = getattr(transformers, HEADS[kind])
     try:
-        model = (maker.from_pretrained(folder, config=config, ignore_mismatched_sizes=True) if folder else
+        model = (maker.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True) if folder else
                  maker.from_config(config))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise FileNotFoundError(f"hf:{folder or config.model_type} could not be made ({reason(error)}); give a hub id, or a "
@@ -75,7 +78,9 @@ def rebuilt(header: dict[str, str]) -> nn.Module:
     stored = json.loads(header["config"])
     with _quietly():
         model = build(header["architecture"].removeprefix("hf:"), transformers.AutoConfig.for_model(**stored))
-    model.origin = {key: header[key] for key in ("architecture", "config", "source")}
+    if header["architecture"] == "hf:understanding":
+        model = understanding.Understanding(model, stored["hidden_size"], int(header["answers"]))
+    model.origin = {key: header[key] for key in ("architecture", "config", "source", "classes", "answers") if key in header}
     return model
 
 
@@ -111,7 +116,7 @@ def kind_of(task: Task | None) -> str:
     """Which head the task needs."""
     if task is None:
         return "encoder"
-    kinds = {Tagging: "tags", NextToken: "next_token", Objective: "class"}
+    kinds = {Tagging: "tags", NextToken: "next_token", Understanding: "understanding", Objective: "class"}
     return next(kind for known, kind in kinds.items() if isinstance(task.objective, known))
 
 

@@ -20,12 +20,13 @@ from workbench.subjects.checkpoints import fill, read_header, refuse_nan, save
 from workbench.subjects.networks import RepVGG, ResNet
 from workbench.subjects.tasks import Preprocessing, Task, described
 from workbench.subjects.texts import Tokens
+from workbench.subjects.understanding import SMALL
 
 __all__ = ["load", "preprocessing", "read_header", "save", "trained_on", "wrap"]
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # in each of the three stages
 REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
-NAMES = (*RESNET_BLOCKS, *REPVGG, "efficientnet_lite0", "minilm", "torchvision:NAME", "timm:NAME", "hf:ID-OR-FOLDER",
+NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", "minilm", "torchvision:NAME", "timm:NAME", "hf:ID-OR-FOLDER",
          "NAME@CHECKPOINT", "CHECKPOINT")
 
 
@@ -47,11 +48,13 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     name = str(name)
     base, _, path = name.partition("@")
     stored = read_header(Path(base)) if base.endswith(".safetensors") else {}
-    if stored.get("architecture", "").startswith(("hf:", "own:")):
+    if stored.get("architecture", "").startswith(("hf:", "own:")) or stored.get("architecture") in SMALL:
         model = _of_header(base, stored, task, into)
+    elif base in SMALL:
+        model = _small(base, path, task, pretrained, seed)
     elif base == "minilm" or base.startswith("hf:"):
         source = base.removeprefix("hf:")
-        known = embedded.folder() / "checkpoints" / f"{base}-{task.name if task else None}.safetensors"
+        known = embedded.folder() / "checkpoints" / _stem(base, task)
         if pretrained and not path and known.exists():
             path = str(embedded.verified("checkpoints", known.name))
         changed = bool(path) and read_header(Path(path)).get("change") == "low rank"  # then what it changes is read first
@@ -114,8 +117,8 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
         if "source" in header:
             return language.tokens(header["source"], longest=longest)
         return preprocessing(header["architecture"]) if "architecture" in header else None
-    if base == "minilm" or kind == "hf":
-        return language.tokens(base.removeprefix("hf:"), longest=longest)
+    if base in ("minilm", *SMALL) or kind == "hf":
+        return language.tokens("minilm" if base in SMALL else base.removeprefix("hf:"), longest=longest)
     if kind == "efficientnet_lite0":
         return Preprocessing(224, 0.875, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
     if kind == "torchvision":
@@ -172,14 +175,27 @@ def _of_header(path: str, header: dict[str, str], task: Task | None, into: nn.Mo
                              "it as into=")
         model = into
         model.origin = {key: header[key] for key in ("architecture", "classes")}
+    elif header["architecture"] in SMALL:
+        model = SMALL[header["architecture"]](task, header)
     else:
         model = language.rebuilt(header)
     fill(model, Path(path), header["architecture"])
-    classes = (getattr(getattr(model, "config", None), "num_labels", None) if "hf:" in header["architecture"] else
-               header["classes"])
+    classes = header["classes"] if "classes" in header else getattr(getattr(model, "config", None), "num_labels", None)
     if (task and task.classes and header["architecture"] not in ("hf:encoder", "hf:next_token")
             and int(classes) != len(task.classes)):
         raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
+    return model
+
+
+def _small(base: str, path: str, task: Task | None, pretrained: bool, seed: int) -> nn.Module:
+    """A small network for sentences, with the weights embedded for the task where there are any."""
+    if task is None:
+        raise ValueError(f"{base} needs a task, whose intents and tags it answers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SMALL[base](task)
+    if path or pretrained:
+        fill(model, Path(path) if path else _embedded(base, task), base)
     return model
 
 
@@ -276,10 +292,15 @@ def _plain_convolution(same: nn.Conv2d) -> nn.Module:
     return conv if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
 
 
+def _stem(name: str, task: Task | None) -> str:
+    """What the file of embedded weights is called."""
+    return f"{name}-{task.name.replace(':', '-') if task else None}.safetensors"
+
+
 def _embedded(name: str, task: Task | None) -> Path:
     folder = embedded.folder() / "checkpoints"
     known = sorted(path.stem for path in folder.glob("*.safetensors"))
-    path = folder / f"{name}-{task.name if task else None}.safetensors"
+    path = folder / _stem(name, task)
     if path.stem not in known:
         raise FileNotFoundError(f"no embedded weights of {name} for {task.name if task else 'no task'}; there are "
                                 f"{', '.join(known) or 'none'}; give {name}@CHECKPOINT or pretrained=False")

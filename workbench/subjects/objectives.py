@@ -171,6 +171,78 @@ class NextToken(Objective):
         _check_lengths(inputs, targets)
 
 
+@dataclass(frozen=True)
+class Understanding(Objective):
+    """What a sentence wants and what it names: an intent, and a tag for each token.
+
+    A model answers with logits (n, tokens, width), width at least the number of intents and of tags: the first token, which is
+    the tokenizer's own ([CLS]), answers the intent, every other one its tag. Targets lie in the same places.
+
+    metric: "sentence" (share of sentences whose intent and tags are all right), "intent" (share of intents) or "f1" (of whole
+    entities, as seqeval counts them). The loss is the cross entropy of the intents and that of the tags, added.
+    Source: JointBERT, Chen et al. 2019 (arXiv 1902.10909).
+    """
+
+    intents: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    metric: str = "sentence"
+    unit: str = "sentence"
+
+    def __post_init__(self):
+        if self.metric not in UNDERSTOOD:
+            raise ValueError(f"unknown metric {self.metric!r} of an understanding; expected one of {', '.join(UNDERSTOOD)}")
+
+    def read(self, outputs, targets: Tensor | None = None) -> Tensor:
+        """Logits float (n, tokens, width), those that answer nothing at -10,000."""
+        logits = answer(outputs, self.output)
+        sizes = [len(self.intents), len(self.tags)]
+        if logits.dim() != 3 or logits.shape[2] < max(sizes):
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, tokens, {max(sizes)}): an intent "
+                             "in the first place, then a tag for each token")
+        if targets is not None and targets.shape != logits.shape[:2]:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(logits.shape[:2])}; give the intent "
+                             f"and then one tag a token, {IGNORED} for those that do not count")
+        kinds = (torch.arange(logits.shape[1], device=logits.device) > 0).long()  # 0: the intent, 1: a tag
+        known = torch.tensor(sizes, device=logits.device)[kinds]
+        return logits.masked_fill(torch.arange(logits.shape[2], device=logits.device) >= known[:, None], -1e4)
+
+    def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The intents and the tokens that count."""
+        return logits[targets != IGNORED], targets[targets != IGNORED]
+
+    def loss(self, logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
+        """Mean cross entropy of the intents and of the tags, added, a scalar; smoothing is over what may be answered."""
+        parts = ((logits[:, :1], targets[:, :1], len(self.intents)), (logits[:, 1:], targets[:, 1:], len(self.tags)))
+        total = logits.sum() * 0.0
+        for chosen, wanted, size in parts:
+            if (wanted != IGNORED).any():
+                total = total + F.cross_entropy(chosen[..., :size].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED,
+                                                label_smoothing=smoothing)
+        return total
+
+    def right(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Whether all of a sentence is right, float (n,)."""
+        return ((self.answers(logits) == targets) | (targets == IGNORED)).all(1).float()
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """By sentence: all is right, the intent is right, entities that are right, entities found, entities there."""
+        tagging = Tagging(tags=self.tags)
+        entities = tagging.statistics(logits[:, 1:, :len(self.tags)], targets[:, 1:])
+        intent = (self.answers(logits)[:, 0] == targets[:, 0]).double()
+        return torch.cat([self.right(logits, targets).double()[:, None], intent[:, None], entities], 1)
+
+    def value(self, sums: Tensor, n) -> Tensor:
+        """The metric."""
+        if self.metric == "f1":
+            return Tagging(tags=self.tags).value(sums[..., 2:], n)
+        return sums[..., UNDERSTOOD.index(self.metric)] / n
+
+    def check_targets(self, inputs, targets: Tensor) -> None:
+        """Raise ValueError where a sentence has not one target for each of its tokens."""
+        _check_lengths(inputs, targets)
+
+
+UNDERSTOOD = ("sentence", "intent", "f1")
 OBJECTIVES = {"class": Objective, "tags": Tagging, "next_token": NextToken}
 
 

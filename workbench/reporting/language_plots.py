@@ -1,0 +1,53 @@
+"""Figures of language: students by accuracy and time, what a cut loses, sentences that are let in."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from workbench.reporting.plots import BLUE, GREY, RED, _axes
+
+METRICS = (("intent", BLUE, "o"), ("f1", RED, "s"), ("sentence", "#444444", "^"))
+NAMES = {"intent": "intents", "f1": "F1 of slots", "sentence": "whole sentences"}
+
+
+def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Accuracy of intents, slots and whole sentences against the time of one sentence, each with its interval.
+
+    table: candidate, latency_ms; intent, f1 and sentence with _low and _high."""
+    ax = ax or _axes(9, 5)
+    for metric, colour, marker in METRICS:
+        ends = [100 * abs(table[f"{metric}_{end}"] - table[metric]) for end in ("low", "high")]
+        ax.errorbar(table.latency_ms, 100 * table[metric], yerr=ends, fmt=marker, color=colour, capsize=2, label=NAMES[metric])
+    for row in table.itertuples():
+        ax.annotate(row.candidate, (row.latency_ms, 100 * row.sentence_low), textcoords="offset points", xytext=(0, -12),
+                    ha="center", fontsize=7, color=GREY)
+    ax.set(xscale="log", xlabel="milliseconds a sentence", ylabel="right, percent (95 %)", title="Smaller and faster")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def cuts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What is lost against the time that is left, one line a metric. table: latency (share), and intent_change, f1_change and
+    sentence_change with _low and _high."""
+    ax, rows = ax or _axes(8, 5), table.sort_values("latency")
+    for metric, colour, marker in METRICS:
+        change = f"{metric}_change"
+        ends = [100 * abs(rows[f"{change}_{end}"] - rows[change]) for end in ("low", "high")]
+        ax.errorbar(rows.latency, 100 * rows[change], yerr=ends, color=colour, marker=marker, capsize=2, label=NAMES[metric])
+    ax.axhline(0, color=GREY, linestyle=":")
+    ax.axhline(-1, color=GREY, linestyle="--", linewidth=0.8)
+    ax.set(xlabel="time of a sentence, as a share of the whole model's", ylabel="change, points (95 %)",
+           title="Heads and neurons cut without training (dashed: a point lost)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def rejected(curves: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Share of the sentences in scope that are accepted against the share of others let in. curves: of rejection.roc, by name."""
+    ax = ax or _axes(6, 5)
+    for (name, curve), colour in zip(curves.items(), (BLUE, RED, "#2a7a5b", "#b8860b"), strict=False):
+        told = f"{name}, area {curve.attrs['auc']:.3f} [{curve.attrs['auc_low']:.3f}, {curve.attrs['auc_high']:.3f}]"
+        ax.plot(100 * curve.let_in, 100 * curve.accepted, color=colour, label=told)
+    ax.set(xlabel="sentences out of scope that are let in, percent", ylabel="sentences in scope that are accepted, percent",
+           title="Rejecting what is out of scope")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
