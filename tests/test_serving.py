@@ -125,6 +125,48 @@ def test_load_counts_what_was_answered(images):
     assert (table.requests_per_s * table.mean_ms / 1e3).to_numpy() == pytest.approx([1, 4], rel=0.25)
 
 
+def test_sentences_share_a_batch_with_those_of_their_bucket(gate):
+    seen = []
+
+    def model(batch):
+        gate.wait(5)
+        seen.append(tuple(batch.shape))
+        return batch.sum(1, keepdim=True).float()
+
+    sentences = [torch.ones(length, dtype=torch.int64) for length in (3, 30, 4, 28, 2, 60)]
+    with Batcher(model, size=8, deadline_ms=20, buckets=[4, 32]) as served:
+        answers = [served.submit(sentence) for sentence in sentences]
+        gate.set()
+    assert [int(answer.result(timeout=1)) for answer in answers] == [3, 30, 4, 28, 2, 60], "each its own answer"
+    assert sorted(seen) == [(1, 60), (2, 30), (3, 4)], "short with short, long with long, the oldest bucket first"
+    assert served.padding == pytest.approx(1 - (3 + 30 + 4 + 28 + 2 + 60) / (60 + 60 + 12))
+
+
+def test_load_takes_sentences_of_different_lengths_in_turn():
+    seen = set()
+
+    def model(batch):
+        seen.add(batch.shape[1])
+        return torch.zeros(len(batch), 1)
+
+    sentences = [torch.ones(1, length, dtype=torch.int64) for length in (2, 5, 9)]
+    table = latency.under_load(model, sentences, clients=(1,), seconds=0.2)
+    assert seen == {2, 5, 9}
+    assert table.padding[0] == 0
+
+
+def test_an_open_loop_counts_the_wait_from_when_a_request_was_due(images):
+    def slow(batch):
+        time.sleep(0.02)
+        return torch.zeros(len(batch), 1)
+
+    table = latency.at_rate(slow, images, rates=[10, 200], seconds=1.0)
+    assert list(table.rate) == [10, 200]
+    assert table.p50_ms[0] < 60, "below its capacity of 50 a second it keeps up"
+    assert table.p50_ms[1] > 300, "above it it falls behind, and that is seen"
+    assert table.requests_per_s[1] < 60
+
+
 def test_the_grid_has_every_thread_and_batch(path, net, images):
     threads = sorted({1, machine.cores()})
     table = latency.grid({"onnx": path, "torch": net}, images[:1], threads=threads, batches=[1, 4], blocks=5)
@@ -181,6 +223,8 @@ def test_a_runtime_that_cannot_be_opened_says_why(path, net, monkeypatch):
 @pytest.mark.parametrize(("call", "message"), [
     (lambda p, x: Batcher(p, size=0), "size is 0"), (lambda p, x: Batcher(p, deadline_ms=-1), "deadline_ms -1"),
     (lambda p, x: latency.under_load(p, x, clients=[0]), "clients are"),
+    (lambda p, x: Batcher(p, buckets=[8, 4]), r"buckets are \[8, 4\]"),
+    (lambda p, x: latency.at_rate(p, x, rates=[0]), "rates are"), (lambda p, x: latency.at_rate(p, x, rates=[]), "rates are"),
     (lambda p, x: latency.under_load(p, x, clients=[]), "clients are")])
 def test_impossible_loads_are_refused(path, images, call, message):
     with pytest.raises(ValueError, match=message):

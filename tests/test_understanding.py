@@ -15,7 +15,7 @@ from workbench.batches import Batch
 from workbench.graph.coupling import groups
 from workbench.measures import accuracy, cost, equivalence, rejection
 from workbench.methods import distillation, fisher, transfer
-from workbench.subjects import data, intents, models, training
+from workbench.subjects import data, intents, language, models, training
 from workbench.subjects.objectives import IGNORED, Understanding
 from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import Texts
@@ -86,6 +86,24 @@ def test_recombined_sentences_keep_their_tags_in_step(commands):
         for mark, before in zip(marks[1:], [0, *marks[1:]], strict=False):
             assert not tags[mark].startswith("I-") or tags[before][2:] == tags[mark][2:]
     assert len(intents.with_recombined(commands.train, 10)) == len(commands.train) + 10
+
+
+def test_requests_hold_several_commands(commands):
+    chained = intents.chained(commands.test, 3, seed=0)
+    lengths = [len(words) for words in chained.inputs.lines]
+    assert len(chained) == len(commands.test)
+    assert max(lengths) > 25
+    assert all(len(marks) == len(words) + 1 for words, marks in zip(chained.inputs.lines, chained.targets.lines, strict=True))
+    with pytest.raises(ValueError, match="most is 0"):
+        intents.chained(commands.test, 0)
+
+
+def test_shapes_of_published_models_come_at_random():
+    network = language.shaped("distilbert", labels=3)
+    assert network.config.num_labels == 3
+    assert 60e6 < sum(p.numel() for p in network.parameters()) < 70e6
+    with pytest.raises(ValueError, match="unknown shape 'gpt'; expected one of bert"):
+        language.shaped("gpt")
 
 
 def test_the_small_network_is_small_and_padding_changes_nothing(commands):

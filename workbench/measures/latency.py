@@ -101,12 +101,14 @@ def by_layer(candidates: Mapping[str, object], inputs: Inputs, *, threads: int =
     return frame
 
 
-def under_load(model, examples: Inputs, *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,
-               seconds: float = 2.0, threads: int | None = None) -> pd.DataFrame:
+def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1,
+               deadline_ms: float = 0.0, buckets: Sequence[int] = (), seconds: float = 2.0,
+               threads: int | None = None) -> pd.DataFrame:
     """One row per number of clients in a closed loop: each sends one example, waits for its answer and sends the next.
 
-    Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms, mean_batch, requests.
-    examples: taken in turn. size, deadline_ms: of the dynamic batches (batching.Batcher); 1 is none.
+    Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms, mean_batch, padding,
+    requests. examples: a batch, or a list of single ones (1, ...) of different lengths, taken in turn. size, deadline_ms,
+    buckets: of the dynamic batches (batching.Batcher); a size of 1 is none. padding: share of what was computed that was padding.
     The first quarter of the `seconds` is not counted; requests count when they end, waits when they begin. Clients and model
     share this machine's cores.
 
@@ -114,27 +116,77 @@ def under_load(model, examples: Inputs, *, clients: Sequence[int] = (1, 4, 16, 6
     """
     if not clients or min(clients) < 1:
         raise ValueError(f"clients are {list(clients)}, expected numbers of at least 1")
-    lines = []
+    singles, lines = _singles(examples), []
     for number in files.progress(clients, title="load", unit="level"):
-        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, threads=threads) as served:
-            served.submit(rows(examples, 0)).result()
+        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, buckets=buckets,
+                                               threads=threads) as served:
+            served.submit(singles[0]).result()
             started = time.perf_counter()
             opened, ended = started + seconds / 4, started + seconds
             with ThreadPoolExecutor(number) as pool:
-                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, examples, k, end), range(number)))
-            name = served.session.name
-            sizes = served.batches[1:]
+                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, singles, k, end), range(number)))
         every = np.array([turn for turns_of_one in turns for turn in turns_of_one])
-        done = int(((every[:, 1] >= opened) & (every[:, 1] <= ended)).sum())
-        started_inside = every[every[:, 0] >= opened]  # to their end, which may come after the others'
-        if not done or not len(started_inside):
-            raise ValueError(f"no request of {number} clients ended within {seconds} seconds; give more")
-        waits = 1e3 * (started_inside[:, 1] - started_inside[:, 0])
-        p50, p95, p99 = np.percentile(waits, [50, 95, 99])
-        lines.append({"candidate": name, "clients": number, "size": size, "deadline_ms": deadline_ms,
-                     "requests_per_s": done / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50, "p95_ms": p95,
-                     "p99_ms": p99, "mean_batch": float(np.mean(sizes)), "requests": done})
-    return pd.DataFrame(lines)
+        lines.append({"clients": number, **_served(served, every, opened, ended, deadline_ms)})
+    return pd.DataFrame(lines)[["candidate", "clients", *list(lines[0])[2:]]]
+
+
+def at_rate(model, examples: Inputs | Sequence[Inputs], *, rates: Sequence[float], size: int = 1, deadline_ms: float = 0.0,
+            buckets: Sequence[int] = (), seconds: float = 2.0, threads: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """One row per rate in an open loop: requests come at random moments (Poisson), `rate` of them a second, whatever the server
+    does, and a wait counts from the moment at which the request was due.
+
+    Columns and parameters as in `under_load`, rate in the place of clients. A server that is too slow falls behind, and its
+    waits grow with `seconds`.
+
+    Raises ValueError for a rate that is not positive, and as `under_load` does.
+    """
+    if not rates or min(rates) <= 0:
+        raise ValueError(f"rates are {list(rates)}, expected requests a second, more than 0")
+    singles, lines, draw = _singles(examples), [], np.random.default_rng(seed)
+    for rate in files.progress(rates, title="load", unit="rate"):
+        due = np.cumsum(draw.exponential(1 / rate, max(int(rate * seconds), 20)))
+        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, buckets=buckets,
+                                               threads=threads) as served:
+            served.submit(singles[0]).result()
+            started = time.perf_counter()
+            ends = _asked_at(served, singles, started + due)
+        every = np.stack([started + due, ends], 1)
+        row = _served(served, every, started + due[-1] / 4, ends.max(), deadline_ms)
+        lines.append({"rate": rate, **row})
+    return pd.DataFrame(lines)[["candidate", "rate", *list(lines[0])[2:]]]
+
+
+def _asked_at(served: batching.Batcher, singles: list[Inputs], moments: np.ndarray) -> np.ndarray:
+    """When each request ended that was sent at one of these moments."""
+    ends, asked = np.zeros(len(moments)), []
+    for place, moment in enumerate(moments):
+        time.sleep(max(moment - time.perf_counter(), 0))
+        future = served.submit(singles[place % len(singles)])
+        future.add_done_callback(lambda _done, place=place: ends.__setitem__(place, time.perf_counter()))
+        asked.append(future)
+    for future in asked:
+        future.result()
+    return ends
+
+
+def _singles(examples: Inputs | Sequence[Inputs]) -> list[Inputs]:
+    """The examples one by one, without the batch axis."""
+    if isinstance(examples, list):
+        return [rows(example, 0) for example in examples]
+    return [rows(examples, place) for place in range(count(examples))]
+
+
+def _served(served: batching.Batcher, every: np.ndarray, opened: float, ended: float, deadline_ms: float) -> dict:
+    """A row of what a load gave. every: (requests, 2), when each began and ended."""
+    done = int(((every[:, 1] >= opened) & (every[:, 1] <= ended)).sum())
+    started_inside = every[every[:, 0] >= opened]  # to their end, which may come after the others'
+    if not done or not len(started_inside):
+        raise ValueError(f"no request ended within {ended - opened:.2g} seconds; give more")
+    waits = 1e3 * (started_inside[:, 1] - started_inside[:, 0])
+    p50, p95, p99 = np.percentile(waits, [50, 95, 99])
+    return {"candidate": served.session.name, "size": served.size, "deadline_ms": deadline_ms,
+            "requests_per_s": done / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99,
+            "mean_batch": float(np.mean(served.batches[1:])), "padding": served.padding, "requests": done}
 
 
 def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
@@ -199,10 +251,10 @@ def _timed(opened: Mapping[str, sessions.Session], inputs: Inputs, blocks: int, 
     return times
 
 
-def _client(served, examples: Inputs, place: int, until: float) -> list[tuple[float, float]]:
-    turns, size = [], count(examples)
+def _client(served, singles: list[Inputs], place: int, until: float) -> list[tuple[float, float]]:
+    turns = []
     while (before := time.perf_counter()) < until:
-        served.submit(rows(examples, (place + len(turns)) % size)).result()
+        served.submit(singles[(place + len(turns)) % len(singles)]).result()
         turns.append((before, time.perf_counter()))
     return turns
 

@@ -41,6 +41,23 @@ def cuts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def loads(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Requests a second against the wait of 99 of 100, a line a way of serving, from few clients to many.
+
+    table: candidate, clients, requests_per_s, p99_ms."""
+    ax = ax or _axes(9, 5)
+    for place, (name, part) in enumerate(table.groupby("candidate", sort=False)):
+        colour = (GREY, "black", BLUE, "#2a7a5b", "#b8860b", "#7a4fa3", RED)[place % 7]
+        ax.plot(part.p99_ms, part.requests_per_s, marker="o^sDv*P"[place % 7], color=colour, label=name)
+    for row in table[table.candidate == table.candidate.iloc[-1]].itertuples():
+        ax.annotate(f"{row.clients} clients", (row.p99_ms, row.requests_per_s), textcoords="offset points", xytext=(5, 5),
+                    fontsize=7)
+    ax.set(xscale="log", xlabel="wait of 99 of 100 requests, milliseconds", ylabel="requests a second",
+           title="Ways of serving sentences (upper left is better)", ylim=(0, None))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def rejected(curves: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
     """Share of the sentences in scope that are accepted against the share of others let in. curves: of rejection.roc, by name."""
     ax = ax or _axes(6, 5)

@@ -102,6 +102,24 @@ def with_recombined(split: Split, count: int, *, seed: int = 0) -> Split:
                    targets=Texts([*split.targets.lines, *more.targets.lines]), units=None)
 
 
+def chained(split: Split, most: int, *, seed: int = 0) -> Split:
+    """As many requests as `split` has sentences, each of one to `most` of them, one behind the other, with the intent of the
+    first: of other lengths, as when people say several things at once.
+
+    Raises ValueError for fewer than one.
+    """
+    if most < 1:
+        raise ValueError(f"chained: most is {most}, expected 1 sentence or more")
+    random = np.random.default_rng(seed)
+    lines, targets = [], []
+    for _ in range(len(split)):
+        chosen = random.integers(len(split), size=random.integers(1, most + 1))
+        lines.append([word for k in chosen for word in split.inputs.lines[k]])
+        marks = [mark for k in chosen for mark in split.targets.lines[k][1:]]
+        targets.append([split.targets.lines[chosen[0]][0], *marks])
+    return replace(split, inputs=Texts(lines), targets=Texts(targets), units=None, name=f"{split.name}, chained")
+
+
 def _spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """Slot, first word and the word behind the last of each entity."""
     starts = [k for k, tag in enumerate(tags) if tag.startswith("B-")]

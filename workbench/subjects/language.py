@@ -71,6 +71,25 @@ def build(kind: str, config, folder: str | None = None) -> nn.Module:
     return model.eval()
 
 
+SHAPES = {"bert": ("BertConfig", {}), "distilbert": ("DistilBertConfig", {}), "mobilebert": ("MobileBertConfig", {})}
+
+
+def shaped(name: str, *, labels: int = 2, seed: int = 0) -> nn.Module:
+    """A sentence classifier of the shape of a published model ("bert" is BERT-base, "distilbert", "mobilebert"), at random by
+    `seed`: what it takes in time and memory is that model's, what it answers means nothing.
+
+    Raises ValueError for another name.
+    """
+    import transformers
+
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}; expected one of {', '.join(SHAPES)}")
+    kind, options = SHAPES[name]
+    with torch.random.fork_rng(devices=[]), _quietly():
+        torch.manual_seed(seed)
+        return build("class", getattr(transformers, kind)(num_labels=labels, **options))
+
+
 def rebuilt(header: dict[str, str]) -> nn.Module:
     """A model at random of what a checkpoint's header says."""
     import transformers
