@@ -45,6 +45,9 @@ def exact(model: nn.Module) -> fx.GraphModule:
         raise UnsupportedModelError(f"{type(model).__name__} has no quantised activations; give what quantization.quantize "
                                     "returns")
     new = copy.deepcopy(model).eval()
+    for name, module in list(new.named_modules()):
+        if isinstance(module, nn.Embedding) and parametrize.is_parametrized(module, "weight"):  # rounded once, not in every call
+            new.set_submodule(name, nn.Embedding.from_pretrained(module.weight.detach()))
     modules, grids = dict(new.named_modules()), {}  # grids: of each node whose values lie on one
     for node in list(new.graph.nodes):
         quantizer = modules.get(node.target) if node.op == "call_module" else None

@@ -31,6 +31,7 @@ def finish(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]], *, quan
     model = rewrite(model, [fuse_pad_into_conv_rule])
     _four_bits(model, packed)
     if quantised:
+        _look_up_integers(model)
         _own_zeros(model)
         _reshape_integers(model)
         _transpose_integers(model)
@@ -109,6 +110,21 @@ def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     value.replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
     model.graph.remove(old, safe=True)
     new.outputs[0].name = name
+
+
+def _look_up_integers(model: ir.Model) -> None:
+    """Look up integers in a table, and then make those found float: the runtime would make the whole table float in every run."""
+    for look in _nodes(model, "Gather"):
+        source = _maker(look.inputs[0], "DequantizeLinear")
+        integers, scale, zero = (_number(value) for value in source.inputs[:3]) if source is not None else [None] * 3
+        if integers is None or zero is None or scale.ndim != 1 or zero.any() or look.attributes.get_int("axis", 0):
+            continue
+        column = _stored(model, f"{source.inputs[0].name}_scale", scale[:, None])
+        found = [ir.node("Gather", [table, look.inputs[1]]) for table in (source.inputs[0], column)]
+        cast = ir.node("Cast", [found[0].outputs[0]], attributes={"to": ir.DataType.FLOAT})
+        for node in (*found, cast):
+            model.graph.insert_before(look, node)
+        _replace(model, look, ir.node("Mul", [cast.outputs[0], found[1].outputs[0]]))
 
 
 def _own_zeros(model: ir.Model) -> None:

@@ -2,8 +2,8 @@
 
 The model is traced. A quantiser stands where an integer kernel reads or writes: before each quantised layer (behind what made
 its input), behind a convolution with the norm and ReLU that follow it alone, and behind additions, concatenations and
-averages of values that lie on grids. What the runtime computes in float (softmax, GELU, layer norm, embeddings) is left in
-float, ids and masks are left alone. Batch norms are folded first, as the runtime does.
+averages of values that lie on grids. What the runtime computes in float (softmax, GELU, layer norm) is left in float, ids and
+masks are left alone; of a large table of embeddings only the rows that are looked up become float. Batch norms are folded first, as the runtime does.
 
 Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krishnamoorthi 2018 (arXiv 1806.08342).
 """
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from workbench import files
 from workbench.batches import Batch, Inputs, call
 from workbench.graph.kinds import is_convolution, is_float, is_layer, joins, last_of, passes, source
-from workbench.graph.layers import Change, evaluating, named
+from workbench.graph.layers import WEIGHTED, Change, evaluating, named
 from workbench.graph.norms import fold_batchnorm
 from workbench.graph.tracing import trace
 from workbench.graph.units import round_biases
@@ -34,11 +34,13 @@ from workbench.subjects.subject import Count, Globs, Subject
 
 INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
 UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
+LARGE = 1000  # entries from which a table of embeddings is worth rounding
 
 
 def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
              activations: Scheme | None = UINT8_ACTIVATIONS, calibrator: str = "minmax", by: str = "minmax",
-             layers: str | Sequence[str] = "*", example: Inputs | None = None, fold: bool = True) -> nn.Module:
+             layers: str | Sequence[str] = "*", tables: Scheme | None = INT8_WEIGHTS, example: Inputs | None = None,
+             fold: bool = True) -> nn.Module:
     """A copy of `model` with its batch norms folded and fake-quantised weights and activations, in eval mode, calibrated on
     `batches`. Judged by sessions.open and what builds on it, it computes with whole numbers, as its ONNX file does.
 
@@ -46,8 +48,9 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
     also by layer (mixed precision): layers that are not listed stay float32. An activation is quantised only if a quantised
     layer reads or writes it. calibrator: how the range of activations is read from what passes: "minmax", "moving_average",
     "percentile", "mse" or "entropy" (KL divergence); that of the model's inputs is always min-max. by: how the scales of weights
-    are fitted, "minmax" or "mse". layers: globs of the layers whose weights are quantised. example: inputs to trace the model
-    with, where `batches` is empty. fold: whether batch norms become part of the layers before them; false where they are to be
+    are fitted, "minmax" or "mse". layers: globs of the layers whose weights are quantised. tables: the scheme of tables of
+    embeddings with 1,000 entries or more, one scale an entry, None for float; only where all layers are quantised. example: inputs
+    to trace the model with, where `batches` is empty. fold: whether batch norms become part of the layers before them; false where they are to be
     trained or examined. Trained on (training.fit), weights and scales learn through straight-through gradients. The
     ranges of the activations are those of the float model: what coarse weights do to them is for repairs to undo.
 
@@ -61,7 +64,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
         raise ValueError("calibration saw no examples; give at least one batch" if activations else
                          "quantize needs a batch, or an example, to trace the model with")
     new = prepare(model, batches[0].inputs if batches else example, weights=weights, activations=activations, by=by,
-                  layers=layers, fold=fold)
+                  layers=layers, tables=tables, fold=fold)
     if activations:
         calibrate(new, batches, calibrator)
     return round_biases(new)
@@ -69,7 +72,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
 
 def prepare(model: nn.Module, example: Inputs, *, weights: Scheme | Mapping[str, Scheme] | None = INT8_WEIGHTS,
             activations: Scheme | None = UINT8_ACTIVATIONS, by: str = "minmax",
-            layers: str | Sequence[str] = "*", fold: bool = True) -> fx.GraphModule:
+            layers: str | Sequence[str] = "*", tables: Scheme | None = INT8_WEIGHTS, fold: bool = True) -> fx.GraphModule:
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are.
 
     example: inputs to trace the model with. Raises as `quantize` does.
@@ -80,6 +83,10 @@ def prepare(model: nn.Module, example: Inputs, *, weights: Scheme | Mapping[str,
     if activations:
         _insert(new, activations, set(named(model)) if schemes is None else set(schemes))
     present = named(new)  # without what eval mode leaves out
+    if schemes and tables and layers == "*":
+        large = {name: module for name, module in new.named_modules()
+                 if isinstance(module, nn.Embedding) and module.num_embeddings >= LARGE}
+        present, schemes = present | large, schemes | dict.fromkeys(large, tables)
     for name, scheme in (schemes or {}).items():
         if name in present:
             layer = present[name]
@@ -134,20 +141,18 @@ def for_training(model: nn.Module) -> nn.Module:
 
 
 def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
-    """One row per quantised layer: layer, bits, granularity, scales, sqnr_db of its weights, size_bytes, params.
+    """One row per quantised layer, or table: layer, bits, granularity, scales, sqnr_db of its weights, size_bytes, params.
 
     sqnr_db = 10 log10(sum w^2 / sum (w - w')^2), w from `reference`. size_bytes: the integers packed, with a float32 scale
     and an int8 zero point a row (or the table of levels) and the float32 biases.
     """
-    known, rows = named(reference), []
-    for name, layer in named(model).items():
-        if not parametrize.is_parametrized(layer, "weight"):
-            continue
-        quantizer, weight = layer.parametrizations.weight[0], known[name].weight.detach()
+    rows = []
+    for name, layer in rounded(model).items():
+        quantizer, weight = layer.parametrizations.weight[0], reference.get_submodule(name).weight.detach()
         scheme, error = quantizer.scheme, (weight - layer.weight.detach()).pow(2).sum().item()
         groups = len(scheme.rows(weight, name))
         overhead = groups * (4 * 2**scheme.bits if scheme.levels == "kmeans" else 4 + (not scheme.symmetric))
-        size = (weight.numel() * scheme.bits + 7) // 8 + overhead + 4 * (layer.bias.numel() if layer.bias is not None else 0)
+        size = (weight.numel() * scheme.bits + 7) // 8 + overhead + 4 * (layer.bias.numel() if getattr(layer, "bias", None) is not None else 0)
         rows.append({"layer": name, "bits": scheme.bits, "granularity": scheme.granularity, "scales": groups,
                      "sqnr_db": 10 * torch.tensor(weight.pow(2).sum().item() / max(error, 1e-30)).log10().item(),
                      "size_bytes": size, "params": weight.numel()})
@@ -248,9 +253,15 @@ class _Places:
 
 
 def integers(model: nn.Module) -> dict[str, Tensor]:
-    """The integer weights of each quantised layer, int32 of the weight's shape, by name."""
+    """The integer weights of each quantised layer or table, int32 of the weight's shape, by name."""
     return {name: layer.parametrizations.weight[0].integers(layer.parametrizations.weight.original)
-            for name, layer in named(model).items() if parametrize.is_parametrized(layer, "weight")}
+            for name, layer in rounded(model).items()}
+
+
+def rounded(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers and tables of a quantised model whose weights lie on a grid, by name."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, (*WEIGHTED, nn.Embedding)) and parametrize.is_parametrized(module, "weight")}
 
 
 @dataclass(frozen=True)
