@@ -27,14 +27,15 @@ QUANTISED_TOLERANCE = 0.2  # the same where something rounds in floats, and a va
 
 
 def export(model: nn.Module, example: Inputs, path: Path | str, *,
-           dynamic: Mapping[str, Mapping[int, str]] | None = None, tolerance: float | None = None) -> Path:
+           dynamic: Mapping[str, Mapping[int, str]] | None = None, tolerance: float | None = None,
+           told: Mapping[str, str] | None = None) -> Path:
     """Write `model` as an ONNX file; return its path.
 
     example: inputs of the model; the file takes any number of examples, and token ids and masks of any length. Its inputs have
     the names of forward's parameters (or of the mapping), its outputs their own, "logits" for a single one. dynamic: further
     axes that may have any length, by input: {"mels": {2: "frames"}}. tolerance: the largest relative L2 distance between the
     file's outputs and the model's, per example; by default 1e-3, or four times what rounding to float32 changes in this model
-    where that is more; for a quantised model 0.2.
+    where that is more; for a quantised model 0.2. told: what else the file says of itself, its metadata.
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
     ONNX Runtime to torch's outputs; otherwise nothing is. The weights of a model of quantization.quantize are stored as int8,
@@ -66,7 +67,8 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
         del proto.graph.value_info[:]  # the exporter's own shapes are wrong behind shared weights
         _name_axes(proto, places)
         if parts and any(not parametrize.is_parametrized(layer, "weight") for layer in named_layers(whole).values()):
-            onnx.helper.set_model_props(proto, {sessions.DISABLED: "WeightBiasQuantization"})
+            told = {sessions.DISABLED: "WeightBiasQuantization"} | dict(told or {})
+        onnx.helper.set_model_props(proto, dict(told or {}))
         onnx.checker.check_model(proto, full_check=True)
     except UnsupportedModelError:
         raise

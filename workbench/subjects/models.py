@@ -26,7 +26,7 @@ __all__ = ["load", "preprocessing", "read_header", "save", "trained_on", "wrap"]
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # in each of the three stages
 REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
-NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", "minilm", "torchvision:NAME", "timm:NAME", "hf:ID-OR-FOLDER",
+NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *language.NAMES, "torchvision:NAME", "timm:NAME", "hf:ID-OR-FOLDER",
          "NAME@CHECKPOINT", "CHECKPOINT")
 
 
@@ -35,8 +35,8 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and 3 without one).
 
     name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
-    "minilm", "torchvision:NAME", "timm:NAME" (a hub id, or "timm:local-dir:PATH"), "hf:ID" (or a folder in the hub's layout;
-    its head follows from the task's objective), a checkpoint written by `save`, or "NAME@CHECKPOINT" for a safetensors file
+    "minilm", "smollm2", "wiki_decoder", "torchvision:NAME", "timm:NAME" (a hub id, or "timm:local-dir:PATH"), "hf:ID" (or a folder
+    in the hub's layout, or a GGUF file; its head follows from the task's objective), a checkpoint written by `save`, or "NAME@CHECKPOINT" for a safetensors file
     of bare weights. `pretrained=False` starts at random, by `seed`. new_head: a new one where a Hugging Face model has a head
     for other labels. into: a module of the class that a checkpoint was saved from, where `wrap` made it.
 
@@ -52,7 +52,7 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
         model = _of_header(base, stored, task, into)
     elif base in SMALL:
         model = _small(base, path, task, pretrained, seed)
-    elif base == "minilm" or base.startswith("hf:"):
+    elif base in language.NAMES or base.startswith("hf:"):
         source = base.removeprefix("hf:")
         known = embedded.folder() / "checkpoints" / _stem(base, task)
         if pretrained and not path and known.exists():
@@ -117,7 +117,7 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
         if "source" in header:
             return language.tokens(header["source"], longest=longest)
         return preprocessing(header["architecture"]) if "architecture" in header else None
-    if base in ("minilm", *SMALL) or kind == "hf":
+    if base in (*language.NAMES, *SMALL) or kind == "hf":
         return language.tokens("minilm" if base in SMALL else base.removeprefix("hf:"), longest=longest)
     if kind == "efficientnet_lite0":
         return Preprocessing(224, 0.875, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)

@@ -1,6 +1,6 @@
 """Text as a task: sentences with a label, words with tags, or plain text; tokens as a model reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -76,6 +76,24 @@ def wiki_topics(prepare=None) -> Task:
     return Task("wiki_topics", parts["train"], parts["validation"], parts["test"], topics, WIKI, "CC BY-SA")
 
 
+def wiki_text(prepare=None) -> Task:
+    """The same summaries as plain text, eight to a text, by topic and title."""
+    table = pd.read_parquet(embedded.verified("wiki_topics", "summaries.parquet")).astype(str)
+    parts = {name: plain(joined(part.text, 8), prepare, f"wiki_text {name}") for name, part in table.groupby("split")}
+    return Task("wiki_text", parts["train"], parts["validation"], parts["test"], (), WIKI, "CC BY-SA")
+
+
+def joined(lines: Iterable[str], count: int) -> list[str]:
+    """The lines in groups of `count`, a blank line between two."""
+    lines = list(lines)
+    return ["\n\n".join(lines[k:k + count]) for k in range(0, len(lines), count)]
+
+
+def plain(lines: Sequence[str], prepare, name: str) -> Split:
+    """Plain text, each token of which is to be guessed from those before it."""
+    return Split(Texts(list(lines)), torch.zeros(len(lines), 0, dtype=torch.int64), prepare or untokenized, NextToken(), name)
+
+
 def glosses(prepare=None) -> Task:
     """Definitions of WordNet 3.0 by lexicographer file; every eighth definition is a test example."""
     table = wordnet.load()
@@ -101,7 +119,7 @@ def of_columns(part, columns: Mapping[str, str], names: tuple[str, ...], tags: t
         return tagged(words, marks, intents, names=names, tags=tags, prepare=prepare, name=name)
     lines = part[columns["text"]][:]
     if "label" not in columns:
-        return Split(Texts(lines), torch.zeros(len(lines), 0, dtype=torch.int64), prepare or untokenized, NextToken(), name)
+        return plain(lines, prepare, name)
     labels = part[columns["label"]][:]
     if labels and isinstance(labels[0], str):
         places = {label: k for k, label in enumerate(names)}
