@@ -28,9 +28,9 @@ OUT, END, SEED = Path(__file__).parent / "wiki_decoder", "<|end|>", 0
 SHAPE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True, "bos_token_id": 0,
          "eos_token_id": 0, "pad_token_id": 0}
-LICENCE = """The weights and the tokenizer in this folder were made from the texts in ../wiki_topics (Wikipedia contributors, CC BY-SA
-4.0, see ../wiki_topics/LICENCE) and the definitions in ../wordnet (Princeton University, see ../wordnet/LICENCE) by
-../build_wiki_decoder.py. The weights are under the MIT licence; what they recite is under the licence of those texts.
+LICENCE = """The weights and the tokenizer in this folder were made from the texts in ../wiki_topics (Wikipedia contributors,
+CC BY-SA 4.0, see ../wiki_topics/LICENCE) and the definitions in ../wordnet (Princeton University, see ../wordnet/LICENCE)
+by ../build_wiki_decoder.py. The weights are under the MIT licence; what they recite is under the licence of those texts.
 """
 
 
@@ -55,8 +55,10 @@ def main() -> None:
     recipe = Recipe(epochs=chosen.epochs, batch_size=16, learning_rate=3e-3, optimizer="adamw", weight_decay=0.05, warmup=0.05,
                     precision="bf16")
     made = fit(model, task, recipe=recipe, seed=SEED, device=chosen.device, state=chosen.state)
+    made.model.config.architectures = [type(model).__name__]
     made.model.config.save_pretrained(OUT)
-    weights = {name: value.detach().half().contiguous() for name, value in made.model.state_dict().items() if "lm_head" not in name}
+    weights = {name: value.detach().half().contiguous() for name, value in made.model.state_dict().items()
+               if name != "lm_head.weight"}  # the table of words, tied
     save_file(weights, OUT / "model.safetensors", metadata={"format": "pt"})
     made.history.to_csv(OUT / "history.csv", index=False)
     score = accuracy.evaluate(models.load(f"hf:{OUT}", task), task.test)

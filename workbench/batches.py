@@ -142,7 +142,8 @@ def named(model: Callable, inputs: Inputs) -> dict[str, Tensor]:
     open_ended = not known or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
     if isinstance(inputs, Mapping):
         keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        odd = [name for name in inputs if name not in known and not open_ended and not (keywords and name.startswith("past_"))]  # a cache
+        odd = [name for name in inputs if name not in known and not open_ended
+               and not (keywords and name.startswith("past_"))]  # a cache
         if odd:
             raise ValueError(f"{type(model).__name__} has no input {odd[0]!r}; it takes {listed(known)}")
         return dict(inputs)

@@ -17,7 +17,7 @@ from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 aten = torch.ops.aten
 VIEWS = {aten.slice.Tensor, aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.transpose.int,
          aten.permute.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.unbind.int,
-         aten.to.device, aten.to.dtype, aten.to.dtype_layout, operator.getitem}
+         aten.to.device, aten.to.dtype, aten.to.dtype_layout, operator.getitem, operator.add, operator.sub}
 PLAIN = VIEWS | {
     aten.conv1d.default, aten.conv2d.default, aten.batch_norm.default, aten.layer_norm.default, aten.linear.default,
     aten.embedding.default, aten.scaled_dot_product_attention.default, aten.matmul.default, aten.add.Tensor, aten.mul.Tensor,
@@ -25,7 +25,10 @@ PLAIN = VIEWS | {
     aten.silu.default, aten.gelu.default, aten.tanh.default, aten.mean.dim, aten.adaptive_avg_pool2d.default,
     aten.max_pool2d.default, aten.avg_pool2d.default, aten.pad.default, aten.cat.default, aten.gather.default,
     aten.index.Tensor, aten.arange.default, aten.gt.Scalar, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor,
-    aten.new_ones.default, aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
+    aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.neg.default, aten.softmax.int, aten.cumsum.default, aten.sub.Tensor,
+    aten.clamp_min.default, aten.le.Tensor, aten.cos.default, aten.sin.default, aten.abs.default, aten.amax.default,
+    aten.div.Tensor, aten.round.default, aten.new_ones.default, aten._assert_tensor_metadata.default, aten.sym_size.int,
+    torch.ops.onnx_symbolic._symbolic.default}
 IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
             aten.hardswish_.default: aten.hardswish.default, aten.silu_.default: aten.silu.default,
             aten.add_.Tensor: aten.add.Tensor}
@@ -56,7 +59,8 @@ def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> Expo
 
 
 def _known(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None or isinstance(module, LEAVES) or not (
+    known = isinstance(module, LEAVES) or type(module).__name__.endswith("RMSNorm")
+    return next(module.children(), None) is not None or known or not (
         next(module.parameters(recurse=False), None) is not None or type(module).__module__.startswith("torch.nn"))
 
 

@@ -21,6 +21,7 @@ from workbench.deployment import onnx, sessions
 from workbench.errors import UnsupportedModelError
 
 BITS = (32, 8)
+LOWEST = -1e30  # added where a token must not look
 LEAST = 1e-8  # of a scale, for a vector of zeros
 LONGEST = "workbench.longest"  # under which a file tells for how many tokens it has positions
 
@@ -28,14 +29,13 @@ LONGEST = "workbench.longest"  # under which a file tells for how many tokens it
 class Cached(nn.Module):
     """A causal language model of transformers that is given its cache and gives it back, longer by the tokens read.
 
-    bits: 32 keeps keys and values as they are, 8 as integers with a float32 scale for each vector. every: answer for every token
-    (n, T, vocabulary), or for the last alone (n, 1, vocabulary). layers: rounded layers, by name, that stand in its own one's
-    place (`quantization.rounded`).
+    bits: 32 keeps keys and values as they are, 8 as integers with a float32 scale for each vector. layers: rounded layers, by
+    name, that stand in the place of its own (`quantization.rounded`).
 
     Raises ValueError for other bits, UnsupportedModelError for a model whose attention takes no cache like this.
     """
 
-    def __init__(self, model: nn.Module, *, bits: int = 32, every: bool = False, layers: Mapping[str, nn.Module] | None = None):
+    def __init__(self, model: nn.Module, *, bits: int = 32, layers: Mapping[str, nn.Module] | None = None):
         super().__init__()
         if bits not in BITS:
             raise ValueError(f"a cache of {bits} bits; expected one of {', '.join(map(str, BITS))}")
@@ -43,7 +43,7 @@ class Cached(nn.Module):
             raise UnsupportedModelError(f"{type(model).__name__} is no causal language model of transformers; load one by "
                                         "models.load('hf:...', task) for a task of plain text")
         _register()
-        self.model, self.bits, self.every = copy.deepcopy(model).eval(), bits, every
+        self.model, self.bits = copy.deepcopy(model).eval(), bits
         for name, layer in (layers or {}).items():
             self.model.set_submodule(name, layer)
         config = self.model.config
@@ -61,14 +61,15 @@ class Cached(nn.Module):
                  torch.zeros(count, self.heads, seen, self.width, dtype=kind) for part in self.parts}
         return {f"past_{layer}_{part}": value for layer in range(self.layers) for part, value in parts.items()}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **cache: Tensor) -> dict[str, Tensor]:
-        """input_ids int64 (n, T), attention_mask int64 (n, seen + T), the cache by name -> logits and the cache, longer by T."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, asked: Tensor, **cache: Tensor) -> dict[str, Tensor]:
+        """input_ids int64 (n, T), attention_mask int64 (n, seen + T), the cache by name -> logits (n, K, vocabulary) and the
+        cache, longer by T. asked: which of the T tokens are answered, int64 (n, K), the same in each row."""
         from transformers import Cache
 
         layers = [_layer(self.bits, *(cache[f"past_{at}_{part}"] for part in self.parts)) for at in range(self.layers)]
         places = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, attention_mask.shape[1] - input_ids.shape[1]:]
         made = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=True,
-                          cache=Cache(layers=layers), logits_to_keep=0 if self.every else 1)
+                          cache=Cache(layers=layers), logits_to_keep=asked[0])
         return {"logits": made.logits} | {f"present_{at}_{part}": value for at, layer in enumerate(layers)
                                           for part, value in zip(self.parts, layer.state, strict=True)}
 
@@ -91,7 +92,8 @@ def _layer(bits: int, *state: Tensor):
             self.keys = self.state[0]
             if bits == 32:
                 return self.state
-            return tuple(integers.to(scale.dtype) * scale for integers, scale in zip(self.state[::2], self.state[1::2], strict=True))
+            key, key_scale, value, value_scale = self.state
+            return key.to(key_scale.dtype) * key_scale, value.to(value_scale.dtype) * value_scale
 
     return Layer()
 
@@ -111,8 +113,8 @@ def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
     scores = stacked @ key.transpose(2, 3)
     if attention_mask is not None:
         seen = key.shape[2]
-        lowest = torch.zeros((), dtype=scores.dtype).masked_fill(~attention_mask[..., :seen], float("-inf"))
-        scores = (scores.reshape(count, few, heads // few, tokens, seen) + lowest[:, :, None]).reshape(count, few, -1, seen)
+        scores = scores.reshape(count, few, heads // few, tokens, seen) + attention_mask[:, :, None]
+        scores = scores.reshape(count, few, -1, seen)
     found = scores.softmax(-1) @ value
     return found.reshape(count, heads, tokens, width).transpose(1, 2), None
 
@@ -123,22 +125,27 @@ def _register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("grouped", _grouped)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("grouped", lambda *given, **named: sdpa_mask(*given, **named | {
-        "allow_is_causal_skip": False}))
+    def mask(*given, **named) -> Tensor:  # float32 (n, 1, T, seen), 0 where a token sees another, once for all layers
+        seen = sdpa_mask(*given, **named | {"allow_is_causal_skip": False})
+        return (seen.to(torch.float32) - 1) * -LOWEST
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register("grouped", mask)
 
 
 def export(decoder: Cached, path: Path | str, *, tolerance: float | None = None) -> Path:
     """Write a decoder with its cache as one ONNX file, for prompts and single tokens alike; return its path.
 
-    Inputs: input_ids, attention_mask, past_LAYER_key and past_LAYER_value (with past_LAYER_key_scale and so on in int8); outputs:
-    logits, present_LAYER_key and so on. Raises as onnx.export does.
+    Inputs: input_ids, attention_mask, asked, past_LAYER_key and past_LAYER_value (with past_LAYER_key_scale and so on in int8);
+    outputs: logits, present_LAYER_key and so on. Raises as onnx.export does.
 
     Example: `decoding.export(decoding.Cached(model, bits=8), "decoder.onnx")`
     """
-    ids = torch.arange(6).reshape(2, 3) + 1
-    cache = decoder.empty(2, seen=5)
-    example = {"input_ids": ids, "attention_mask": torch.ones(2, 8, dtype=torch.int64), **cache}
-    free = {name: {2: "seen"} for name in cache} | {"attention_mask": {1: "seen and read"}}
+    ids, mask, asked = torch.arange(16).reshape(2, 8) + 1, torch.ones(2, 8, dtype=torch.int64), torch.tensor([[1, 2], [1, 2]])
+    with torch.inference_mode():
+        before = decoder(ids[:, :5], mask[:, :5], asked, **decoder.empty(2))
+    cache = {name.replace("present", "past"): value.clone() for name, value in before.items() if name != "logits"}
+    example = {"input_ids": ids[:, 5:], "attention_mask": mask, "asked": asked, **cache}
+    free = {name: {2: "seen"} for name in cache} | {"attention_mask": {1: "seen and read"}, "asked": {1: "asked"}}
     return onnx.export(decoder, example, path, dynamic=free, tolerance=tolerance, told={LONGEST: str(decoder.longest)})
 
 
@@ -158,27 +165,37 @@ class Generated:
 
 
 class Decoder:
-    """A file of `export`, or a `Cached` module, opened to generate. threads: as sessions.open has it.
+    """A file of `export`, or a `Cached` module, opened to generate. threads: as sessions.open has it. longest: for how many
+    tokens it has positions, and width: of a head, where a file of others (optimum, onnxruntime-genai) does not tell.
 
     Raises ValueError for a file that takes no cache.
 
     Example: `decoding.Decoder("decoder.onnx").generate(ids, new=20).tokens`
     """
 
-    def __init__(self, source: Cached | Path | str, *, threads: int | None = None):
+    def __init__(self, source: Cached | Path | str, *, threads: int | None = None, longest: int | None = None,
+                 width: int | None = None):
         self.session = sessions.open(source, threads=threads)
         self.name, self.threads, module = self.session.name, self.session.threads, getattr(self.session, "model", None)
+        self.asks = isinstance(module, Cached) or "asked" in getattr(self.session, "inputs", {})
         if isinstance(module, Cached):
             self.longest, self.shapes = module.longest, {name: (tuple(value.shape[1:]), value.dtype) for name, value in
                                                          module.empty(1).items()}
             return
         inputs = getattr(self.session, "inputs", {})
-        self.shapes = {name: ((value.shape[1], 0, value.shape[3]), torch.int8 if "int8" in value.type else torch.float32)
+        self.shapes = {name: ((value.shape[1], 0, width or value.shape[3]), torch.int8 if "int8" in value.type else torch.float32)
                        for name, value in inputs.items() if name.startswith("past_")}
         told = self.session.session.get_modelmeta().custom_metadata_map if inputs else {}
-        if not self.shapes or LONGEST not in told:
-            raise ValueError(f"{self.name} takes no cache; write it by decoding.export(decoding.Cached(model), path)")
-        self.longest = int(told[LONGEST])
+        if not self.shapes or not (longest or LONGEST in told):
+            raise ValueError(f"{self.name} takes no cache, or does not tell for how many tokens; write it by "
+                             "decoding.export(decoding.Cached(model), path), or give longest=")
+        self.longest = longest or int(told[LONGEST])
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file, with those beside it that hold its weights."""
+        path = Path(self.session.session._model_path)
+        return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
 
     def bytes_of(self, count: int, seen: int) -> int:
         """Bytes of the cache of `count` sentences of `seen` tokens, by the formula above."""
@@ -193,10 +210,11 @@ class Decoder:
         Raises ValueError for a prompt of no tokens, no new tokens, or more in all than the model has positions for.
         """
         if ids.dim() != 2 or not ids.numel() or new < 1:
-            raise ValueError(f"generate: a prompt of shape {tuple(ids.shape)} and {new} new tokens; expected (n, T) and at least 1")
+            raise ValueError(f"generate: a prompt of shape {tuple(ids.shape)} and {new} new tokens; expected (n, T) and at least "
+                             "one token of each")
         if ids.shape[1] + new > self.longest:
-            raise ValueError(f"generate: {ids.shape[1]} tokens and {new} new ones are more than the {self.longest} positions that "
-                             f"{self.name} knows; shorten the prompt")
+            raise ValueError(f"generate: {ids.shape[1]} tokens and {new} new ones are more than the {self.longest} positions "
+                             f"that {self.name} knows; shorten the prompt")
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.shape != ids.shape or not mask[:, -1].all():
             raise ValueError("generate: the mask must have the shape of the ids, and end in 1: fill prompts up at their front")
@@ -211,21 +229,22 @@ class Decoder:
         return Generated(torch.cat(made, 1), took[0], tuple(took[1:]), self.bytes_of(len(ids), mask.shape[1] - 1))
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The answers to whole sentences, of a decoder that gives them for every token: (n, T, vocabulary)."""
-        return self._run(input_ids, attention_mask, self._empty(len(input_ids)))[0]
+        """What is most likely behind each token of whole sentences, (n, T, vocabulary)."""
+        return self._run(input_ids, attention_mask, self._empty(len(input_ids)), every=True)[0]
 
-    def step(self, count: int, *, seen: int, read: int = 1) -> Callable[[object], Tensor]:
+    def step(self, count: int, *, seen: int, read: int = 1) -> Callable[..., Tensor]:
         """A function that reads `read` tokens of `count` sentences beside a cache of `seen` tokens, again and again: to be timed.
         What it is called with is not looked at.
 
         Raises ValueError for more tokens than the model has positions for.
         """
         if seen + read > self.longest:
-            raise ValueError(f"step: {seen} tokens and {read} more are beyond the {self.longest} positions that {self.name} knows")
+            raise ValueError(f"step: {seen} tokens and {read} more are beyond the {self.longest} positions that {self.name} "
+                             "knows")
         ids, mask = torch.ones(count, read, dtype=torch.int64), torch.ones(count, seen + read, dtype=torch.int64)
         state = self._values({name: torch.ones(count, shape[0], seen, shape[2], dtype=kind)
                               for name, (shape, kind) in self.shapes.items()})
-        return lambda _nothing: self._run(ids, mask, state)[0]
+        return lambda *_given, **_named: self._run(ids, mask, state)[0]
 
     def _empty(self, count: int):
         return self._values({name: torch.zeros(count, *shape, dtype=kind) for name, (shape, kind) in self.shapes.items()})
@@ -238,13 +257,13 @@ class Decoder:
 
         return {name: OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in cache.items()}
 
-    def _run(self, ids: Tensor, mask: Tensor, state):
-        """Logits and the cache behind these tokens, which stays with the runtime."""
+    def _run(self, ids: Tensor, mask: Tensor, state, *, every: bool = False):
+        """Logits, of the last token or of `every` one, and the cache behind these tokens, which stays with the runtime."""
+        asked = torch.arange(0 if every else ids.shape[1] - 1, ids.shape[1]).expand(len(ids), -1)
+        given = {"input_ids": ids, "attention_mask": mask} | ({"asked": asked.contiguous()} if self.asks else {})
         if isinstance(self.session, sessions.TorchSession):
-            made = self.session.outputs({"input_ids": ids, "attention_mask": mask, **state})
-            return made.pop("logits"), {name.replace("present_", "past_"): value for name, value in made.items()}
+            made = self.session.outputs({**given, **state})
+            return made.pop("logits"), dict(zip(self.shapes, made.values(), strict=True))
         own, names = self.session.session, self.session.output_names
-        made = dict(zip(names, own.run_with_ort_values(names, state | self._values({"input_ids": ids, "attention_mask": mask})),
-                        strict=True))
-        logits = torch.from_numpy(made.pop("logits").numpy())
-        return logits, {name.replace("present_", "past_"): value for name, value in made.items()}
+        made = dict(zip(names, own.run_with_ort_values(names, state | self._values(given)), strict=True))
+        return torch.from_numpy(made.pop("logits").numpy()), dict(zip(self.shapes, made.values(), strict=True))

@@ -40,7 +40,7 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated with noise) run on
     ONNX Runtime to torch's outputs; otherwise nothing is. The weights of a model of quantization.quantize are stored as int8,
     those of 4 bits or fewer as int4, which the runtime unpacks when it opens the file, its biases as int32, its scales as they
-    are; those of a linear layer with 4 bits by groups of 16, 32, 64, ... inputs are computed with as 4 bits (ONNX Runtime's
+    are; those of a linear layer with 4 or 8 bits by groups of 16, 32, 64, ... inputs are computed with as such (ONNX Runtime's
     MatMulNBits, which also rounds what it multiplies them with to 8 bits, by groups). Where only some layers are quantised,
     ONNX Runtime would round the float weights of the others itself, coarsely, and say nothing: the file tells `sessions.open`
     to leave them, and anyone else opens it with InferenceSession(path, disabled_optimizers=["WeightBiasQuantization"]).
@@ -120,11 +120,13 @@ def _outputs(model: nn.Module, probe: Inputs) -> list[str]:
 
 
 def _probe(example: Inputs) -> Inputs:
-    """Seven examples: those given, again and again, numbers with noise, ids and masks as they are."""
+    """Seven examples: those given, again and again, with noise; beside ids, which cannot have any, all as it is."""
     draw = torch.Generator().manual_seed(0)
+    if not all(value.is_floating_point() for value in tensors(example)):
+        return repeated(example, 7)
 
     def one(value: Tensor) -> Tensor:
-        return value + 0.1 * torch.randn(value.shape, generator=draw) if value.is_floating_point() else value
+        return value + 0.1 * torch.randn(value.shape, generator=draw)
 
     return mapped(one, repeated(example, 7))
 
@@ -161,8 +163,8 @@ def _rounding(session: sessions.TorchSession, batch: Inputs) -> float:
     return _distance(exact, session(batch).double(), session.name)
 
 
-def _freeze(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Let quantisers stand for ONNX's operators; the integers and scales of linear layers with a 4-bit kernel, by name."""
+def _freeze(model: nn.Module) -> dict[str, surgery.Grouped]:
+    """Let quantisers stand for ONNX's operators; what the kernel of groups wants of linear layers that have one, by name."""
     packed = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, ActivationQuantizer):
@@ -171,8 +173,9 @@ def _freeze(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
             quantizer, source = module.parametrizations.weight[0], module.parametrizations.weight.original
             scheme = quantizer.scheme
             if isinstance(module, nn.Linear) and scheme.granularity == "group" and scheme.group in surgery.BLOCKS and \
-                    (scheme.bits, scheme.symmetric, scheme.levels) == (4, True, "uniform"):
-                packed[name] = quantizer.integers(source), quantizer.scale.detach()
+                    scheme.bits in (4, 8) and scheme.levels != "kmeans":
+                zero = None if scheme.symmetric else quantizer.zero
+                packed[name] = quantizer.integers(source), quantizer.scale.detach(), zero, scheme.bits
                 plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
                 plain.load_state_dict({key: value for key, value in (("weight", module.weight), ("bias", module.bias))
                                        if value is not None})

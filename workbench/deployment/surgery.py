@@ -12,24 +12,28 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
+from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_rms_normalization
 from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 from torch import Tensor
 
 from workbench.errors import UnsupportedModelError
 
 PACKED = 512  # integers below which a Cast costs more bytes than it saves
-BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a scale in ONNX Runtime's 4-bit kernel
+BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a scale in ONNX Runtime's kernel of groups
+Grouped = tuple[Tensor, Tensor, Tensor | None, int]  # integers (rows, inputs), scales, zero points (None: in the middle), bits
 
 
-def finish(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]], *, quantised: bool) -> ir.Model:
-    """The exported model, ready for the runtime. packed: integers and scales of layers for the 4-bit kernel, by name.
+def finish(model: ir.Model, packed: Mapping[str, Grouped], *, quantised: bool) -> ir.Model:
+    """The exported model, ready for the runtime. packed: layers for the kernel of groups, by name.
 
-    Raises UnsupportedModelError, naming the layer, where the 4-bit kernel has no place.
+    Raises UnsupportedModelError, naming the layer, where that kernel has no place.
     """
     _name_weights(model)
     ClearMetadataAndDocStringPass()(model)
     model = rewrite(model, [fuse_pad_into_conv_rule])
-    _four_bits(model, packed)
+    _fuse_norms(model)
+    _grouped_bits(model, packed)
     if quantised:
         _look_up_integers(model)
         _own_zeros(model)
@@ -40,6 +44,27 @@ def finish(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]], *, quan
         _pack_integers(model)
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def _fuse_norms(model: ir.Model) -> None:
+    """Root mean square norms behind a sum as the runtime's one operator for both; the others as they were, in operators that ONNX
+    knows."""
+    if not any(_nodes(model, "Pow")):
+        return
+    fuse_rms_normalization(model)
+    fuse_skip_rms_normalization(model)
+    for norm in _nodes(model, "SimplifiedLayerNormalization"):
+        values, weight = norm.inputs
+        square = ir.node("Mul", [values, values])
+        last = _stored(model, f"{weight.name}_axis", np.array([-1], np.int64))
+        mean = ir.node("ReduceMean", [square.outputs[0], last], attributes={"keepdims": 1})
+        least = _stored(model, f"{weight.name}_epsilon", np.array(norm.attributes.get_float("epsilon", 1e-5), np.float32))
+        above = ir.node("Add", [mean.outputs[0], least])
+        root = ir.node("Sqrt", [above.outputs[0]])
+        scaled = ir.node("Div", [values, root.outputs[0]])
+        for node in (square, mean, above, root, scaled):
+            model.graph.insert_before(norm, node)
+        _replace(model, norm, ir.node("Mul", [scaled.outputs[0], weight]))
 
 
 def _nodes(model: ir.Model, *kinds: str) -> Iterator[ir.Node]:
@@ -82,24 +107,65 @@ def _name_weights(model: ir.Model) -> None:
             model.graph.register_initializer(value)
 
 
-def _four_bits(model: ir.Model, packed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Put MatMulNBits in the place of these layers' products: two weights a byte, the first in the lower half, zero at 8."""
-    for layer, (integers, scale) in packed.items():
+def _grouped_bits(model: ir.Model, packed: Mapping[str, Grouped]) -> None:
+    """Put MatMulNBits in the place of these layers' products: of 4 bits two weights a byte, the first in the lower half."""
+    sums: dict[str, ir.Value] = {}
+    for layer, (integers, scale, zero, bits) in packed.items():
         node = next((node for node in _nodes(model, "Gemm", "MatMul") if node.inputs[1].name == f"{layer}.weight"), None)
         if node is None:
-            raise UnsupportedModelError(f"layer {layer} did not become a Gemm or MatMul node, which 4-bit groups need; "
+            raise UnsupportedModelError(f"layer {layer} did not become a Gemm or MatMul node, which groups need; "
                                         "use granularity 'channel'")
         rows, inputs = integers.shape
         block = integers.numel() // len(scale)
-        halves = (integers + 8).to(torch.uint8).reshape(rows, -1, block // 2, 2)
-        parts = {"integers": (halves[..., 0] | halves[..., 1] << 4).numpy(), "scale": scale.reshape(rows, -1).numpy()}
+        middle = 2 ** (bits - 1) if zero is None else 0  # where the kernel has its zero if it is not told one
+        blocks = _bytes((integers + middle).reshape(rows, -1, block), bits)
+        parts, rest = {"integers": blocks, "scale": scale.reshape(rows, -1).numpy()}, None
+        if zero is not None:
+            whole = zero.round().clamp(0, 2**bits - 1)
+            parts["zero"] = _bytes(whole.reshape(rows, -1), bits)
+            rest = ((whole - zero) * scale).reshape(rows, -1)  # what a group's zero point leaves, the same for all its weights
         stored = [_stored(model, f"{layer}.weight_{name}", part) for name, part in parts.items()]
-        bias = [None, None, node.inputs[2]] if node.op_type == "Gemm" and len(node.inputs) == 3 else []
+        bias = [None] * (4 - len(stored)) + [node.inputs[2]] if node.op_type == "Gemm" and len(node.inputs) == 3 else []
         new = ir.node("MatMulNBits", [node.inputs[0], *stored, *bias], domain="com.microsoft", name=node.name, version=1,
-                      attributes={"K": inputs, "N": rows, "bits": 4, "block_size": block, "accuracy_level": 4})
-        _replace(model, node, new)
+                      attributes={"K": inputs, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4})
+        if rest is not None and rest.any():
+            made = _with_sums(model, node, new, rest, sums, layer, block)
+            model.graph.insert_before(node, new)
+            _replace(model, node, made)
+        else:
+            _replace(model, node, new)
     if packed:
         model.graph.opset_imports["com.microsoft"] = 1
+
+
+def _with_sums(model: ir.Model, before: ir.Node, product: ir.Node, rest: Tensor, sums: dict[str, ir.Value], layer: str,
+               block: int) -> ir.Node:
+    """The node that adds to a product of groups what their zero points leave: rest (rows, groups) times the sum of each group's
+    inputs. sums: those that are there already, by the name of what is summed."""
+    source = product.inputs[0]
+    if source.name not in sums:
+        axes = len(source.shape) - 1 if source.shape is not None else 2
+        shape = _stored(model, f"{layer}.groups", np.array([0] * axes + [-1, block], np.int64))
+        last = _stored(model, f"{layer}.last", np.array([-1], np.int64))
+        split = ir.node("Reshape", [source, shape])
+        added = ir.node("ReduceSum", [split.outputs[0], last], attributes={"keepdims": 0})
+        for node in (split, added):
+            model.graph.insert_before(before, node)
+        sums[source.name] = added.outputs[0]
+    times = ir.node("MatMul", [sums[source.name], _stored(model, f"{layer}.rest", rest.T.numpy())])
+    model.graph.insert_before(before, times)
+    return ir.node("Add", [product.outputs[0], times.outputs[0]])
+
+
+def _bytes(integers: Tensor, bits: int) -> np.ndarray:
+    """Whole numbers from 0 as uint8 along the last axis, two a byte where they have 4 bits."""
+    values = integers.to(torch.uint8)
+    if bits == 8:
+        return values.numpy()
+    if values.shape[-1] % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    pairs = values.reshape(*values.shape[:-1], -1, 2)
+    return (pairs[..., 0] | pairs[..., 1] << 4).numpy()
 
 
 def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:

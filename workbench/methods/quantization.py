@@ -3,7 +3,8 @@
 The model is traced. A quantiser stands where an integer kernel reads or writes: before each quantised layer (behind what made
 its input), behind a convolution with the norm and ReLU that follow it alone, and behind additions, concatenations and
 averages of values that lie on grids. What the runtime computes in float (softmax, GELU, layer norm) is left in float, ids and
-masks are left alone; of a large table of embeddings only the rows that are looked up become float. Batch norms are folded first, as the runtime does.
+masks are left alone; of a large table of embeddings only the rows that are looked up become float. Batch norms are folded
+first, as the runtime does.
 
 Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krishnamoorthi 2018 (arXiv 1806.08342).
 """
@@ -49,9 +50,10 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
     layer reads or writes it. calibrator: how the range of activations is read from what passes: "minmax", "moving_average",
     "percentile", "mse" or "entropy" (KL divergence); that of the model's inputs is always min-max. by: how the scales of weights
     are fitted, "minmax" or "mse". layers: globs of the layers whose weights are quantised. tables: the scheme of tables of
-    embeddings with 1,000 entries or more, one scale an entry, None for float; only where all layers are quantised. example: inputs
-    to trace the model with, where `batches` is empty. fold: whether batch norms become part of the layers before them; false where they are to be
-    trained or examined. Trained on (training.fit), weights and scales learn through straight-through gradients. The
+    embeddings with 1,000 entries or more, one scale an entry, None for float; only where all layers are quantised. example:
+    inputs to trace the model with, where `batches` is empty. fold: whether batch norms become part of the layers before them;
+    false where they are to be trained or examined. Trained on (training.fit), weights and scales learn through
+    straight-through gradients. The
     ranges of the activations are those of the float model: what coarse weights do to them is for repairs to undo.
 
     Raises UnsupportedModelError where the model cannot be traced; ValueError for an unknown name, no examples, NaN, or
@@ -152,7 +154,8 @@ def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
         scheme, error = quantizer.scheme, (weight - layer.weight.detach()).pow(2).sum().item()
         groups = len(scheme.rows(weight, name))
         overhead = groups * (4 * 2**scheme.bits if scheme.levels == "kmeans" else 4 + (not scheme.symmetric))
-        size = (weight.numel() * scheme.bits + 7) // 8 + overhead + 4 * (layer.bias.numel() if getattr(layer, "bias", None) is not None else 0)
+        bias = getattr(layer, "bias", None)
+        size = (weight.numel() * scheme.bits + 7) // 8 + overhead + 4 * (bias.numel() if bias is not None else 0)
         rows.append({"layer": name, "bits": scheme.bits, "granularity": scheme.granularity, "scales": groups,
                      "sqnr_db": 10 * torch.tensor(weight.pow(2).sum().item() / max(error, 1e-30)).log10().item(),
                      "size_bytes": size, "params": weight.numel()})

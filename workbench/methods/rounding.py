@@ -117,15 +117,16 @@ def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: Moments, step
     _fit_scale(quantizer, weight, moments)
     scale, zero = (_spread(value, quantizer, weight, moments) for value in (quantizer.scale.detach(), quantizer.zero))
     low, high = quantizer.scheme.limits
-    down = (moments.target / scale).floor()
-    rest = (moments.target / scale - down).clamp(0.01, 0.99)
+    place = moments.target / scale + zero
+    down = place.floor()
+    rest = (place - down).clamp(0.01, 0.99)
     logit = ((rest - STRETCH[0]) / (STRETCH[1] - rest)).log().requires_grad_()
     nearest = fake_quantize(moments.target, scale, zero, quantizer.scheme)
     unit = moments.loss(nearest).mean().clamp_min(1e-20)
     optimizer = torch.optim.Adam([logit], 0.02)
     for step in range(steps):
         chosen = (logit.sigmoid() * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp(0, 1)
-        values = ((down + zero + chosen).clamp(low, high) - zero) * scale
+        values = ((down + chosen).clamp(low, high) - zero) * scale
         loss = moments.loss(values).mean() / unit
         if step > 0.2 * steps:  # sharpness 20 to 2
             sharp = 2 + 9 * (1 + torch.cos(torch.tensor(torch.pi * (step / steps - 0.2) / 0.8)))
@@ -134,7 +135,7 @@ def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: Moments, step
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        rounded = ((down + zero + (logit > 0).float()).clamp(low, high) - zero) * scale
+        rounded = ((down + (logit > 0).float()).clamp(low, high) - zero) * scale
         plain = fake_quantize(weight.reshape(moments.target.shape), scale, zero, quantizer.scheme)
         return _best([rounded, nearest, plain], moments).reshape(weight.shape)
 
@@ -148,8 +149,8 @@ def _descended(quantizer: WeightQuantizer, weight: Tensor, moments: Moments, swe
     for _ in range(sweeps):
         moved = False
         for k in range(values.shape[2]):
-            best = (values[..., k] - pull[..., k] / own[..., k]) / scale[..., k]
-            change = (best.round() * scale[..., k]).clamp(low[..., k], high[..., k]) - values[..., k]
+            best = (values[..., k] - pull[..., k] / own[..., k]) / scale[..., k] + zero[..., k]
+            change = ((best.round() - zero[..., k]) * scale[..., k]).clamp(low[..., k], high[..., k]) - values[..., k]
             if change.any():
                 moved = True
                 values[..., k] += change

@@ -14,7 +14,7 @@ from torch import Tensor
 from workbench.errors import UnsupportedModelError
 
 GRANULARITIES = ("tensor", "channel", "group")
-LEVELS = ("uniform", "kmeans")
+LEVELS = ("uniform", "kmeans", "shifted")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Scheme:
     """How numbers become integers of `bits` bits (2-8).
 
     granularity: one scale for the "tensor", for each output "channel", or for each "group" of `group` consecutive inputs
-    of a channel. levels "uniform", or "kmeans": 2^bits values, fitted to each tensor or channel, stored as a table.
+    of a channel. levels "uniform"; "kmeans": 2^bits values, fitted to each tensor or channel, stored as a table; "shifted": as
+    uniform and not symmetric, but zero need not be among them, as in GGUF's Q4_1 (weights alone).
     """
 
     bits: int = 8
@@ -40,6 +41,8 @@ class Scheme:
         if (self.granularity == "group") != (self.group > 0):
             raise ValueError(f"scheme: granularity is {self.granularity!r} and group {self.group}; a group of at least 1 input "
                              "goes with granularity 'group', and only with it")
+        if self.levels == "shifted" and self.symmetric:
+            raise ValueError("scheme: levels 'shifted' lie anywhere; give symmetric=False")
 
     @property
     def limits(self) -> tuple[int, int]:  # the least and the greatest integer
@@ -63,7 +66,9 @@ def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Te
     by "minmax": the range covers all values; "mse": of 60 ranges from 0.3 of that to all of it, the one of least
     squared error. A row of zeros has scale 1.
     """
-    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    if scheme.levels != "shifted":
+        low, high = low.clamp(max=0), high.clamp(min=0)
     if by == "minmax":
         return affine(low, high, scheme)
     best = torch.full_like(low, math.inf)
@@ -106,7 +111,8 @@ def affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
     scale = (high - low) / (most - least)
     scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (least - low / scale).round().clamp(least, most)
+    zero = least - low / scale
+    return scale, zero if scheme.levels == "shifted" else zero.round().clamp(least, most)
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:

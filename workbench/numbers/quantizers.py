@@ -54,10 +54,11 @@ class WeightQuantizer(nn.Module):
     def freeze(self, weight: Tensor) -> None:
         """Let `forward` stand for ONNX's operators from now on, for the exporter, which takes fewer bits in 8 as well.
 
-        Raises UnsupportedModelError for groups and k-means, for which the runtime has no kernel.
+        Raises UnsupportedModelError for groups, k-means and shifted levels, for which the runtime has no kernel.
         """
-        if self.scheme.levels == "kmeans" or self.scheme.granularity == "group":
-            what = "k-means levels" if self.scheme.levels == "kmeans" else f"groups of {self.scheme.group} inputs"
+        if self.scheme.levels != "uniform" or self.scheme.granularity == "group":
+            levels = {"kmeans": "k-means levels", "shifted": "shifted levels"}
+            what = levels.get(self.scheme.levels, f"groups of {self.scheme.group} inputs")
             raise UnsupportedModelError(f"layer {self.layer}: the runtime has no kernel for {what}; use granularity 'channel'")
         shape = (-1,) if self.scheme.granularity == "channel" else ()
         integers, scale, zero = self.integers(weight), self.scale.detach().reshape(shape), self.zero.reshape(shape)

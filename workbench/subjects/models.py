@@ -26,8 +26,8 @@ __all__ = ["load", "preprocessing", "read_header", "save", "trained_on", "wrap"]
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # in each of the three stages
 REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
-NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *language.NAMES, "torchvision:NAME", "timm:NAME", "hf:ID-OR-FOLDER",
-         "NAME@CHECKPOINT", "CHECKPOINT")
+NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *language.NAMES, "torchvision:NAME", "timm:NAME",
+         "hf:ID-OR-FOLDER", "NAME@CHECKPOINT", "CHECKPOINT")
 
 
 def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True, seed: int = 0, new_head: bool = False,
@@ -35,10 +35,11 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and 3 without one).
 
     name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
-    "minilm", "smollm2", "wiki_decoder", "torchvision:NAME", "timm:NAME" (a hub id, or "timm:local-dir:PATH"), "hf:ID" (or a folder
-    in the hub's layout, or a GGUF file; its head follows from the task's objective), a checkpoint written by `save`, or "NAME@CHECKPOINT" for a safetensors file
-    of bare weights. `pretrained=False` starts at random, by `seed`. new_head: a new one where a Hugging Face model has a head
-    for other labels. into: a module of the class that a checkpoint was saved from, where `wrap` made it.
+    "minilm", "smollm2", "wiki_decoder", "torchvision:NAME", "timm:NAME" (a hub id, or "timm:local-dir:PATH"), "hf:ID" (or a
+    folder in the hub's layout, or a GGUF file; its head follows from the task's objective), a checkpoint written by `save`, or
+    "NAME@CHECKPOINT" for a safetensors file of bare weights. `pretrained=False` starts at random, by `seed`. new_head: a new one
+    where a Hugging Face model has a head for other labels. into: a module of the class that a checkpoint was saved from, where
+    `wrap` made it.
 
     Raises ValueError for an unknown name or weights that are NaN or do not fit, FileNotFoundError for missing ones. Warns where
     the task's pictures are prepared otherwise than those that the weights were trained on.
