@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.reporting import plan_plots, plots
+from workbench.reporting import language_plots, plan_plots, plots
 
 
 def curves(layers: int, what: str) -> pd.DataFrame:
@@ -43,3 +43,14 @@ def test_stages_are_named_in_the_legend():
     table = pd.DataFrame({"recipe": "ours", "stage": ["start", "prune", "quantize"], "ratio": [1.0, 0.8, 0.4],
                           "top1_change": [0.0, -0.1, -0.1], "top1_change_low": [0.0, -0.2, -0.2], "top1_change_high": 0.0})
     assert [text.get_text() for text in plots.stages(table).get_legend().get_texts()] == ["ours: prune → quantize"]
+
+
+def test_decoders_stand_with_their_perplexity_and_contexts_at_their_own_places():
+    table = pd.DataFrame({"candidate": ["float32", "4 bits", "genai, 4 bits"], "tokens_per_s": [10.0, 20.0, 30.0],
+                          "over": [1.0, 1.02, np.nan]})
+    axes = language_plots.decoders(table)
+    assert [text.get_text() for text in axes.texts] == ["30", "20, 1.020x the perplexity", "10, 1.000x the perplexity"]
+    rows = pd.DataFrame({"candidate": ["a", "b"] * 2, "context": [16, 16, 1024, 1024], "latency_ms": [1.0, 2.0, 1.5, 3.0]})
+    axes = language_plots.contexts(rows)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "1,024"]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1.0, 1.5], [2.0, 3.0]]

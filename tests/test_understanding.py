@@ -15,7 +15,7 @@ from workbench.batches import Batch
 from workbench.graph.coupling import groups
 from workbench.measures import accuracy, cost, equivalence, rejection
 from workbench.methods import distillation, fisher, transfer
-from workbench.subjects import data, intents, language, models, training
+from workbench.subjects import data, intents, language, models, networks, training
 from workbench.subjects.objectives import IGNORED, Understanding
 from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import Texts
@@ -290,3 +290,11 @@ def test_other_models_and_tasks_say_what_they_need(commands):
         Understanding(intents=INTENTS, tags=TAGS, metric="top1")
     with pytest.raises(ValueError, match="an intent in the first place"):
         commands.objective.read(torch.zeros(1, 5, 3))
+
+
+def test_the_mean_of_several_networks_teaches():
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    inputs = torch.randn(5, 3)
+    assert torch.allclose(networks.Averaged([one, other])(inputs), (one(inputs) + other(inputs)) / 2)
+    with pytest.raises(ValueError, match="give at least one"):
+        networks.Averaged([])

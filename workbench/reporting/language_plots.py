@@ -65,6 +65,9 @@ def contexts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(part.context, part.latency_ms, marker="osD^v*"[place % 6], color=("black", RED, BLUE, "#2a7a5b", GREY)[place % 5],
                 label=name)
     ax.set(xscale="log", xlabel="tokens before it", ylabel="milliseconds a token", title="One token more", ylim=(0, None))
+    places = sorted(table.context.unique())
+    ax.set_xticks(places, [f"{place:,}" for place in places])
+    ax.set_xticks([], minor=True)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -80,7 +83,7 @@ def decoders(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         known = "" if pd.isna(row.over) else f", {row.over:.3f}x the perplexity"
         ax.annotate(f"{row.tokens_per_s:,.0f}{known}", (row.tokens_per_s, row.candidate), textcoords="offset points",
                     xytext=(4, 0), va="center", fontsize=8)
-    ax.set(xlabel="tokens a second, one sentence", title="Ours (blue) and others", xlim=(0, 1.35 * rows.tokens_per_s.max()))
+    ax.set(xlabel="tokens a second, one sentence", title="Ours (blue) and others", xlim=(0, 1.5 * rows.tokens_per_s.max()))
     return ax
 
 

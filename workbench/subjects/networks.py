@@ -4,11 +4,13 @@ Sources: CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2) with op
 in akamaster/pytorch_resnet_cifar10; RepVGG of Ding et al. 2021 (arXiv 2101.03697), a small one of our own widths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from workbench.batches import answer
 
 REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))  # channels and blocks, the first of stride 2, behind a stem of 16 channels
 
@@ -137,3 +139,21 @@ class Towers(nn.Module):
         if missing:
             raise ValueError(f"input {missing[0]!r} is missing or unknown; expected {', '.join(self.parts)}")
         return self.head(torch.cat([part(inputs[name]) for name, part in self.parts.items()], 1))
+
+
+class Averaged(nn.Module):
+    """Several networks as one, whose logits are the mean of theirs (Hinton et al. 2015, arXiv 1503.02531, section 3).
+
+    Raises ValueError for none.
+
+    Example: `distillation.loss(networks.Averaged([one, other]))`
+    """
+
+    def __init__(self, several: Sequence[nn.Module]):
+        super().__init__()
+        if not several:
+            raise ValueError("Averaged: there is no network; give at least one")
+        self.several = nn.ModuleList(several)
+
+    def forward(self, *given, **named) -> Tensor:
+        return torch.stack([answer(network(*given, **named)) for network in self.several]).mean(0)
