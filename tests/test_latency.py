@@ -95,6 +95,17 @@ def test_the_settling_runs_are_discarded():
     assert len(calls) > len(turn)
 
 
+def test_of_runs_that_take_long_one_is_discarded_and_one_is_enough():
+    calls = []
+
+    def slow(images):
+        time.sleep(0.11)
+        calls.append(1)
+
+    assert len(latency._turn(lambda: slow(None), 5)) == 1
+    assert len(calls) == 2
+
+
 def test_timing_leaves_the_number_of_threads_as_it_was(model, task):
     before = torch.get_num_threads()
     latency.paired({"m": model}, task.example, threads=1, blocks=5, block_ms=1)

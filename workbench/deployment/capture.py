@@ -17,7 +17,7 @@ from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 aten = torch.ops.aten
 VIEWS = {aten.slice.Tensor, aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.transpose.int,
          aten.permute.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.unbind.int,
-         aten.to.device, aten.to.dtype, aten.to.dtype_layout, operator.getitem, operator.add, operator.sub}
+         aten.to.device, aten.to.dtype, aten.to.dtype_layout, operator.getitem}
 PLAIN = VIEWS | {
     aten.conv1d.default, aten.conv2d.default, aten.batch_norm.default, aten.layer_norm.default, aten.linear.default,
     aten.embedding.default, aten.scaled_dot_product_attention.default, aten.matmul.default, aten.add.Tensor, aten.mul.Tensor,
@@ -25,10 +25,11 @@ PLAIN = VIEWS | {
     aten.silu.default, aten.gelu.default, aten.tanh.default, aten.mean.dim, aten.adaptive_avg_pool2d.default,
     aten.max_pool2d.default, aten.avg_pool2d.default, aten.pad.default, aten.cat.default, aten.gather.default,
     aten.index.Tensor, aten.arange.default, aten.gt.Scalar, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor,
-    aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.neg.default, aten.softmax.int, aten.cumsum.default, aten.sub.Tensor,
-    aten.clamp_min.default, aten.le.Tensor, aten.cos.default, aten.sin.default, aten.abs.default, aten.amax.default,
-    aten.div.Tensor, aten.round.default, aten.new_ones.default, aten._assert_tensor_metadata.default, aten.sym_size.int,
-    torch.ops.onnx_symbolic._symbolic.default}
+    aten.new_ones.default, aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
+OF_DECODERS = {  # what models with root mean square norms have besides
+    operator.add, operator.sub, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.neg.default, aten.softmax.int,
+    aten.cumsum.default, aten.sub.Tensor, aten.clamp_min.default, aten.le.Tensor, aten.cos.default, aten.sin.default,
+    aten.abs.default, aten.amax.default, aten.div.Tensor, aten.round.default}
 IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
             aten.hardswish_.default: aten.hardswish.default, aten.silu_.default: aten.silu.default,
             aten.add_.Tensor: aten.add.Tensor}
@@ -52,19 +53,23 @@ def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> Expo
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception:  # the exporter tries other ways, and says why none works
         return None
-    if not _plain(program.graph):
+    if not _plain(program.graph, PLAIN | OF_DECODERS if any(map(_is_rms, model.modules())) else PLAIN):
         return None
     program.run_decompositions = lambda _table=None: program
     return program
 
 
 def _known(module: nn.Module) -> bool:
-    known = isinstance(module, LEAVES) or type(module).__name__.endswith("RMSNorm")
+    known = isinstance(module, LEAVES) or _is_rms(module)
     return next(module.children(), None) is not None or known or not (
         next(module.parameters(recurse=False), None) is not None or type(module).__module__.startswith("torch.nn"))
 
 
-def _plain(graph: fx.Graph) -> bool:
+def _is_rms(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def _plain(graph: fx.Graph, known: set) -> bool:
     """Whether it has plain operators only: those in place are written anew where nothing else sees what they change, and what
     does nothing is taken out."""
     for node in graph.nodes:
@@ -79,7 +84,7 @@ def _plain(graph: fx.Graph) -> bool:
             if changed.op != "call_function" or changed.target in VIEWS or len(changed.users) > 1:
                 return False
         node.target = IN_PLACE.get(node.target) or ALIKE.get(node.target) or node.target
-        if node.target not in PLAIN or _unlike_onnx(node):
+        if node.target not in known or _unlike_onnx(node):
             return False
     return True
 
