@@ -174,6 +174,9 @@ def test_a_gguf_file_that_is_cut_off_unknown_missing_or_without_its_package(tmp_
     loaded = models.load(f"hf:{path}", _plain())
     assert loaded.config.num_hidden_layers == 1
     assert torch.allclose(loaded.model.embed_tokens.weight[5], torch.full((32,), 5 / 64))
+    loaded.save_pretrained(tmp_path / "plain")
+    again = models.load(f"hf:{tmp_path / 'plain'}", _plain())
+    assert torch.equal(again.lm_head.weight, loaded.lm_head.weight)
     path.write_bytes(whole[:len(whole) // 2])
     with pytest.raises(FileNotFoundError, match="cut off, or its quantisation is unknown"):
         models.load(f"hf:{path}", _plain())

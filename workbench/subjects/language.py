@@ -71,6 +71,9 @@ def build(kind: str, config, source: str | None = None) -> nn.Module:
                  if folder else maker.from_config(config))
     except (*_UNREADABLE, RuntimeError) as error:
         raise FileNotFoundError(_unread(source or config.model_type, how, error)) from error
+    if how:  # its weights are plain float32 now, and can be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Conv1D":  # GPT-2's linear layer, whose weight lies the other way round
             model.set_submodule(name, _linear(module))
