@@ -12,9 +12,10 @@ from seqeval.metrics import f1_score
 from torch import nn
 
 from workbench.batches import Batch
+from workbench.deployment import onnx, sessions
 from workbench.graph.coupling import groups
 from workbench.measures import accuracy, cost, equivalence, rejection
-from workbench.methods import distillation, fisher, transfer
+from workbench.methods import distillation, fisher, quantization, transfer
 from workbench.subjects import data, intents, language, models, networks, training
 from workbench.subjects.objectives import IGNORED, Understanding
 from workbench.subjects.subject import Subject
@@ -298,3 +299,22 @@ def test_the_mean_of_several_networks_teaches():
     assert torch.allclose(networks.Averaged([one, other])(inputs), (one(inputs) + other(inputs)) / 2)
     with pytest.raises(ValueError, match="give at least one"):
         networks.Averaged([])
+
+
+def test_a_table_that_is_looked_up_twice_is_stored_once_in_8_bits(tmp_path):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(1200, 16), torch.nn.Linear(16, 4)
+
+        def forward(self, input_ids):
+            return self.head((self.table(input_ids) + self.table(input_ids * 7 % 1200)).mean(1))
+
+    torch.manual_seed(0)
+    ids = torch.randint(1, 1200, (8, 5))
+    rounded = quantization.quantize(Twice(), [({"input_ids": ids}, None)])
+    path = onnx.export(rounded, {"input_ids": ids}, tmp_path / "twice.onnx")
+    assert path.stat().st_size < 1200 * 16 * 2
+    assert torch.allclose(sessions.open(path)({"input_ids": ids}), sessions.open(rounded)({"input_ids": ids}), atol=1e-5)
+    kept = quantization.quantize(Twice(), [({"input_ids": ids}, None)], tables=None)
+    assert list(quantization.rounded(kept)) == ["head"]

@@ -185,7 +185,8 @@ def _look_up_integers(model: ir.Model) -> None:
         integers, scale, zero = (_number(value) for value in source.inputs[:3]) if source is not None else [None] * 3
         if integers is None or zero is None or scale.ndim != 1 or zero.any() or look.attributes.get_int("axis", 0):
             continue
-        column = _stored(model, f"{source.inputs[0].name}_scale", scale[:, None])
+        name = f"{source.inputs[0].name}_scale"  # of a table that is looked up twice there is one
+        column = model.graph.initializers.get(name) or _stored(model, name, scale[:, None])
         found = [ir.node("Gather", [table, look.inputs[1]]) for table in (source.inputs[0], column)]
         cast = ir.node("Cast", [found[0].outputs[0]], attributes={"to": ir.DataType.FLOAT})
         for node in (*found, cast):
