@@ -4,8 +4,7 @@
 
 A byte-level BPE of 4,096 entries is made from the training texts, then a Llama of 1.3 million parameters is trained on them:
 the 6,033 training summaries of data/wiki_topics, eight to a text, and the 117,659 definitions of data/wordnet, thirty-two to a
-text, cut at 512 tokens. Forty minutes on one core. Weights are stored in float16. Two runs on one machine give the
-same weights.
+text, cut at 512 tokens. Forty minutes on one core. Weights are stored in float16.
 """
 
 import argparse

@@ -142,8 +142,7 @@ def named(model: Callable, inputs: Inputs) -> dict[str, Tensor]:
     open_ended = not known or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
     if isinstance(inputs, Mapping):
         keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        odd = [name for name in inputs if name not in known and not open_ended
-               and not (keywords and name.startswith("past_"))]  # a cache
+        odd = [name for name in inputs if name not in known and not open_ended and not (keywords and is_cache(name))]
         if odd:
             raise ValueError(f"{type(model).__name__} has no input {odd[0]!r}; it takes {listed(known)}")
         return dict(inputs)
@@ -154,16 +153,24 @@ def named(model: Callable, inputs: Inputs) -> dict[str, Tensor]:
     return dict(zip(known, values, strict=False))
 
 
+def is_cache(name: str) -> bool:
+    """Whether an input of this name holds what a model has read before: `past_...`, as in transformers.
+
+    Example: `is_cache("past_0_key")`
+    """
+    return name.startswith("past_")
+
+
 def check(inputs: Inputs) -> None:
-    """Raise ValueError where inputs are not as many, or a mask has another shape than the tokens that it is for; beside a cache,
-    whose tensors have more than two axes, it is longer.
+    """Raise ValueError where inputs are not as many, or a mask has another shape than the tokens that it is for. Beside a cache
+    it is longer, by what was read before.
 
     Example: `check({"input_ids": torch.ones(2, 7).long(), "attention_mask": torch.ones(2, 7).long()})`
     """
     sizes = {len(value) for value in tensors(inputs)}
     if len(sizes) > 1:
         raise ValueError(f"the inputs have {', '.join(map(str, sorted(sizes)))} examples; expected as many of each")
-    if isinstance(inputs, Mapping) and "input_ids" in inputs and all(value.dim() <= 2 for value in inputs.values()):
+    if isinstance(inputs, Mapping) and "input_ids" in inputs and not any(map(is_cache, inputs)):
         for name, value in inputs.items():
             if name.endswith("mask") and value.dim() == 2 and value.shape != inputs["input_ids"].shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(inputs['input_ids'].shape)}; expected "

@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -61,12 +62,12 @@ class Cached(nn.Module):
                  torch.zeros(count, self.heads, seen, self.width, dtype=kind) for part in self.parts}
         return {f"past_{layer}_{part}": value for layer in range(self.layers) for part, value in parts.items()}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, asked: Tensor, **cache: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, asked: Tensor, **past: Tensor) -> dict[str, Tensor]:
         """input_ids int64 (n, T), attention_mask int64 (n, seen + T), the cache by name -> logits (n, K, vocabulary) and the
         cache, longer by T. asked: which of the T tokens are answered, int64 (n, K), the same in each row."""
         from transformers import Cache
 
-        layers = [_layer(self.bits, *(cache[f"past_{at}_{part}"] for part in self.parts)) for at in range(self.layers)]
+        layers = [_layer_class()(*(past[f"past_{at}_{part}"] for part in self.parts)) for at in range(self.layers)]
         places = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, attention_mask.shape[1] - input_ids.shape[1]:]
         made = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=True,
                           cache=Cache(layers=layers), logits_to_keep=asked[0])
@@ -74,12 +75,15 @@ class Cached(nn.Module):
                                           for part, value in zip(self.parts, layer.state, strict=True)}
 
 
-def _layer(bits: int, *state: Tensor):
-    """What transformers asks for the keys and values of a layer, `state` being those of the tokens before."""
+@cache
+def _layer_class() -> type:
+    """What transformers asks for the keys and values of a layer; made when it is needed, as transformers is slow to import."""
     from transformers.cache_utils import DynamicLayer
 
     class Layer(DynamicLayer):
-        def __init__(self):
+        """state: keys and values of the tokens before, with their scales where they are integers."""
+
+        def __init__(self, *state: Tensor):
             super().__init__()
             self.state, self.is_initialized, self.keys = state, True, state[0]
 
@@ -87,15 +91,16 @@ def _layer(bits: int, *state: Tensor):
             return self.keys.shape[-2]
 
         def update(self, keys: Tensor, values: Tensor, *_more, **_named) -> tuple[Tensor, Tensor]:
-            new = (keys, values) if bits == 32 else (*_rounded(keys), *_rounded(values))
+            whole = len(self.state) == 2
+            new = (keys, values) if whole else (*_rounded(keys), *_rounded(values))
             self.state = tuple(torch.cat(pair, 2) for pair in zip(self.state, new, strict=True))
             self.keys = self.state[0]
-            if bits == 32:
+            if whole:
                 return self.state
             key, key_scale, value, value_scale = self.state
             return key.to(key_scale.dtype) * key_scale, value.to(value_scale.dtype) * value_scale
 
-    return Layer()
+    return Layer
 
 
 def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,12 +145,14 @@ def export(decoder: Cached, path: Path | str, *, tolerance: float | None = None)
 
     Example: `decoding.export(decoding.Cached(model, bits=8), "decoder.onnx")`
     """
-    ids, mask, asked = torch.arange(16).reshape(2, 8) + 1, torch.ones(2, 8, dtype=torch.int64), torch.tensor([[1, 2], [1, 2]])
+    words = decoder.model.config.vocab_size
+    ids = (torch.arange(1, 17) * words // 17).reshape(2, 8)  # of all the vocabulary
+    mask, asked = torch.ones_like(ids), torch.tensor([[1, 2], [1, 2]])
     with torch.inference_mode():
         before = decoder(ids[:, :5], mask[:, :5], asked, **decoder.empty(2))
-    cache = {name.replace("present", "past"): value.clone() for name, value in before.items() if name != "logits"}
-    example = {"input_ids": ids[:, 5:], "attention_mask": mask, "asked": asked, **cache}
-    free = {name: {2: "seen"} for name in cache} | {"attention_mask": {1: "seen and read"}, "asked": {1: "asked"}}
+    past = {name.replace("present", "past"): value.clone() for name, value in before.items() if name != "logits"}
+    example = {"input_ids": ids[:, 5:], "attention_mask": mask, "asked": asked, **past}
+    free = {name: {2: "seen"} for name in past} | {"attention_mask": {1: "seen and read"}, "asked": {1: "asked"}}
     return onnx.export(decoder, example, path, dynamic=free, tolerance=tolerance, told={LONGEST: str(decoder.longest)})
 
 

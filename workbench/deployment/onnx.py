@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.batches import Inputs, answer, axes, call, mapped, named, outputs_by_name, repeated, tensors
+from workbench.batches import Inputs, answer, axes, call, is_cache, mapped, named, outputs_by_name, repeated, tensors
 from workbench.deployment import capture, sessions, surgery
 from workbench.deployment.attention import attention
 from workbench.errors import UnsupportedModelError, quietly, reason
@@ -120,15 +120,17 @@ def _outputs(model: nn.Module, probe: Inputs) -> list[str]:
 
 
 def _probe(example: Inputs) -> Inputs:
-    """Seven examples: those given, again and again, with noise; beside ids, which cannot have any, all as it is."""
+    """Seven examples: those given, again and again, numbers with noise; ids, masks and a cache, which belongs to them, as they
+    are."""
     draw = torch.Generator().manual_seed(0)
-    if not all(value.is_floating_point() for value in tensors(example)):
-        return repeated(example, 7)
 
     def one(value: Tensor) -> Tensor:
-        return value + 0.1 * torch.randn(value.shape, generator=draw)
+        return value + 0.1 * torch.randn(value.shape, generator=draw) if value.is_floating_point() else value
 
-    return mapped(one, repeated(example, 7))
+    seven = repeated(example, 7)
+    if isinstance(seven, Mapping):
+        return {name: value if is_cache(name) else one(value) for name, value in seven.items()}
+    return mapped(one, seven)
 
 
 def _name_axes(proto: onnx.ModelProto, places: Mapping[str, Mapping[int, str]]) -> None:

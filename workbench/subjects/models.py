@@ -56,7 +56,7 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     elif base in language.NAMES or base.startswith("hf:"):
         source = base.removeprefix("hf:")
         known = embedded.folder() / "checkpoints" / _stem(base, task)
-        if pretrained and not path and known.exists():
+        if pretrained and not new_head and not path and known.exists():
             path = str(embedded.verified("checkpoints", known.name))
         changed = bool(path) and read_header(Path(path)).get("change") == "low rank"  # then what it changes is read first
         model = language.load(source, task, pretrained=pretrained and (changed or not path), new_head=new_head, seed=seed)
