@@ -208,6 +208,9 @@ def test_what_stays_is_scaled_by_the_least_squares():
 def test_a_transformer_is_cut_without_training(commands, small):
     seen = [commands.train.batch(torch.arange(k, k + 16)) for k in (0, 16, 32)]
     cut = fisher.prune(small, seen, macs=0.6, example=commands.example, objective=commands.objective, multiple=8)
+    told = fisher.slopes(small, seen, example=commands.example, objective=commands.objective)
+    again = fisher.prune(small, seen, macs=0.6, example=commands.example, multiple=8, known_slopes=told)
+    assert all(torch.equal(one, other) for one, other in zip(cut.state_dict().values(), again.state_dict().values(), strict=True))
     left = cost.total(cut, commands.example)["macs"] / cost.total(small, commands.example)["macs"]
     assert 0.45 < left <= 0.6
     step = fisher.Fisher(macs=0.8, examples=16)

@@ -33,12 +33,14 @@ RIDGE = 1e-3  # of the mean diagonal, added to it
 
 
 def prune(model: nn.Module, batches: Iterable[Batch], *, macs: float, example: Inputs, objective: Objective | None = None,
-          keep: str | Sequence[str] = (), multiple: int = 16, exchange: bool = True, rescale: bool = True) -> nn.Module:
+          keep: str | Sequence[str] = (), multiple: int = 16, exchange: bool = True, rescale: bool = True,
+          known_slopes: Mapping[str, Tensor] | None = None) -> nn.Module:
     """`model` without the heads, neurons and channels whose loss the Fisher information says is least, nothing trained.
 
     batches: examples with what is right for them, a few hundred or more. macs: fraction of the multiply-accumulates that may
     stay. objective: whose loss it is, one class an example where not given. keep: globs of groups left whole. multiple: of the
-    widths of neurons and channels that stay, heads aside. exchange, rescale: the second and the third part.
+    widths of neurons and channels that stay, heads aside. exchange, rescale: the second and the third part. known_slopes: what
+    `slopes` found for this model, these batches and this objective, where several fractions are tried.
 
     Raises ValueError for a fraction outside (0, 1] or one that cannot be reached, UnsupportedModelError where nothing can go.
 
@@ -47,17 +49,31 @@ def prune(model: nn.Module, batches: Iterable[Batch], *, macs: float, example: I
     if not 0 < macs <= 1:
         raise ValueError(f"macs is {macs}, expected a fraction that stays, more than 0 and at most 1")
     seen = list(batches)
-    known = {group.layer: group for group in groups(model, example) if not group.kept}
+    known = _free(model, example)
     for name in matching(known, keep, what="keep: ") if keep else ():
         del known[name]
     if not known:
         raise UnsupportedModelError(f"{type(model).__name__} has no heads, neurons or channels that can go")
-    slopes = gradients(model, seen, known, objective or Objective())
-    removed = chosen(model, known, slopes, macs=macs, example=example, multiple=multiple)
+    found = known_slopes or gradients(model, seen, known, objective or Objective())
+    removed = chosen(model, known, found, macs=macs, example=example, multiple=multiple)
     if exchange:
-        removed = {name: exchanged(slopes[name], places) for name, places in removed.items()}
+        removed = {name: exchanged(found[name], places) for name, places in removed.items()}
     source = rescaled(model, removed, known, seen) if rescale else model
     return cutting.verified(source, cutting.without(source, removed, known), removed, known, example)
+
+
+def slopes(model: nn.Module, batches: Iterable[Batch], *, example: Inputs,
+           objective: Objective | None = None) -> dict[str, Tensor]:
+    """The slope of each example's loss along the mask of each channel that may go, float32 (examples, channels), by group.
+
+    Example: `prune(model, batches, macs=0.5, example=task.example, known_slopes=slopes(model, batches, example=task.example))`
+    """
+    return gradients(model, list(batches), _free(model, example), objective or Objective())
+
+
+def _free(model: nn.Module, example: Inputs) -> dict[str, Group]:
+    """The groups whose channels may go, by name."""
+    return {group.layer: group for group in groups(model, example) if not group.kept}
 
 
 def gradients(model: nn.Module, batches: Sequence[Batch], known: Mapping[str, Group], objective: Objective) -> dict[str, Tensor]:
