@@ -442,5 +442,5 @@ def test_groups_without_a_kernel_are_refused(tmp_path):
     net = nn.Sequential(nn.Conv2d(32, 4, 1)).eval()
     images = torch.randn(4, 32, 4, 4)
     grouped = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None, example=images)
-    with pytest.raises(UnsupportedModelError, match="no kernel for groups of 32"):
+    with pytest.raises(UnsupportedModelError, match="no kernel for uniform levels by groups of 32 inputs"):
         onnx.export(grouped, images, tmp_path / "x.onnx")
