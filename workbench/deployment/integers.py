@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from workbench.batches import is_cache
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import adds, ends, is_idle, is_layer, passes
 from workbench.numbers.quantizers import ActivationQuantizer, quantizers
@@ -54,6 +55,8 @@ def exact(model: nn.Module) -> fx.GraphModule:
         if not isinstance(quantizer, ActivationQuantizer):
             if node.args and node.args[0] in grids and (passes(node) or is_idle(node, modules)):
                 grids[node] = grids[node.args[0]]
+            elif node.target is torch.ops.aten.cat.default and _is_kept(node.args[0][0]) and node.args[0][1] in grids:
+                grids[node] = grids[node.args[0][1]]
             continue
         kernel, inputs = _kernel(node.args[0], quantizer, modules, grids)
         if kernel:
@@ -85,9 +88,14 @@ def _kernel(node: fx.Node, out: ActivationQuantizer, modules: dict, grids: dict)
     return None, []
 
 
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a stream has kept these values of earlier hops: they lie on the grid of those that join them."""
+    return node.op == "placeholder" and is_cache(node.target)
+
+
 def _whole(layer: nn.Module) -> bool:
     """Whether a kernel takes it: a plain layer with uniform levels, one scale for all or one a channel."""
-    if not isinstance(layer, nn.Conv2d | nn.Linear) or not parametrize.is_parametrized(layer, "weight"):
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) or not parametrize.is_parametrized(layer, "weight"):
         return False
     scheme = layer.parametrizations.weight[0].scheme
     return scheme.levels == "uniform" and scheme.granularity != "group"
@@ -118,7 +126,7 @@ class _Layer(_Grid):
         rows = quantizer.scheme.rows(quantizer.integers(weight))
         integers = (rows - quantizer.zero).reshape(weight.shape)
         step = (source.scale * quantizer.scale.flatten()).detach()
-        shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        shape = (-1, *[1] * (weight.dim() - 2))
         most = 2 ** source.scheme.bits * integers.abs().flatten(1).sum(1).max()
         self.kind = torch.float32 if most < 2**24 else torch.float64
         self.layer, self.source = layer, source.scale.detach().reshape(())
@@ -127,10 +135,8 @@ class _Layer(_Grid):
 
     def forward(self, values: Tensor) -> Tensor:
         counted = (values / self.source).round().to(self.kind)
-        if isinstance(self.layer, nn.Conv2d):
-            sums = self.layer._conv_forward(counted, self.integers, None)
-        else:
-            sums = F.linear(counted, self.integers)
+        linear = isinstance(self.layer, nn.Linear)
+        sums = F.linear(counted, self.integers) if linear else self.layer._conv_forward(counted, self.integers, None)
         return self.on((sums.double() + self.bias).float() * self.factor)
 
 

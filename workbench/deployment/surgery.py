@@ -64,7 +64,7 @@ def _fuse_norms(model: ir.Model) -> None:
         scaled = ir.node("Div", [values, root.outputs[0]])
         for node in (square, mean, above, root, scaled):
             model.graph.insert_before(norm, node)
-        _replace(model, norm, ir.node("Mul", [scaled.outputs[0], weight]))
+        replace(model, norm, ir.node("Mul", [scaled.outputs[0], weight]))
 
 
 def _nodes(model: ir.Model, *kinds: str) -> Iterator[ir.Node]:
@@ -131,9 +131,9 @@ def _grouped_bits(model: ir.Model, packed: Mapping[str, Grouped]) -> None:
         if rest is not None and rest.any():
             made = _with_sums(model, node, new, rest, sums, layer, block)
             model.graph.insert_before(node, new)
-            _replace(model, node, made)
+            replace(model, node, made)
         else:
-            _replace(model, node, new)
+            replace(model, node, new)
     if packed:
         model.graph.opset_imports["com.microsoft"] = 1
 
@@ -168,7 +168,7 @@ def _bytes(integers: Tensor, bits: int) -> np.ndarray:
     return (pairs[..., 0] | pairs[..., 1] << 4).numpy()
 
 
-def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+def replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     """Let `new`, of one output, stand where `old` stood; its output keeps the name."""
     name, value = old.outputs[0].name, old.outputs[0]
     model.graph.insert_after(old, new)
@@ -191,7 +191,7 @@ def _look_up_integers(model: ir.Model) -> None:
         cast = ir.node("Cast", [found[0].outputs[0]], attributes={"to": ir.DataType.FLOAT})
         for node in (*found, cast):
             model.graph.insert_before(look, node)
-        _replace(model, look, ir.node("Mul", [cast.outputs[0], found[1].outputs[0]]))
+        replace(model, look, ir.node("Mul", [cast.outputs[0], found[1].outputs[0]]))
 
 
 def _own_zeros(model: ir.Model) -> None:
@@ -214,7 +214,7 @@ def _reshape_integers(model: ir.Model) -> None:
         moved = ir.node(view.op_type, [source.inputs[0], *view.inputs[1:]],
                         attributes={name: kept.value for name, kept in view.attributes.items()})
         model.graph.insert_before(view, moved)
-        _replace(model, view, ir.node("DequantizeLinear", [moved.outputs[0], *source.inputs[1:]]))
+        replace(model, view, ir.node("DequantizeLinear", [moved.outputs[0], *source.inputs[1:]]))
 
 
 def _transpose_integers(model: ir.Model) -> None:
@@ -230,7 +230,7 @@ def _transpose_integers(model: ir.Model) -> None:
         value.name = f"{name}_as_trained"
         turned = _stored(model, name, integers.T)
         axis = 1 if _number(source.inputs[1]).ndim else 0
-        _replace(model, turn, ir.node("DequantizeLinear", [turned, *source.inputs[1:]], attributes={"axis": axis}))
+        replace(model, turn, ir.node("DequantizeLinear", [turned, *source.inputs[1:]], attributes={"axis": axis}))
         if not source.outputs[0].uses():
             model.graph.remove(source, safe=True)
 

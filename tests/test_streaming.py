@@ -1,0 +1,362 @@
+"""Streams: hop by hop as the whole network, in float and in 8 bits, as modules and as files; what cannot stream is told."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from workbench.deployment import onnx, sessions, streaming
+from workbench.deployment.listening import Doubled, Drift, Gate, Listener, Ring, listen, paced
+from workbench.errors import UnsupportedModelError
+from workbench.measures import detection
+from workbench.methods import quantization
+from workbench.subjects import speech, words
+
+
+class Residual(nn.Module):
+    def __init__(self, width, taps, dilation):
+        super().__init__()
+        self.own = nn.Conv1d(width, width, taps, padding=(taps - 1) * dilation // 2, dilation=dilation, groups=width)
+        self.all, self.norm = nn.Conv1d(width, width, 1), nn.BatchNorm1d(width)
+        self.norm.running_mean.normal_()
+        self.norm.bias.data.normal_()
+
+    def forward(self, values):
+        return F.relu(values + self.norm(self.all(self.own(values))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width, kind):
+        super().__init__()
+        self.cell, self.out = kind(width, 6, 2, batch_first=True), nn.Linear(6, width)
+
+    def forward(self, values):
+        return self.out(self.cell(values.transpose(1, 2))[0]).transpose(1, 2)
+
+
+class Said(nn.Module):
+    """Calls what it is given."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleDict(parts)
+
+    def forward(self, values):
+        return self.function(values, **self.parts)
+
+
+class Bands(nn.Module):
+    """Bands times time as a picture, as BC-ResNet has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, (3, 5), padding=(1, 4), dilation=(1, 2), groups=4)
+        self.last = nn.Conv1d(4 * 6, 3, 3, padding=1)
+
+    def forward(self, values):
+        return self.last(F.relu(self.second(F.relu(self.first(values[:, None])))).flatten(1, 2))
+
+
+class Windows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(16, 6)
+
+    def forward(self, values):
+        return self.mix(values[:, 0].unfold(-1, 16, 8)).abs().log1p().transpose(1, 2)
+
+
+def both(network, recording, hop):
+    """What the whole network and its stream make of a recording."""
+    network.eval()
+    stream = streaming.stream(network, recording[:1, ..., :64] if recording.shape[-1] > 64 else recording, hop=hop)
+    with torch.inference_mode():
+        return network(recording), streaming.Stream(stream).whole(recording)["logits"], stream
+
+
+ARCHITECTURES = {
+    "residual": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2), nn.ReLU(), Residual(8, 5, 3), Residual(8, 3, 1)),
+    "lstm": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2), Recurrent(8, nn.LSTM)),
+    "gru": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2, stride=2), Recurrent(8, nn.GRU), Residual(8, 3, 1)),
+    "bands": Bands,
+    "pools": lambda: nn.Sequential(nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(3, 1, 1), nn.Conv1d(6, 4, 3), nn.MaxPool1d(2)),
+    "windows": lambda: nn.Sequential(Windows(), nn.Conv1d(6, 4, 3, padding=1)),
+    "branches": lambda: Said(lambda x, a, b: torch.cat([a(x), b(F.pad(x, (1, 3)))[..., :], x.abs()], 1),
+                             a=nn.Conv1d(6, 4, 7, padding=3), b=nn.Conv1d(6, 2, 5)),
+    "cropped": lambda: Said(lambda x, a: a(x) + x[..., 2:-2], a=nn.Conv1d(6, 6, 5)),
+    "mean": lambda: Said(lambda x, a, b: b(a(x).mean(-1)), a=nn.Conv1d(6, 4, 5, padding=2, stride=2), b=nn.Linear(4, 3)),
+    "largest": lambda: nn.Sequential(nn.Conv1d(6, 4, 5, padding=2), Said(lambda x: x.amax(-1))),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(("samples", "hops"), [(97, 1), (160, 3)])
+def test_a_stream_answers_as_the_whole_network(kind, samples, hops, tmp_path):
+    torch.manual_seed(0)
+    recording = torch.randn(2, 6, samples)
+    whole, streamed, stream = both(ARCHITECTURES[kind](), recording, 8 * hops)
+    assert streamed.shape == whole.shape
+    assert (streamed - whole).abs().max() <= 1e-5
+    if hops == 3 and kind in ("residual", "lstm", "mean"):
+        file = streaming.Stream(streaming.export(stream, tmp_path / "x.onnx"))
+        assert (file.whole(recording)["logits"] - whole).abs().max() <= 1e-5
+        assert file.hop == 24
+        assert (file.late, file.every) == (streaming.Stream(stream).late, streaming.Stream(stream).every)
+
+
+layers = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 6), st.booleans())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(layers, min_size=1, max_size=4), st.integers(1, 3), st.integers(40, 90), st.integers(0, 10**6))
+def test_any_kernels_strides_and_dilations_stream(kinds, hops, samples, seed):
+    torch.manual_seed(seed)
+    every, parts, left = 1, [], samples
+    for taps, stride, dilation, padding, depthwise in kinds:
+        if (left := (left + 2 * padding - (taps - 1) * dilation - 1) // stride + 1) < 1:
+            return
+        every *= stride
+        parts += [nn.Conv1d(3, 3, taps, stride, padding, dilation, groups=3 if depthwise else 1), nn.LeakyReLU()]
+    whole, streamed, _ = both(nn.Sequential(*parts), torch.randn(1, 3, samples), hops * every)
+    assert streamed.shape == whole.shape
+    assert (streamed - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["residual", "causal"])
+def test_in_8_bits_a_stream_answers_to_the_last_bit_as_the_whole_file(kind, tmp_path):
+    torch.manual_seed(0)
+    net = {"residual": ARCHITECTURES["residual"], "causal": lambda: nn.Sequential(
+        nn.Conv1d(6, 8, 3), nn.ReLU(), speech.Causal(8, 5, 2), nn.AvgPool1d(4, 1), nn.Conv1d(8, 3, 1))}[kind]().eval()
+    rounded = quantization.quantize(net, [(torch.randn(8, 6, 96), None)])
+    recording = torch.randn(2, 6, 96)
+    whole = sessions.open(onnx.export(rounded, recording, tmp_path / "whole.onnx"))(recording)
+    stream = streaming.stream(rounded, recording, hop=12)
+    assert (streaming.Stream(stream).whole(recording)["logits"] - whole).abs().max() < 1e-5
+    file = streaming.Stream(streaming.export(stream, tmp_path / "stream.onnx"))
+    assert torch.equal(file.whole(recording)["logits"], whole)
+    assert torch.uint8 in {value.dtype for value in file.timing.start.values()}
+
+
+@pytest.mark.parametrize(("function", "parts", "said"), [
+    (lambda x, a: a(x.transpose(1, 2))[0], {"a": nn.LSTM(6, 4, batch_first=True, bidirectional=True)},
+     "looks ahead without bound"),
+    (lambda x: x.softmax(-1), {}, "looks at all steps of a recording at once"),
+    (lambda x, a: a(x), {"a": nn.GroupNorm(2, 6)}, "normalises over time"),
+    (lambda x, a: a(x), {"a": nn.Linear(64, 3)}, "layer parts.a mixes all steps of time"),
+    (lambda x: x * x.mean(-1, keepdim=True), {}, "average over all of the recording"),
+    (lambda x: F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3), {}, "may look at all of a recording"),
+    (lambda x: x.flip(-1), {}, "may look at all of a recording"),
+    (lambda x, a: a(F.pad(x, (1, 1), mode="reflect")), {"a": nn.Conv1d(6, 3, 3)}, "pads time by something else than zeros"),
+    (lambda x: x + torch.arange(64.0), {}, "a number of its own"),
+    (lambda x: x.sum(-1), {}, "sums up all of a recording"),
+])
+def test_what_cannot_stream_is_told_with_its_reason(function, parts, said):
+    with pytest.raises(UnsupportedModelError, match=said):
+        streaming.stream(Said(function, **parts).eval(), torch.randn(1, 6, 64), hop=8)
+
+
+def test_a_hop_or_a_state_that_does_not_fit_is_told(tmp_path):
+    net = nn.Sequential(nn.Conv1d(1, 2, 3, stride=4)).eval()
+    with pytest.raises(ValueError, match="gives 10 steps at layer 0, which takes one of 4; use a multiple of 4"):
+        streaming.stream(net, torch.zeros(1, 1, 64), hop=10)
+    with pytest.raises(ValueError, match="at least 1 sample"):
+        streaming.stream(net, torch.zeros(1, 1, 64), hop=0)
+    with pytest.raises(ValueError, match="does not stream; convert it"):
+        streaming.Stream(net)
+    with pytest.raises(ValueError, match="does not stream; convert it"):
+        streaming.export(net, tmp_path / "x.onnx")
+    stream = streaming.Stream(streaming.stream(nn.Conv1d(1, 2, 9), torch.zeros(1, 1, 64), hop=8))
+    with pytest.raises(ValueError, match="takes hops of 8 samples, found 7"):
+        stream(torch.zeros(1, 1, 7))
+    stream(torch.zeros(1, 1, 8))
+    other = streaming.Stream(streaming.stream(nn.Conv1d(1, 2, 5), torch.zeros(1, 1, 64), hop=8))
+    with pytest.raises(ValueError, match="state of another network"):
+        other.resume(stream.now)
+
+
+def test_the_context_of_silero_counts():
+    pytest.importorskip("silero_vad")
+    import onnxruntime
+
+    net = speech.silero()
+    said = np.concatenate([clip.samples for clip in words.embedded() if clip.what == "speech"][:12])
+    samples = torch.from_numpy(speech.resampled(said, 8000, 16_000))[None]
+    samples = samples[:, :samples.shape[1] // 512 * 512]
+    theirs = onnxruntime.InferenceSession(str(speech.silero_file("silero_vad.onnx")), providers=["CPUExecutionProvider"])
+
+    def asked(context):
+        state, kept, found = np.zeros((2, 1, 128), np.float32), np.zeros((1, 64), np.float32), []
+        for chunk in samples.numpy().reshape(-1, 1, 512):
+            read = np.concatenate([kept, chunk], 1) if context else chunk
+            score, state = theirs.run(None, {"input": read, "state": state, "sr": np.array(16_000)})
+            kept = chunk[:, -64:]
+            found.append(score[0, 0])
+        return np.array(found)
+
+    streamed = streaming.Stream(streaming.stream(net, torch.zeros(1, 8192), hop=512)).whole(samples)["logits"][0, 0].numpy()
+    right, without = asked(True), asked(False)
+    assert np.abs(streamed - right).max() < 1e-4
+    assert (right > 0.5).mean() > 0.5
+    assert (without > 0.5).mean() < 0.1 * (right > 0.5).mean()  # nothing errs, and speech is missed
+
+
+def test_frames_of_the_spectrum_are_those_of_a_plain_transform():
+    samples = torch.randn(1, 800)
+    found = speech.LogMel(40)(samples)[0]
+    padded = F.pad(samples[0], (speech.WINDOW - speech.HOP, 0))
+    for frame in (0, 3, 9):
+        window = padded[frame * 80:frame * 80 + 256] * torch.hann_window(256)
+        power = torch.fft.rfft(window).abs() ** 2
+        bands = speech.LogMel(40).triangles[:, :, 0] @ power
+        assert torch.allclose(found[:, frame], (bands / 1e-4).log1p(), atol=1e-3)
+
+
+def test_the_ring_counts_what_it_loses():
+    ring = Ring(0.01, rate=1000)
+    assert ring.write(np.arange(8.0)) == 0
+    assert ring.write(np.arange(8.0)) == 6
+    assert ring.dropped == 6
+    assert ring.read(4).tolist() == [0, 1, 2, 3]
+    assert ring.write(np.arange(10.0, 14.0)) == 0
+    assert ring.read(8).tolist() == [4, 5, 6, 7, 0, 1, 10, 11]
+    ring.close()
+    assert ring.read(4) is None
+    with pytest.raises(ValueError, match="more than 0"):
+        Ring(0)
+
+
+def test_samples_are_doubled_as_a_whole_filter_would():
+    samples, doubled = np.sin(2 * np.pi * 440 * np.arange(1600) / 8000).astype(np.float32), Doubled()
+    found = np.concatenate([doubled(hop) for hop in samples.reshape(-1, 80)])
+    wanted = np.sin(2 * np.pi * 440 * (np.arange(3200) - 31.5) / 16000)
+    assert np.abs(found - wanted)[200:].max() < 0.01
+
+
+class Told(nn.Module):
+    """Names the word in whose band the power is: a spotter whose answers are known."""
+
+    def forward(self, samples):
+        loud = (samples[:, None] ** 2).unfold(-1, 80, 80).mean(-1)
+        return torch.cat([loud * 1e3 - 5, -loud * 1e3 + 5], 1)
+
+
+def spotter():
+    return streaming.Stream(streaming.stream(Told(), torch.zeros(1, 800), hop=80))
+
+
+def test_a_listener_stopped_and_taken_up_again_hears_the_same(tmp_path):
+    samples = np.zeros(8000 * 4, np.float32)
+    for start in (6000, 15000, 22000):
+        samples[start:start + 2400] = 0.5
+    whole = Listener(spotter(), ["word", "none"])
+    events = [event for hop in samples.reshape(-1, 80) for event in whole.hear(hop)]
+    assert [event.word for event in events if event.word != "drift"] == ["word"] * 3
+    first, found = Listener(spotter(), ["word", "none"]), []
+    for hop in samples[:16000].reshape(-1, 80):
+        found += first.hear(hop)
+    first.save(tmp_path / "state")
+    again = Listener(spotter(), ["word", "none"])
+    assert again.resume(tmp_path / "state") == 2.0
+    for hop in samples[16000:].reshape(-1, 80):
+        found += again.hear(hop)
+    assert found == events
+    with pytest.raises(ValueError, match="state of another listener"):
+        Listener(spotter(), ["a", "b", "none"]).resume(tmp_path / "state")
+    (tmp_path / "state").write_bytes(b"no")
+    with pytest.raises(ValueError, match="no state of a listener"):
+        again.resume(tmp_path / "state")
+
+
+def test_listening_at_pace_loses_nothing_and_a_slow_one_says_so():
+    samples = np.random.default_rng(0).standard_normal(8000).astype(np.float32) * 0.01
+    made = listen(Listener(spotter(), ["word", "none"]), paced(samples, hop=80, pace=20))
+    assert made["dropped"] == 0
+    assert len(made["milliseconds"]) == 100
+    held = threading.Event()
+    slow = Listener(spotter(), ["word", "none"])
+    slow.hear = lambda _hop: held.wait(0.02) and [] or []
+    assert listen(slow, paced(samples, hop=80, pace=50), ring=Ring(0.05))["dropped"] > 0
+
+    def broken(_ring):
+        raise OSError("the microphone is gone")
+
+    with pytest.raises(OSError, match="microphone is gone"):
+        listen(slow, broken)
+
+
+def test_a_gate_rests_in_silence_and_catches_what_came_before_it_opened():
+    class Power(nn.Module):
+        def forward(self, samples):
+            return (samples.unfold(-1, 512, 512) ** 2).mean(-1)[:, None] * 1e3
+
+    gate = Gate(streaming.Stream(streaming.stream(Power(), torch.zeros(1, 2048), hop=512)))
+    listener = Listener(spotter(), ["word", "none"], gate=gate)
+    samples = np.zeros(8000 * 4, np.float32)
+    samples[16000:18400] = 0.5
+    events = [event for hop in samples.reshape(-1, 80) for event in listener.hear(hop)]
+    assert [event.word for event in events if event.word != "drift"] == ["word"]
+    assert listener.worked < 0.5 * listener.hops
+
+
+def test_noise_that_changes_is_told_once_and_so_is_silence():
+    draw, drift = np.random.default_rng(0), Drift(80)
+    told = []
+    for level in (0.01, 0.1, 0.01):
+        for _ in range(1500):
+            told.append(drift.hear((level * draw.standard_normal(80)).astype(np.float32)))
+    told = [line for line in told if line]
+    assert len(told) == 2
+    assert told[0].startswith("noise at")
+    assert told[1] == "noise as at first again"
+    silent = [line for _ in range(1000) if (line := Drift.hear(drift, np.zeros(80, np.float32)))]
+    assert "no signal" in silent
+
+
+def test_events_are_scored_as_mlperf_tiny_scores_them():
+    import pandas as pd
+
+    said = pd.DataFrame({"what": ["command"] * 2, "word": ["one", "two"], "start_s": [1.0, 7.0], "end_s": [1.65, 7.36]})
+    heard = pd.DataFrame({"word": ["one", "one", "one", "one", "two"], "at_s": [2.60, 2.80, 3.0, 4.5, 8.0]})
+    found = detection.scored(heard, said, hours=0.5)
+    assert (found.hits, found.misses, found.false_alarms) == (2, 0, 2)  # 3.0 is within a second of 2.8
+    assert found.per_hour == 4
+    assert found.per_hour_low < 4 < found.per_hour_high
+    assert detection.poisson(0, 2.0)[1:] == pytest.approx((0, 3.689 / 2), rel=1e-3)
+    wrong = detection.scored(heard.assign(word="nine"), said, hours=1.0)
+    assert (wrong.hits, wrong.misses) == (0, 2)
+
+
+def test_bad_sound_is_told(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        words.read_audio(tmp_path / "x.wav")
+    (tmp_path / "x.wav").write_bytes(b"no sound")
+    with pytest.raises(ValueError, match="no sound file that can be read"):
+        words.read_audio(tmp_path / "x.wav")
+    for samples, said in ((np.zeros((100, 2)), "has 2 channels"), (np.zeros(0), "holds no samples"),
+                          (np.array([0, np.nan]), "sample 1 is no number")):
+        soundfile.write(tmp_path / "x.wav", samples, 8000, subtype="FLOAT")
+        with pytest.raises(ValueError, match=said):
+            words.read_audio(tmp_path / "x.wav")
+    soundfile.write(tmp_path / "x.wav", np.zeros(16_000), 16_000)
+    samples, own = words.read_audio(tmp_path / "x.wav")
+    assert (len(samples), own) == (8000, 16_000)
+    with pytest.raises(ValueError, match="are no numbers"):
+        Listener(spotter(), ["word", "none"]).hear(np.full(80, np.nan, np.float32))
+
+
+def test_a_scene_says_what_is_named_when():
+    clip = words.Clip(np.ones(4000, np.float32), "command", "three", "me")
+    made = words.scene([clip], seconds=2.0, draw=np.random.default_rng(0), pause=(0.5, 0.5))
+    labels = made.labels()
+    assert len(labels) == 200
+    assert set(labels[:50]) == {10}
+    assert set(labels[50:98]) == {-1}
+    assert set(labels[98:125]) == {3}
+    assert set(labels[125:]) == {10}
