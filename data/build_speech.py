@@ -5,9 +5,9 @@
     python data/build_speech.py [--source DIR]
 
 One sound file of all clips (8 kHz, GSM 06.10 in WAV, as the recordings themselves are) and clips.csv, which says what is where:
-the ten digits of the English voice, phrases of each voice that name no number, effects of the stamps. A clip is taken by the
-checksum of its name, so that data/build_word_spotter.py can leave the same ones out of training. Run twice, it writes the same
-bytes.
+the ten digits of the English voice, phrases of the four others that are no numbers, effects of the stamps that nobody speaks.
+A clip is taken by the checksum of its name, so that data/build_word_spotter.py can leave the same ones out of training. Run
+twice, it writes the same bytes.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def clips(source: Path):
     """What, word, voice and samples of each clip."""
     for place, word in enumerate(WORDS):
         yield "command", word, VOICES["en"], gsm(source / f"asterisk/sounds/{VOICES['en']}/digits/{place}.gsm")
-    for voice in VOICES.values():
+    for voice in list(VOICES.values())[1:]:  # English ones say "to" and "for", which nobody tells from numbers
         found = [(path, gsm(path)) for path in phrases(source, voice) if kept(path)]
         chosen = [samples for _, samples in found if SHORTEST <= len(samples) / RATE <= LONGEST][:PHRASES]
         yield from (("speech", "", voice, samples) for samples in chosen)
@@ -85,9 +85,10 @@ def phrases(source: Path, voice: str) -> list[Path]:
 
 
 def effects(source: Path) -> list[Path]:
-    """The stamps' sounds that nobody speaks, in the order of their checksums."""
+    """The stamps' sounds that nobody speaks, in the order of their checksums; symbols name letters and numbers."""
     stamps = source / "tuxpaint/stamps"
-    found = [path for kind in ("ogg", "wav") for path in stamps.rglob(f"*.{kind}") if "_desc" not in path.name]
+    found = [path for kind in ("ogg", "wav") for path in stamps.rglob(f"*.{kind}")
+             if "_desc" not in path.name and "symbols" not in path.parts]
     return sorted((path for path in found if len(effect(path)) > RATE / 10 and np.abs(effect(path)).max() > 1e-3),
                   key=lambda path: hashlib.sha256(path.name.encode()).digest())
 

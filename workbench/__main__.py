@@ -1,5 +1,5 @@
 """The command line: `workbench report` regenerates the reports, `workbench compress` runs a recipe, `workbench search` finds one
-within limits, `workbench compare` judges two models."""
+within limits, `workbench compare` judges two models, `workbench listen` tells what is said."""
 
 import sys
 from pathlib import Path
@@ -153,6 +153,30 @@ def search(name, source, out, latency, size, lost, sampler, evaluations, minutes
     click.echo(f"{found.reason}; {len(found.plans)} plans made, racing spared {found.saved:.0%} of their scoring")
     click.echo(f"{out / 'recipe.yaml'}: workbench compress takes it, {out / 'model.onnx'} is its file")
     raise SystemExit(0 if found.reason == "within the limits" else 1)
+
+
+@cli.command()
+@click.argument("source", metavar="FILE", required=False)
+@click.option("--model", "name", default="word_spotter", show_default=True,
+              help="a checkpoint of a word spotter, or an .onnx file of streaming.export")
+@click.option("--bits", type=click.Choice(["8", "32"]), default="8", show_default=True, help="of a checkpoint's weights")
+@click.option("--gate/--no-gate", default=True, show_default=True, help="rest where silero-vad hears no speech")
+@click.option("--threshold", default=0.6, show_default=True, type=click.FloatRange(0, 1), help="probability of a word")
+@click.option("--pace", type=click.FloatRange(min=0, min_open=True), help="times real time  [default: as fast as it can]")
+@click.option("--microphone", is_flag=True, help="listen to the microphone instead of FILE, until Ctrl-C")
+@click.option("--state", type=Path, help="where each second is remembered: killed, the next run goes on there")
+def listen(source, name, bits, gate, threshold, pace, microphone, state) -> None:
+    """Print what is said in FILE (WAV, FLAC, OGG), one event a line: seconds, word, probability, what it means.
+
+    Sound of another rate than 8 kHz is resampled, and said to be. Exit code 0; 2: bad input.
+    """
+    from workbench.plans import chain as chains
+
+    if bool(source) == microphone:
+        raise ValueError("listen takes a FILE or --microphone, one of them")
+    samples = None if microphone else chains.recording(source, told=click.echo)
+    with chains.chain(name, bits=int(bits), gate=gate, threshold=threshold) as listener:
+        chains.listen(listener, samples, pace=pace, state=state, told=click.echo)
 
 
 def _first_parting(both: list, test) -> str:

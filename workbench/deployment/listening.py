@@ -209,8 +209,11 @@ class Listener:
 
     def _spot(self, samples: np.ndarray) -> list[Event]:
         self.worked += 1
-        scores = self.spotter(torch.from_numpy(samples)[None])[0].softmax(0)
-        self.scores = (self.scores + list(scores.T.numpy()))[-AVERAGED:]
+        return self.decide(self.spotter(torch.from_numpy(samples)[None])[0].softmax(0).T.numpy())
+
+    def decide(self, scores: np.ndarray) -> list[Event]:
+        """The events of a hop's probabilities (steps, classes), with those of the hops before."""
+        self.scores = (self.scores + list(scores))[-AVERAGED:]
         if self.hops < self.quiet_until:
             return []
         mean = np.sum(self.scores, 0) / AVERAGED
@@ -269,11 +272,11 @@ class Listener:
 
 
 def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | None = None,
-           told: Callable[[Event], None] = lambda event: None) -> dict[str, np.ndarray | int]:
+           told: Callable[[Event], None] = lambda event: None, state: Path | None = None) -> dict[str, np.ndarray | int]:
     """Let one thread write samples (`source` is given the ring) while this one listens until it is closed.
 
-    Returns milliseconds, how long each hop took, and dropped, the samples for which the ring had no room. What `source` raises
-    is raised here.
+    state: a file in which each second is remembered. Returns milliseconds, how long each hop took, and dropped, the samples for
+    which the ring had no room. What `source` raises is raised here.
     """
     ring, took, failed = ring or Ring(rate=listener.rate), [], []
 
@@ -293,6 +296,8 @@ def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | N
         took.append(1e3 * (time.perf_counter() - began))
         for event in events:
             told(event)
+        if state and len(took) % (listener.rate // listener.hop) == 0:
+            listener.save(state)
     thread.join()
     if failed:
         raise failed[0]

@@ -99,11 +99,13 @@ class Stream:
         self.now = dict(state)
 
 
-def export(network: nn.Module, path: Path | str, *, tolerance: float | None = None) -> Path:
+def export(network: nn.Module, path: Path | str, *, tolerance: float | None = None,
+           told: Mapping[str, str] | None = None) -> Path:
     """Write a network of `stream` as an ONNX file; return its path. It takes any number of recordings side by side.
 
     Inputs: a hop of samples and the state (`past_...`); outputs: the network's, and the state behind the hop (`present_...`).
-    What a quantised layer keeps is kept in 8 bits. Raises as onnx.export does, ValueError for a network that does not stream.
+    What a quantised layer keeps is kept in 8 bits. told: what else the file says of itself. Raises as onnx.export does,
+    ValueError for a network that does not stream.
 
     Example: `streaming.export(streaming.stream(model, recording, hop=160), "model.onnx")`
     """
@@ -116,7 +118,7 @@ def export(network: nn.Module, path: Path | str, *, tolerance: float | None = No
     draw = torch.Generator().manual_seed(0)
     example = {timing.source: 0.1 * torch.randn(shape, generator=draw),
                **{name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in timing.start.items()}}
-    written = onnx.export(network, example, path, tolerance=tolerance, told=_metadata(timing, {}))
+    written = onnx.export(network, example, path, tolerance=tolerance, told=_metadata(timing, {}) | dict(told or {}))
     kept = _keep_integers(written, timing)
     if kept:
         _prove(network, written, shape, kept)

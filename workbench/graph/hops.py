@@ -109,22 +109,22 @@ class HopGraph(fx.Graph):
         shape[track.axis] = self.steps(track)
         return call(aten.where.ScalarOther, (call(aten.reshape.default, (self._masks[key], shape)), value, fill))
 
-    def joined(self, value: fx.Node, track: Track, kept: int, shape: tuple, name: str, fill: float = 0.0) -> fx.Node:
-        """The steps of this hop behind the last `kept` ones before it; shape: of the value, None for any."""
+    def joined(self, value: fx.Node, track: Track, kept: int, like: Mapping, name: str, fill: float = 0.0) -> fx.Node:
+        """The steps of this hop behind the last `kept` ones before it; like: shape and dtype of the value."""
         if kept <= 0:
             return value
-        sizes = [1 if size is None else size for size in shape]
+        sizes = [1 if size is None else size for size in like["shape"]]
         sizes[0], sizes[track.axis] = 1, kept
-        before = self.state(f"past_{name}", torch.full(sizes, fill))
+        before = self.state(f"past_{name}", torch.full(sizes, fill, dtype=like.get("dtype")))
         whole = self.call_function(aten.cat.default, ([before, value], track.axis))
         self.behind[before.target] = self.cut(whole, track.axis, self.steps(track), self.steps(track) + kept)
         return whole
 
-    def delayed(self, value: fx.Node, track: Track, steps: int, shape: tuple, name: str) -> tuple[fx.Node, Track]:
+    def delayed(self, value: fx.Node, track: Track, steps: int, like: Mapping, name: str) -> tuple[fx.Node, Track]:
         """The value, so many steps later."""
         if not steps:
             return value, track
-        whole = self.joined(value, track, steps, shape, name)
+        whole = self.joined(value, track, steps, like, name)
         return self.cut(whole, track.axis, 0, self.steps(track)), replace(track, late=track.late + steps)
 
     def _divided(self, value: fx.Node, by: int) -> fx.Node:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from workbench.errors import UnsupportedModelError
 from workbench.graph.hops import HopGraph, Track
+from workbench.numbers.quantizers import ActivationQuantizer
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
@@ -60,7 +61,7 @@ class Sliding:
         wait = reach - left - (stride - 1) + track.late
         late = max(math.ceil(wait / stride), 0)
         kept, spared = late * stride + left - track.late, late * stride - wait
-        value = self.graph.joined(value, track, kept, shape, node.name, fill)
+        value = self.graph.joined(value, track, kept, source.meta, node.name, fill)
         if spared or kept < 0:
             value = self.graph.cut(value, -1, max(-kept, 0), max(kept, 0) + steps - spared)
         lengths = (*track.lengths, (left + right - reach - 1, stride))
@@ -81,8 +82,11 @@ class Sliding:
         _, axis, size, step = node.args
         if self._from_end(node, axis) != self._track(node).axis:
             self._refuse(node, "unfolds another axis than time")
-        self.new[node] = self.graph.call_function(node.target, (self._slide(node, size, step), axis, size, step))
-        self.tracks[node] = replace(self.tracks[node], axis=-2)
+        read = self._slide(node, size, step)
+        self.tracks[node] = track = replace(self.tracks[node], axis=-2)
+        whole = self.graph.steps(track) == 1  # of one window there is nothing to copy
+        self.new[node] = self.graph.call_function(*((aten.unsqueeze.default, (read, -2)) if whole else
+                                                    (node.target, (read, axis, size, step))))
 
     def _pad(self, node: fx.Node) -> None:
         source, sizes, *rest = node.args
@@ -98,9 +102,12 @@ class Sliding:
         self.padded[node], self.tracks[node], self.new[node] = tuple(sizes[:2]), track, self.new[source]
 
     def _slides(self, node: fx.Node) -> bool:
+        """Whether a node reads time in windows, by itself or behind a quantiser, which leaves zeros what they are."""
         module = self.modules.get(node.target) if node.op == "call_module" else None
-        pools = node.target in POOLS and "avg" in str(node.target)
-        return isinstance(module, nn.Conv1d | nn.Conv2d) or node.target in CONVOLUTIONS or pools or \
+        if isinstance(module, ActivationQuantizer):
+            return all(map(self._slides, node.users))
+        averages = node.target in POOLS and "avg" in str(node.target)
+        return isinstance(module, nn.Conv1d | nn.Conv2d) or node.target in CONVOLUTIONS or averages or \
             node.target is aten.unfold.default
 
     def _copy(self, node: fx.Node, values: Mapping[fx.Node, fx.Node] | None = None) -> fx.Node:

@@ -35,6 +35,7 @@ ALONG = {  # operators that work along one axis: the place of that axis among th
 RECURRENT = {aten.lstm.input, aten.gru.input}
 VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 TURNS = {aten.permute.default, aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default}
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 PRODUCTS = {aten.matmul.default, aten.linear.default, aten.bmm.default}
 KEEPING_ZERO = {aten.relu.default, aten.hardtanh.default, aten.silu.default, aten.hardswish.default, aten.gelu.default,
                 aten.tanh.default, aten.abs.default, aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.slice.Tensor}
@@ -116,7 +117,7 @@ class _Converter(Sliding):
             self._contract(node, 1 if node.args[0] in self.tracks else 2)
         elif target is aten.sym_size.int and self._from_end(node, node.args[1]) != self._track(node).axis:
             self.new[node] = self._copy(node)
-        elif getattr(target, "__name__", "") == "getitem" or is_idle(node, self.modules):
+        elif getattr(target, "__name__", "") == "getitem" or is_idle(node, self.modules) or target in CASTS:
             self._keep(node)
         elif isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             self._meet(node)
@@ -155,7 +156,7 @@ class _Converter(Sliding):
         if any(user.args[1] != 0 and user.users for user in node.users):
             self._refuse(node, "is asked for its state behind the last step; take the last of its outputs instead")
         ahead = -track.late % self.graph.steps(track)  # the first step of a recording has to be the first of a hop
-        value, track = self.graph.delayed(self.new[source], track, ahead, source.meta["shape"], node.name)
+        value, track = self.graph.delayed(self.new[source], track, ahead, source.meta, node.name)
         width = weights[1].meta["shape"][1]
         before = [self.graph.state(f"past_{node.name}_{place}", torch.zeros(1, layers, width)) for place in range(1 + several)]
         turned = [call(aten.transpose.int, (state, 0, 1)) for state in before]
@@ -269,7 +270,7 @@ class _Converter(Sliding):
             shape = other.meta.get("shape", ())
             if other not in parts and len(shape) >= -latest.axis and shape[latest.axis] != 1:
                 self._refuse(node, "joins each step with a number of its own, which no recording of another length has")
-        values = {part: self.graph.delayed(self.new[part], track, latest.late - track.late, part.meta["shape"], node.name)[0]
+        values = {part: self.graph.delayed(self.new[part], track, latest.late - track.late, part.meta, node.name)[0]
                   for part, track in zip(parts, tracks, strict=True)}
         shifts = node.target in (aten.add.Tensor, aten.sub.Tensor) and len(parts) < 2
         zero = node.target in KEEPING_ZERO and not shifts and all(track.zero for track in tracks)
@@ -278,6 +279,8 @@ class _Converter(Sliding):
 
     def _keep(self, node: fx.Node, **changed) -> None:
         """The node does its work on each step alone."""
+        if node.args[0] in self.padded:
+            self.padded[node] = self.padded[node.args[0]]
         self.new[node], self.tracks[node] = self._copy(node), replace(self._track(node), **changed)
 
     def _finish(self, node: fx.Node) -> dict[str, Track]:

@@ -4,11 +4,13 @@ Source: the streaming wakeword benchmark of MLPerf Tiny (https://github.com/mlco
 from the beginning of a word to one second behind its end; false alarms within one second of each other are one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
+from workbench.measures.accuracy import wilson
 
 GRACE_S = 1.0  # behind a word's end
 DEBOUNCE_S = 1.0  # within which false alarms are one
@@ -36,16 +38,28 @@ def scored(heard: pd.DataFrame, said: pd.DataFrame, *, hours: float) -> Detected
     Example: `detection.scored(heard, scene.said, hours=20 / 60)`
     """
     commands = said[said.what == "command"] if "what" in said else said
-    named, alarms = {}, []
+    named, wrong = {}, []
     for event in heard.sort_values("at_s").itertuples():
         near = (commands.start_s <= event.at_s) & (event.at_s <= commands.end_s + GRACE_S)
         right = commands[near & (commands.word == event.word)]
         if len(right):
             named.setdefault(right.index[0], event.at_s - right.end_s.iloc[0])
-        elif not alarms or event.at_s - alarms[-1] > DEBOUNCE_S:
-            alarms.append(event.at_s)
-    rate, low, high = poisson(len(alarms), hours)
-    return Detected(len(named), len(commands) - len(named), len(alarms), rate, low, high, tuple(named.values()))
+        else:
+            wrong.append(event.at_s)
+    count = len(alarms(wrong))
+    return Detected(len(named), len(commands) - len(named), count, *poisson(count, hours), tuple(named.values()))
+
+
+def alarms(times: Iterable[float]) -> list[float]:
+    """Moments of false alarms, of those within a second of one that counts only that one.
+
+    Example: `detection.alarms([2.0, 2.5, 3.5]) == [2.0, 3.5]`
+    """
+    found: list[float] = []
+    for moment in sorted(times):
+        if not found or moment - found[-1] > DEBOUNCE_S:
+            found.append(moment)
+    return found
 
 
 def poisson(count: int, hours: float) -> tuple[float, float, float]:
@@ -60,7 +74,7 @@ def poisson(count: int, hours: float) -> tuple[float, float, float]:
 
 
 def area(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], *, against: Sequence[np.ndarray] | None = None,
-         samples: int = 300, seed: int = 0) -> dict[str, float]:
+         samples: int = 100, seed: int = 0) -> dict[str, float]:
     """Area under the ROC curve of scores by frame, with its 95 % bootstrap interval over recordings: auc, auc_low, auc_high;
     and, `against` other scores of the same frames, change, change_low and change_high, drawn on the same recordings.
 
@@ -84,3 +98,32 @@ def area(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], *, against: 
         apart = own - areas(against)
         made |= {"change": apart[0], "change_low": np.percentile(apart[1:], 2.5), "change_high": np.percentile(apart[1:], 97.5)}
     return {name: float(value) for name, value in made.items()}
+
+
+def curve(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC curve of `area`: the share of other frames that are taken for speech, and the share of speech that is heard."""
+    from sklearn.metrics import roc_curve
+
+    right, given = np.concatenate(truth), np.concatenate(scores)
+    return roc_curve(right[right >= 0], given[right >= 0])[:2]
+
+
+def by_voice(named: pd.DataFrame) -> pd.DataFrame:
+    """One row per voice and candidate of words (word, voice, named, candidate): right, with its 95 % Wilson interval, none, the
+    share of words that were not named at all, and n."""
+    rows = []
+    for (voice, candidate), part in named.groupby(["voice", "candidate"], sort=False):
+        right = part.word == part.named
+        low, high = wilson(int(right.sum()), len(part))
+        rows.append({"voice": voice, "candidate": candidate, "right": right.mean(), "low": low, "high": high,
+                     "none": (part.named == "none").mean(), "n": len(part)})
+    return pd.DataFrame(rows)
+
+
+def over_voices(right: Sequence[float]) -> dict[str, float]:
+    """The mean of what each voice had right, with the 95 % interval of Student's t over voices."""
+    from scipy.stats import t
+
+    values = np.asarray(right, float)
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return {"right": values.mean(), "low": values.mean() - half, "high": values.mean() + half}

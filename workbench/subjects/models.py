@@ -15,7 +15,7 @@ from torch import nn
 
 from workbench.batches import answer, call, mapped
 from workbench.errors import quietly, reason
-from workbench.subjects import embedded, language
+from workbench.subjects import embedded, language, speech
 from workbench.subjects.checkpoints import fill, read_header, refuse_nan, save
 from workbench.subjects.networks import RepVGG, ResNet
 from workbench.subjects.tasks import Preprocessing, Task, described
@@ -26,7 +26,8 @@ __all__ = ["load", "preprocessing", "read_header", "save", "trained_on", "wrap"]
 
 RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # in each of the three stages
 REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
-NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *language.NAMES, "torchvision:NAME", "timm:NAME",
+LISTENING = ("word_spotter", "silero")  # networks over samples of sound, which need no task
+NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *LISTENING, *language.NAMES, "torchvision:NAME", "timm:NAME",
          "hf:ID-OR-FOLDER", "NAME@CHECKPOINT", "CHECKPOINT")
 
 
@@ -35,8 +36,9 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and 3 without one).
 
     name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
-    "minilm", "smollm2", "wiki_decoder", "torchvision:NAME", "timm:NAME" (a hub id, or "timm:local-dir:PATH"), "hf:ID" (or a
-    folder in the hub's layout, or a GGUF file; its head follows from the task's objective), a checkpoint written by `save`, or
+    "minilm", "smollm2", "wiki_decoder", "word_spotter", "silero" (of the package silero-vad), "torchvision:NAME", "timm:NAME" (a
+    hub id, or "timm:local-dir:PATH"), "hf:ID" (or a folder in the hub's layout, or a GGUF file; its head follows from the task's
+    objective), a checkpoint written by `save`, or
     "NAME@CHECKPOINT" for a safetensors file of bare weights. `pretrained=False` starts at random, by `seed`. new_head: a new one
     where a Hugging Face model has a head for other labels. into: a module of the class that a checkpoint was saved from, where
     `wrap` made it.
@@ -51,6 +53,8 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     stored = read_header(Path(base)) if base.endswith(".safetensors") else {}
     if stored.get("architecture", "").startswith(("hf:", "own:")) or stored.get("architecture") in SMALL:
         model = _of_header(base, stored, task, into)
+    elif base in LISTENING or stored.get("architecture") in LISTENING:
+        model = _listening(base, path, stored, pretrained, seed)
     elif base in SMALL:
         model = _small(base, path, task, pretrained, seed)
     elif base in language.NAMES or base.startswith("hf:"):
@@ -185,6 +189,23 @@ def _of_header(path: str, header: dict[str, str], task: Task | None, into: nn.Mo
     if (task and task.classes and header["architecture"] not in ("hf:encoder", "hf:next_token")
             and int(classes) != len(task.classes)):
         raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
+    return model
+
+
+def _listening(base: str, path: str, stored: dict[str, str], pretrained: bool, seed: int) -> nn.Module:
+    """A network over samples of sound, with its own weights or those of a checkpoint."""
+    if "silero" in (base, stored.get("architecture")):
+        model = speech.silero()
+        path = base if stored else path
+    else:
+        path = base if stored else path
+        if pretrained and not path:
+            path = str(embedded.verified("checkpoints", "word_spotter-digits.safetensors"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = speech.word_spotter(read_header(Path(path)) if path else None)
+    if path:
+        fill(model, Path(path), "word_spotter")
     return model
 
 

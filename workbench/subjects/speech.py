@@ -6,6 +6,7 @@ Sources: separable dilated convolutions over time as in TC-ResNet, Choi et al. 2
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ class LogMel(nn.Module):
     """log(1 + sum_k m_bk |STFT_k|^2 / e) of samples (n, T): (n, bands, T / hop), each frame of samples up to its own end.
 
     m: triangles of equal width in mels, mel(f) = 2595 log10(1 + f / 700), between `low` and `high` Hz; e: `least`, so that
-    silence is 0. Its numbers are buffers, which nothing prunes or rounds.
+    silence is 0. Computed in double precision, so that a hop gives the same float32 as a whole recording, whose products a
+    library adds up in another order; its numbers are buffers, which nothing prunes or rounds.
 
     Example: `LogMel(40)(torch.zeros(1, 8000)).shape == (1, 40, 100)`
     """
@@ -30,7 +32,7 @@ class LogMel(nn.Module):
     def __init__(self, bands: int, *, rate: int = RATE, window: int = WINDOW, hop: int = HOP, low: float = 60.0,
                  high: float = 3_800.0, least: float = 1e-4):
         super().__init__()
-        self.window, self.hop, self.least = window, hop, least
+        self.window, self.hop = window, hop
         bins = window // 2 + 1
         angles = 2 * math.pi * torch.arange(bins)[:, None] * torch.arange(window) / window
         waves = torch.cat([angles.cos(), angles.sin()]) * torch.hann_window(window)
@@ -39,13 +41,14 @@ class LogMel(nn.Module):
         places = torch.arange(bins) * rate / window
         rising = (places - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
         falling = (edges[2:, None] - places) / (edges[2:] - edges[1:-1])[:, None]
-        self.register_buffer("waves", waves[:, None].float())
-        self.register_buffer("triangles", torch.minimum(rising, falling).clamp_min(0)[:, :, None].float())
+        self.register_buffer("waves", waves.T.double().contiguous(), persistent=False)
+        triangles = torch.minimum(rising, falling).clamp_min(0).T.double() / least
+        self.register_buffer("triangles", triangles.contiguous(), persistent=False)
 
     def forward(self, samples: Tensor) -> Tensor:
-        parts = F.conv1d(F.pad(samples[:, None], (self.window - self.hop, 0)), self.waves, stride=self.hop)
-        cosines, sines = parts.chunk(2, 1)
-        return (F.conv1d(cosines * cosines + sines * sines, self.triangles) / self.least).log1p()
+        windows = F.pad(samples, (self.window - self.hop, 0)).unfold(1, self.window, self.hop)
+        cosines, sines = (windows.double() @ self.waves).chunk(2, 2)
+        return ((cosines * cosines + sines * sines) @ self.triangles).log1p().float().transpose(1, 2)
 
 
 class Causal(nn.Module):
@@ -127,7 +130,16 @@ def silero() -> Silero:
     names |= {f"lstm.{kind}_l0": f"decoder.rnn.{kind}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
     own = network.state_dict()
     network.load_state_dict({name: known[names[name]].reshape(value.shape) for name, value in own.items()})
+    network.origin = {"architecture": "silero"}
     return network.eval()
+
+
+def word_spotter(header: Mapping[str, str] | None = None) -> WordSpotter:
+    """A word spotter at random, as wide as the header of a checkpoint says."""
+    known = {"classes": "11", "width": "88"} | {key: header[key] for key in ("classes", "width") if header and key in header}
+    model = WordSpotter(int(known["classes"]), width=int(known["width"]))
+    model.origin = {"architecture": "word_spotter", **known}
+    return model
 
 
 def silero_file(name: str) -> Path:

@@ -38,9 +38,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a microphone hears. samples: float32 (T,); said: one row per clip: what, word, voice, start_s, end_s."""
+    """What a microphone hears. samples: float32 (T,); clean: before the noise; said: one row per clip, with what, word, voice,
+    start_s and end_s."""
 
     samples: np.ndarray
+    clean: np.ndarray
     said: pd.DataFrame
 
     def labels(self) -> np.ndarray:
@@ -54,7 +56,7 @@ class Scene:
 
 
 def embedded() -> list[Clip]:
-    """The clips of data/speech: a voice that speaks the ten words, phrases in five languages, effects."""
+    """The clips of data/speech: a voice that speaks the ten words, phrases in four languages, effects."""
     table = pd.read_csv(FOLDER / "clips.csv", keep_default_na=False)
     samples = read_audio(FOLDER / "clips.wav")[0]
     return [Clip(samples[row.start:row.end], row.what, row.word, row.voice) for row in table.itertuples()]
@@ -119,8 +121,24 @@ def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator, p
         rows.append((clip.what, clip.word, clip.voice, at / RATE, (at + len(values)) / RATE))
         at += len(values) + round(draw.uniform(*pause) * RATE)
     loud = 10 ** ((np.mean(level) - draw.uniform(*noise)) / 20)
-    samples += max(loud, QUIET) * _coloured(len(samples), draw)
-    return Scene(samples.clip(-1, 1), pd.DataFrame(rows, columns=["what", "word", "voice", "start_s", "end_s"]))
+    noisy = (samples + np.float32(max(loud, QUIET)) * _coloured(len(samples), draw)).clip(-1, 1)
+    return Scene(noisy, samples, pd.DataFrame(rows, columns=["what", "word", "voice", "start_s", "end_s"]))
+
+
+def programme(commands: Sequence[Clip], others: Sequence[Clip], *, minutes: float, every_s: float,
+              draw: np.random.Generator) -> list[Clip]:
+    """Clips for so many minutes with pauses of 0.8 s: a command about every `every_s` seconds, others in between, each clip as
+    often as the next."""
+    chosen, seconds, due, turns = [], 0.0, every_s / 2, {True: [], False: []}
+    while seconds < 60 * minutes:
+        asked = seconds >= due
+        due += every_s * asked
+        if not turns[asked]:
+            pool = commands if asked else others
+            turns[asked] = [pool[k] for k in draw.permutation(len(pool))]
+        chosen.append(turns[asked].pop())
+        seconds += len(chosen[-1].samples) / RATE + 0.8
+    return chosen
 
 
 def _faster(samples: np.ndarray, speed: float) -> np.ndarray:
