@@ -85,10 +85,10 @@ def phrases(source: Path, voice: str) -> list[Path]:
 
 
 def effects(source: Path) -> list[Path]:
-    """The stamps' sounds that nobody speaks, in the order of their checksums; symbols name letters and numbers."""
+    """The stamps' sounds that nobody speaks, in the order of their checksums; symbols and dreydls name letters."""
     stamps = source / "tuxpaint/stamps"
     found = [path for kind in ("ogg", "wav") for path in stamps.rglob(f"*.{kind}")
-             if "_desc" not in path.name and "symbols" not in path.parts]
+             if not path.name.startswith("dreydl") and "_desc" not in path.name and "symbols" not in path.parts]
     return sorted((path for path in found if len(effect(path)) > RATE / 10 and np.abs(effect(path)).max() > 1e-3),
                   key=lambda path: hashlib.sha256(path.name.encode()).digest())
 

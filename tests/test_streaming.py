@@ -360,3 +360,63 @@ def test_a_scene_says_what_is_named_when():
     assert set(labels[50:98]) == {-1}
     assert set(labels[98:125]) == {3}
     assert set(labels[125:]) == {10}
+
+
+def test_a_file_is_listened_to_and_taken_up_where_it_was_left(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    from workbench.plans import chain
+
+    clips = [clip for clip in words.embedded() if clip.what == "command"]
+    made = words.scene(clips, seconds=16.0, draw=np.random.default_rng(0), pause=(0.6, 0.6), noise=(30, 30))
+    soundfile.write(tmp_path / "x.wav", speech.resampled(made.samples, 8_000, 16_000), 16_000)
+    said: list[str] = []
+    samples = chain.recording(tmp_path / "x.wav", told=said.append)
+    assert "16,000 samples a second; it was resampled to 8,000" in said[0]
+    with chain.chain(bits=32, gate=False, threshold=0.5, meaning=str.upper) as listener:
+        chain.listen(listener, samples, told=said.append)
+    events = said[1:-1]
+    assert len(events) >= 4
+    assert all(line.split()[2] in words.WORDS and line.endswith(line.split()[2].upper()) for line in events)
+    assert said[-1].startswith("16.0 s in hops of 10 ms")
+    with chain.chain(bits=32, gate=False, threshold=0.5) as listener:
+        for hop in samples[:64_000].reshape(-1, 80):
+            listener.hear(hop)
+        listener.save(tmp_path / "state")
+    again: list[str] = []
+    with chain.chain(bits=32, gate=False, threshold=0.5) as listener:
+        chain.listen(listener, samples, state=tmp_path / "state", told=again.append)
+    assert again[0] == f"goes on at 8.00 s, as {tmp_path / 'state'} remembers"
+    later = [line for line in events if float(line.split()[0]) > 8]
+    assert [line.split()[:3] for line in again[1:-1]] == [line.split()[:3] for line in later]
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ([], "takes a FILE or --microphone, one of them"), (["x.wav", "--microphone"], "one of them"),
+    (["nowhere.wav"], "sound file nowhere.wav does not exist"), (["pyproject.toml"], "no sound file that can be read"),
+    (["data/speech/clips.wav", "--model", "nowhere.onnx", "--no-gate"], "nowhere.onnx does not exist"),
+    (["data/speech/clips.wav", "--model", "silero", "--no-gate", "--bits", "32"], "use a multiple of 512"),
+    (["data/speech/clips.wav", "--pace", "0"], "0.0"), (["data/speech/clips.wav", "--threshold", "2"], "2.0 is not in the")])
+def test_what_listen_refuses(given, said, monkeypatch, capsys):
+    import sys
+    from pathlib import Path
+
+    from workbench.__main__ import main
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(sys, "argv", ["workbench", "listen", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_silent_and_clipped_sound_is_told(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    from workbench.plans import chain
+
+    for samples, wanted in ((np.zeros(8000), "is silent"), (np.ones(8000), "recorded too loud")):
+        said: list[str] = []
+        soundfile.write(tmp_path / "x.wav", samples, 8_000)
+        chain.recording(tmp_path / "x.wav", told=said.append)
+        assert wanted in said[0]

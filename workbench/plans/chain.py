@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from workbench.batches import Batch
-from workbench.deployment import listening, streaming
+from workbench.deployment import listening, sessions, streaming
 from workbench.deployment.listening import Event, Gate, Listener, Ring
+from workbench.measures import rejection
 from workbench.methods import quantization
-from workbench.subjects import models, speech, words
+from workbench.subjects import data, models, speech, words
 
 CLASSES = "classes"  # under which a file tells what its answers mean
 SCENES, SCENE_S = 24, 4.0  # that 8 bits are calibrated on
@@ -70,6 +71,22 @@ def scenes(*, seed: int = 0) -> list[Batch]:
 def gate_file(path: Path, network: nn.Module | None = None) -> Path:
     """silero-vad, or a network made of it, as a streaming file; returns its path."""
     return streaming.export(streaming.stream(network or speech.silero(), torch.zeros(1, 4096), hop=512), path)
+
+
+def understood(sentences: Mapping[str, str], *, name: str = "hashed_cnn", data_name: str = "intents:en") -> Callable[[str], str]:
+    """What a word stands for: the intent of its sentence, as a model of intents understands it, with the sentence; for
+    `Listener(meaning=)`. Words without a sentence mean nothing.
+
+    Raises as data.load and models.load do.
+
+    Example: `chain.understood({"one": "turn on the light in the kitchen"})("one")`
+    """
+    task = data.load(data_name, preprocessing=models.preprocessing(name))
+    split = rejection.outside(task.test, list(sentences.values()))
+    found = task.objective.read(sessions.open(models.load(name, task))(split.batch().inputs))[:, 0].argmax(1)
+    meanings = {word: f"{task.objective.intents[int(place)]}: {sentence}"
+                for (word, sentence), place in zip(sentences.items(), found, strict=True)}
+    return lambda word: meanings.get(word, "")
 
 
 def recording(source: str | Path, *, told: Callable[[str], None] = print) -> np.ndarray:

@@ -47,7 +47,7 @@ class LogMel(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         windows = F.pad(samples, (self.window - self.hop, 0)).unfold(1, self.window, self.hop)
-        cosines, sines = (windows.double() @ self.waves).chunk(2, 2)
+        cosines, sines = (windows.to(self.waves.dtype) @ self.waves).chunk(2, 2)
         return ((cosines * cosines + sines * sines) @ self.triangles).log1p().float().transpose(1, 2)
 
 

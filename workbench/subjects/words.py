@@ -169,7 +169,7 @@ def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     weights = torch.ones(len(WORDS) + 1)
     weights[-1] = 1 / 3
-    network.train()
+    network.train().float()  # the spectrum, too, which is otherwise computed in double precision
     for _ in files.progress(range(steps), title="training", unit="step"):
         scenes = [_drawn(commands, others, seconds, draw) for _ in range(batch)]
         samples = torch.from_numpy(np.stack([one.samples for one in scenes]))
