@@ -28,9 +28,9 @@ def heard(samples: np.ndarray, said: pd.DataFrame, events: pd.DataFrame, *, star
     for row in events[(events.at_s >= start_s) & (events.at_s < start_s + seconds)].itertuples():
         ax.axvline(row.at_s, color=RED, linewidth=1.2)
         ax.annotate(row.word, (row.at_s, top), fontsize=8, color=RED, ha="left")
-    ax.set(xlabel="seconds", ylabel="samples", xlim=(start_s, start_s + seconds), ylim=(-1.2 * top, 1.2 * top),
+    ax.set(xlabel="seconds", ylabel="samples", xlim=(start_s, start_s + seconds), ylim=(-1.3 * top, 1.5 * top),
            title="What was said (below) and what was heard (red, above)")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     return ax
 
 
