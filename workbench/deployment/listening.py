@@ -188,8 +188,8 @@ class Listener:
         found = [Event(self.hops * self.hop / self.rate, "drift", 1.0, told)] if told else []
         self.queue.append(samples)
         if self._listening(samples):
-            for one in self.queue[:AT_ONCE]:
-                found += self._spot(one)
+            for place, one in enumerate(self.queue[:AT_ONCE]):
+                found += self._spot(one, behind=len(self.queue) - 1 - place)
             del self.queue[:AT_ONCE]
         else:
             del self.queue[:-round(BEFORE_S * self.rate / self.hop)]
@@ -207,12 +207,12 @@ class Listener:
             self.open_until = self.hops + round(HELD_S * self.rate / self.hop)
         return self.hops <= self.open_until
 
-    def _spot(self, samples: np.ndarray) -> list[Event]:
+    def _spot(self, samples: np.ndarray, *, behind: int) -> list[Event]:
         self.worked += 1
-        return self.decide(self.spotter(torch.from_numpy(samples)[None])[0].softmax(0).T.numpy())
+        return self.decide(self.spotter(torch.from_numpy(samples)[None])[0].softmax(0).T.numpy(), behind=behind)
 
-    def decide(self, scores: np.ndarray) -> list[Event]:
-        """The events of a hop's probabilities (steps, classes), with those of the hops before."""
+    def decide(self, scores: np.ndarray, *, behind: int = 0) -> list[Event]:
+        """The events of a hop's probabilities (steps, classes), with those before it; behind: how many hops ago it was."""
         self.scores = (self.scores + list(scores))[-AVERAGED:]
         if self.hops < self.quiet_until:
             return []
@@ -222,8 +222,7 @@ class Listener:
             return []
         self.quiet_until = self.hops + round(REST_S * self.rate / self.hop)
         word = self.classes[best]
-        late = (len(self.queue) - 1) * (self.gate is not None)  # hops that are still to be made up for
-        at = (self.hops + 1 - max(late, 0)) * self.hop / self.rate
+        at = (self.hops + 1 - behind) * self.hop / self.rate
         return [Event(at, word, float(mean[best]), self.meaning(word) if self.meaning else "")]
 
     # to stop and go on
