@@ -24,7 +24,7 @@ AVERAGED = 10  # hops over which probabilities are averaged
 REST_S = 0.6  # seconds behind an event in which none follows
 HELD_S = 0.6  # seconds for which the gate stays open behind the last speech
 BEFORE_S = 0.5  # seconds before it opened that are listened to as well
-AT_ONCE = 3  # hops of these that are made up for with each hop
+AT_ONCE = 2  # hops of these that are made up for with each hop
 FULL_SCALE = 0.999
 
 
