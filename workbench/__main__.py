@@ -161,7 +161,7 @@ def search(name, source, out, latency, size, lost, sampler, evaluations, minutes
               help="a checkpoint of a word spotter, or an .onnx file of streaming.export")
 @click.option("--bits", type=click.Choice(["8", "32"]), default="8", show_default=True, help="of a checkpoint's weights")
 @click.option("--gate/--no-gate", default=True, show_default=True, help="rest where silero-vad hears no speech")
-@click.option("--threshold", default=0.6, show_default=True, type=click.FloatRange(0, 1), help="probability of a word")
+@click.option("--threshold", default=0.8, show_default=True, type=click.FloatRange(0, 1), help="probability of a word")
 @click.option("--pace", type=click.FloatRange(min=0, min_open=True), help="times real time  [default: as fast as it can]")
 @click.option("--microphone", is_flag=True, help="listen to the microphone instead of FILE, until Ctrl-C")
 @click.option("--state", type=Path, help="where each second is remembered: killed, the next run goes on there")

@@ -24,8 +24,7 @@ AVERAGED = 10  # hops over which probabilities are averaged
 REST_S = 0.6  # seconds behind an event in which none follows
 HELD_S = 0.6  # seconds for which the gate stays open behind the last speech
 BEFORE_S = 0.5  # seconds before it opened that are listened to as well
-AT_ONCE = 2  # hops of these that are made up for with each hop
-FULL_SCALE = 0.999
+AT_ONCE = 2  # hops that are worked on with each hop until these are made up for
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,13 @@ class Drift:
     def __init__(self, hop: int, *, rate: int = 8_000, settle_s: float = 5.0, shift: float = 12.0, decay: float = 0.98):
         self.second, self.settle, self.shift, self.decay = rate // hop, round(settle_s), shift, decay
         self.level, self.least, self.hops, self.seconds = 0.0, np.inf, 0, 0
-        self.noise, self.first, self.clipped, self.silent, self.off = 0.0, 0.0, 0, 0, False
+        self.noise, self.first, self.silent, self.off = 0.0, 0.0, 0, False
 
     def hear(self, samples: np.ndarray) -> str:
         """What is to be told after this hop, "" for nothing."""
         power = float(np.dot(samples, samples)) / len(samples)
         self.level = power if not self.hops else self.decay * self.level + (1 - self.decay) * power
         self.least, self.hops = min(self.least, power), self.hops + 1
-        self.clipped += int(np.abs(samples).max() >= FULL_SCALE)
         if self.hops % self.second:
             return ""
         self.seconds, now, self.least = self.seconds + 1, _db(self.least), np.inf
@@ -171,7 +169,7 @@ class Listener:
     Raises ValueError for classes that are not as many as the spotter's.
     """
 
-    def __init__(self, spotter: Stream, classes: Sequence[str], *, gate: Gate | None = None, threshold: float = 0.6,
+    def __init__(self, spotter: Stream, classes: Sequence[str], *, gate: Gate | None = None, threshold: float = 0.8,
                  meaning: Callable[[str], str] | None = None, rate: int = 8_000):
         self.spotter, self.classes, self.gate, self.threshold = spotter, list(classes), gate, threshold
         self.meaning, self.rate, self.hop = meaning, rate, spotter.hop
@@ -233,7 +231,7 @@ class Listener:
 
         numbers = [self.hops, self.worked, self.open_until, self.quiet_until]
         drift = [self.drift.level, self.drift.least, self.drift.hops, self.drift.seconds, self.drift.noise, self.drift.first,
-                 self.drift.clipped, self.drift.silent, self.drift.off]
+                 self.drift.silent, self.drift.off]
         state = {"numbers": torch.tensor(numbers), "drift": torch.tensor(drift, dtype=torch.float64),
                  "queue": torch.from_numpy(np.array(self.queue, np.float32).reshape(-1, self.hop)),
                  "scores": torch.from_numpy(np.array(self.scores, np.float32).reshape(-1, len(self.classes)))}
@@ -266,7 +264,7 @@ class Listener:
         self.queue, self.scores = list(state["queue"].numpy()), list(state["scores"].numpy())
         own = self.drift
         own.level, own.least, own.noise, own.first = drift[0], drift[1], drift[4], drift[5]
-        own.hops, own.seconds, own.clipped, own.silent, own.off = *(int(drift[k]) for k in (2, 3, 6, 7)), bool(drift[8])
+        own.hops, own.seconds, own.silent, own.off = *(int(drift[k]) for k in (2, 3, 6)), bool(drift[7])
         return self.hops * self.hop / self.rate
 
 

@@ -200,12 +200,16 @@ class Stateful:
         self.now = dict(self.start)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return answer(self.outputs(inputs)).float()
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs of a step by name, but for the state."""
         made = self.session.outputs({**inputs, **self.now})
         unknown = [name for name in self.state if name not in made]
         if unknown:
             raise ValueError(f"{self.session.name} has no output {unknown[0]!r} to feed back; it has {listed(made)}")
         self.now |= {name: made[output] for output, name in self.state.items()}
-        return answer({name: value for name, value in made.items() if name not in self.state}).float()
+        return {name: value for name, value in made.items() if name not in self.state}
 
     def reset(self) -> None:
         """Begin again from the start state."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from workbench.batches import answer, count
 from workbench.deployment import onnx, sessions, surgery
@@ -26,8 +26,8 @@ TOLD = "workbench.stream"  # under which a file tells of its hop, its outputs an
 PROOF_HOPS = 8  # that a file with states of 8 bits is compared on
 
 
-class Stream:
-    """A network of `stream`, or a file of `export`, that is fed hop by hop and keeps its state.
+class Stream(sessions.Stateful):
+    """A network of `stream`, or a file of `export`, that is fed hop by hop and keeps its state, in `now`.
 
     hop: samples that it takes; late: by how many samples its answer comes late; every: samples that one step of it stands for;
     reach: of how many samples one is made. threads: as sessions.open has it.
@@ -38,14 +38,16 @@ class Stream:
     """
 
     def __init__(self, source, *, threads: int | None = None):
-        self.session = sessions.open(source, threads=threads)
-        self.name, module = self.session.name, getattr(self.session, "model", None)
-        timing = module.meta.get("timing") if isinstance(module, nn.Module) and hasattr(module, "meta") else _told(self.session)
+        session = sessions.open(source, threads=threads)
+        module = getattr(session, "model", None)
+        timing = module.meta.get("timing") if isinstance(module, fx.GraphModule) else _told(session)
         if timing is None:
-            raise ValueError(f"{self.name} does not stream; convert it by streaming.stream(model, example, hop=...)")
-        self.timing, self.hop, self.now = timing, timing.hop, None
+            raise ValueError(f"{session.name} does not stream; convert it by streaming.stream(model, example, hop=...)")
+        super().__init__(session, {_behind(name): name for name in timing.start}, start=timing.start)
+        self.timing, self.hop = timing, timing.hop
         answered = timing.tracks["logits" if "logits" in timing.tracks else next(iter(timing.tracks))]
         self.late, self.every, self.reach = answered.late * answered.every, answered.every, answered.reach
+        self.reset()
 
     def __call__(self, samples: Tensor) -> Tensor:
         """The answer to one hop, (n, ...): as many steps as it holds, each `late` samples late."""
@@ -54,48 +56,45 @@ class Stream:
     def outputs(self, samples: Tensor) -> dict[str, Tensor]:
         """All outputs of one hop by name. Raises ValueError for another number of samples."""
         if samples.shape[self.timing.axis] != self.hop:
-            raise ValueError(f"{self.name} takes hops of {self.hop} samples, found {samples.shape[self.timing.axis]}")
-        if self.now is None:
-            self.now = {name: value.repeat(count(samples), *[1] * (value.dim() - 1)) for name, value in self.timing.start.items()}
-        made = self.session.outputs({self.timing.source: samples, **self.now})
-        self.now = {name: made[name.replace("past", "present", 1)] for name in self.now}
-        return {name: made[name] for name in self.timing.tracks}
+            raise ValueError(f"{self.session.name} takes hops of {self.hop} samples, found {samples.shape[self.timing.axis]}")
+        self.now = self.now or self._start(count(samples))
+        return super().outputs({self.timing.source: samples})
 
     def whole(self, recording: Tensor) -> dict[str, Tensor]:
         """The outputs for whole recordings (n, ..., T) from their first sample, by name, as the network before its conversion
         gives them; afterwards it begins anew."""
-        self.reset()
         axis, samples = self.timing.axis, recording.shape[self.timing.axis]
         hops = max(-(-(track.length(samples) + track.late) * track.every // self.hop) for track in self.timing.tracks.values())
         filled = torch.nn.functional.pad(recording, (0, 0) * (-axis - 1) + (0, max(hops * self.hop - samples, 0)))
-        made: dict[str, list[Tensor]] = {name: [] for name in self.timing.tracks}
-        for hop in filled.split(self.hop, axis)[:hops]:
-            if self.now is None and UNTIL in self.timing.start:
-                self.now = {name: value.repeat(len(hop), *[1] * (value.dim() - 1)) for name, value in self.timing.start.items()}
-                self.now[UNTIL] = torch.full_like(self.now[UNTIL], samples)
-            for name, value in self.outputs(hop).items():
-                made[name].append(value)
+        self.now = self._start(len(recording))
+        if UNTIL in self.now:
+            self.now[UNTIL] = torch.full_like(self.now[UNTIL], samples)
+        made = [self.outputs(hop) for hop in filled.split(self.hop, axis)[:hops]]
         self.reset()
-        return {name: made[name][-1] if track.axis is None else
-                torch.cat(made[name], track.axis).narrow(made[name][0].dim() + track.axis, track.late, track.length(samples))
+        return {name: made[-1][name] if track.axis is None else
+                torch.cat([one[name] for one in made], track.axis).narrow(track.axis, track.late, track.length(samples))
                 for name, track in self.timing.tracks.items()}
 
+    def _start(self, recordings: int) -> dict[str, Tensor]:
+        """The state before the first sample, of so many recordings side by side."""
+        return {name: _repeated(value, recordings) for name, value in self.start.items()}
+
     def reset(self) -> None:
-        """Begin anew, before the first sample."""
-        self.now = None
+        """Begin anew, before the first sample, with any number of recordings."""
+        self.now = {}
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state that `now` held. Raises ValueError for the state of another network."""
-        for name, start in self.timing.start.items():
+        for name, start in self.start.items():
             value = state.get(name)
             if value is None or value.shape[1:] != start.shape[1:] or value.dtype != start.dtype:
                 found = "nothing" if value is None else f"{tuple(value.shape)} of {value.dtype}"
-                raise ValueError(f"{self.name}: this is a state of another network: {name} is {found}, expected "
+                raise ValueError(f"{self.session.name}: this is a state of another network: {name} is {found}, expected "
                                  f"{('n', *start.shape[1:])} of {start.dtype}")
-        odd = [name for name in state if name not in self.timing.start]
+        odd = [name for name in state if name not in self.start]
         if odd:
-            raise ValueError(f"{self.name}: this is a state of another network: it keeps no {odd[0]!r}, only "
-                             f"{listed(self.timing.start)}")
+            raise ValueError(f"{self.session.name}: this is a state of another network: it keeps no {odd[0]!r}, only "
+                             f"{listed(self.start)}")
         self.now = dict(state)
 
 
@@ -117,12 +116,21 @@ def export(network: nn.Module, path: Path | str, *, tolerance: float | None = No
     shape[timing.axis] = timing.hop
     draw = torch.Generator().manual_seed(0)
     example = {timing.source: 0.1 * torch.randn(shape, generator=draw),
-               **{name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in timing.start.items()}}
+               **{name: _repeated(value, 2) for name, value in timing.start.items()}}
     written = onnx.export(network, example, path, tolerance=tolerance, told=_metadata(timing, {}) | dict(told or {}))
     kept = _keep_integers(written, timing)
     if kept:
         _prove(network, written, shape, kept)
     return written
+
+
+def _behind(name: str) -> str:
+    """What the output is called that is the state behind a hop."""
+    return name.replace("past", "present", 1)
+
+
+def _repeated(value: Tensor, recordings: int) -> Tensor:
+    return value.repeat(recordings, *[1] * (value.dim() - 1))
 
 
 def _metadata(timing: Timing, fills: Mapping[str, int]) -> dict[str, str]:
@@ -173,17 +181,18 @@ def _joined_integers(model: ir.Model, join: ir.Node, made: ir.Node) -> int:
     model.graph.insert_before(join, whole)
     for use in list(join.outputs[0].uses()):
         reader = use.node
-        cut = ir.node("Slice", [whole.outputs[0], *reader.inputs[1:]])
-        if reader.op_type == "Slice" and reader.outputs[0].is_graph_output():
-            surgery.replace(model, reader, cut)
-            cut.outputs[0].dtype = state.dtype
-        elif reader.op_type == "Slice":
-            model.graph.insert_before(reader, cut)
-            surgery.replace(model, reader, ir.node("DequantizeLinear", [cut.outputs[0], *grid]))
-        else:
+        if reader.op_type != "Slice":
             floats = ir.node("DequantizeLinear", [whole.outputs[0], *grid])
             model.graph.insert_before(reader, floats)
             reader.replace_input_with(use.idx, floats.outputs[0])
+            continue
+        cut = ir.node("Slice", [whole.outputs[0], *reader.inputs[1:]])
+        if reader.outputs[0].is_graph_output():
+            surgery.replace(model, reader, cut)
+            cut.outputs[0].dtype = state.dtype
+        else:
+            model.graph.insert_before(reader, cut)
+            surgery.replace(model, reader, ir.node("DequantizeLinear", [cut.outputs[0], *grid]))
     if not join.outputs[0].uses():
         model.graph.remove(join, safe=True)
     return int(zero)

@@ -16,13 +16,14 @@ from workbench.measures import rejection
 from workbench.methods import quantization
 from workbench.subjects import data, models, speech, words
 
+FULL_SCALE = 0.999  # samples from here on were cut by whoever recorded them
 CLASSES = "classes"  # under which a file tells what its answers mean
 SCENES, SCENE_S = 24, 4.0  # that 8 bits are calibrated on
-PRIVATE = ("stem", "blocks.*", "head")  # what is rounded: all but the spectrum
+ROUNDED = ("stem", "blocks.*", "head")  # what is rounded: all but the spectrum
 
 
 @contextlib.contextmanager
-def chain(name: str = "word_spotter", *, bits: int = 8, gate: bool = True, threshold: float = 0.6,
+def chain(name: str = "word_spotter", *, bits: int = 8, gate: bool = True, threshold: float = 0.8,
           meaning: Callable[[str], str] | None = None) -> Iterator[Listener]:
     """A listener for a model by name, checkpoint or .onnx file, ready to hear; its files are gone when the block ends.
 
@@ -39,7 +40,7 @@ def chain(name: str = "word_spotter", *, bits: int = 8, gate: bool = True, thres
         yield listener(path, gate=speaking, threshold=threshold, meaning=meaning)
 
 
-def listener(path: Path, *, gate: Path | None = None, threshold: float = 0.6,
+def listener(path: Path, *, gate: Path | None = None, threshold: float = 0.8,
              meaning: Callable[[str], str] | None = None) -> Listener:
     """A listener of streaming files, of words and, to rest where there is no speech, of speech; one thread."""
     stream = streaming.Stream(path, threads=1)
@@ -58,7 +59,7 @@ def write(network: nn.Module, path: Path, *, bits: int = 8, hop: int = speech.HO
 
 def eight_bits(network: nn.Module) -> nn.Module:
     """A word spotter in 8 bits but for its spectrum, calibrated on scenes of the embedded clips."""
-    return quantization.quantize(network, scenes(), layers=[*PRIVATE])
+    return quantization.quantize(network, scenes(), layers=[*ROUNDED])
 
 
 def scenes(*, seed: int = 0) -> list[Batch]:
@@ -94,7 +95,7 @@ def recording(source: str | Path, *, told: Callable[[str], None] = print) -> np.
     samples, rate = words.read_audio(source)
     if rate != speech.RATE:
         told(f"{source} has {rate:,} samples a second; it was resampled to {speech.RATE:,}")
-    clipped = float((np.abs(samples) >= listening.FULL_SCALE).mean())
+    clipped = float((np.abs(samples) >= FULL_SCALE).mean())
     if not np.abs(samples).max() > 0:
         told(f"{source} is silent: all of its samples are 0")
     elif clipped > 0.001:
