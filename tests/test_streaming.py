@@ -75,7 +75,7 @@ class Windows(nn.Module):
 def both(network, recording, hop):
     """What the whole network and its stream make of a recording."""
     network.eval()
-    stream = streaming.stream(network, recording[:1, ..., :64] if recording.shape[-1] > 64 else recording, hop=hop)
+    stream = streaming.stream(network, F.pad(recording[:1], (0, 13)), hop=hop)  # an example of another length
     with torch.inference_mode():
         return network(recording), streaming.Stream(stream).whole(recording)["logits"], stream
 
@@ -188,7 +188,8 @@ def test_the_context_of_silero_counts():
     said = np.concatenate([clip.samples for clip in words.embedded() if clip.what == "speech"][:12])
     samples = torch.from_numpy(speech.resampled(said, 8000, 16_000))[None]
     samples = samples[:, :samples.shape[1] // 512 * 512]
-    theirs = onnxruntime.InferenceSession(str(speech.silero_file("silero_vad.onnx")), providers=["CPUExecutionProvider"])
+    file = speech.package_file("silero_vad", "data", "silero_vad.onnx")
+    theirs = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def asked(context):
         state, kept, found = np.zeros((2, 1, 128), np.float32), np.zeros((1, 64), np.float32), []
@@ -268,6 +269,8 @@ def test_a_listener_stopped_and_taken_up_again_hears_the_same(tmp_path):
     assert found == events
     with pytest.raises(ValueError, match="state of another listener"):
         Listener(spotter(), ["a", "b", "none"]).resume(tmp_path / "state")
+    with pytest.raises(ValueError, match="gives 2 probabilities, for 3 classes: a, b, none"):
+        Listener(spotter(), ["a", "b", "none"]).hear(samples[:80])
     (tmp_path / "state").write_bytes(b"no")
     with pytest.raises(ValueError, match="no state of a listener"):
         again.resume(tmp_path / "state")

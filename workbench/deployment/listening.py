@@ -154,7 +154,8 @@ class Drift:
         if self.silent == 1:
             told = "no signal"
         elif off != self.off:
-            told = f"noise at {self.noise:.0f} dB, {self.first:.0f} dB at first" if off else "noise as at first again"
+            told = (f"noise at {self.noise:.0f} dB, {self.first:.0f} dB at first; level {_db(self.level):.0f} dB" if off else
+                    "noise as at first again")
         self.off = off
         return told
 
@@ -165,8 +166,6 @@ class Listener:
     spotter: a stream from samples to logits (n, classes, steps); classes: their names, the last for none. threshold: the
     averaged probability from which on a word is heard. gate: without one the spotter never rests. meaning: what a word stands
     for. worked: hops on which the spotter ran, of all that were heard: `hops`.
-
-    Raises ValueError for classes that are not as many as the spotter's.
     """
 
     def __init__(self, spotter: Stream, classes: Sequence[str], *, gate: Gate | None = None, threshold: float = 0.8,
@@ -179,7 +178,7 @@ class Listener:
         self.scores: list[np.ndarray] = []
 
     def hear(self, samples: np.ndarray) -> list[Event]:
-        """The events of the next hop. Raises ValueError for samples that are no numbers."""
+        """The events of the next hop. Raises ValueError for samples that are no numbers, and as `decide` does."""
         if not np.isfinite(samples).all():
             raise ValueError(f"the samples at {self.hops * self.hop / self.rate:.2f} s are no numbers")
         told = self.drift.hear(samples)
@@ -210,7 +209,13 @@ class Listener:
         return self.decide(self.spotter(torch.from_numpy(samples)[None])[0].softmax(0).T.numpy(), behind=behind)
 
     def decide(self, scores: np.ndarray, *, behind: int = 0) -> list[Event]:
-        """The events of a hop's probabilities (steps, classes), with those before it; behind: how many hops ago it was."""
+        """The events of a hop's probabilities (steps, classes), with those before it; behind: how many hops ago it was.
+
+        Raises ValueError where these are not as many as the classes.
+        """
+        if scores.shape[1] != len(self.classes):
+            raise ValueError(f"{self.spotter.session.name} gives {scores.shape[1]} probabilities, for {len(self.classes)} "
+                             f"classes: {listed(self.classes)}")
         self.scores = (self.scores + list(scores))[-AVERAGED:]
         if self.hops < self.quiet_until:
             return []

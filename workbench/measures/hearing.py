@@ -53,11 +53,7 @@ def of_stream(stream: Stream) -> Detector:
 
 def silero() -> Detector:
     """silero-vad by its own ONNX file and its own wrapper's way: a chunk behind the 64 samples before it."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(speech.silero_file("silero_vad.onnx"), options, providers=["CPUExecutionProvider"])
+    session = sessions.open_file(speech.package_file("silero_vad", "data", "silero_vad.onnx"), "silero-vad", 1)
 
     def detect(samples: np.ndarray) -> np.ndarray:
         state, kept, found = np.zeros((2, 1, 128), np.float32), np.zeros((1, 64), np.float32), []
@@ -73,11 +69,11 @@ def silero() -> Detector:
 def pulsevad() -> Detector:
     """pulsevad's network in 8 bits with its own spectrum, as they come: 200 ms at a time, every 32 ms. The package itself would
     import torchaudio, which neither needs."""
-    folder = Path(importlib.util.find_spec("pulsevad").origin).parent
-    spec = importlib.util.spec_from_file_location("pulsevad_frontend", folder / "frontend_np.py")
+    spec = importlib.util.spec_from_file_location("pulsevad_frontend", speech.package_file("pulsevad", "frontend_np.py"))
     front = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(front)
-    session, window = sessions.open_file(folder / "data" / "pulsevad_2.1k_int8.onnx", "pulsevad", 1), 3200
+    network = speech.package_file("pulsevad", "data", "pulsevad_2.1k_int8.onnx")
+    session, window = sessions.open_file(network, "pulsevad", 1), 3200
     source = session.get_inputs()[0].name
 
     def detect(samples: np.ndarray) -> np.ndarray:

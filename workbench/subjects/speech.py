@@ -122,7 +122,7 @@ def silero() -> Silero:
     6.2.3, holds those of another training, and answers otherwise. Raises ModuleNotFoundError where it is not installed."""
     import onnx
 
-    network, parts = Silero(), list(onnx.load(silero_file("silero_vad_16k_op15.onnx")).graph.initializer)
+    network, parts = Silero(), list(onnx.load(package_file("silero_vad", "data", "silero_vad_16k_op15.onnx")).graph.initializer)
     known = {part.name.removeprefix("model."): torch.from_numpy(onnx.numpy_helper.to_array(part).copy()) for part in parts}
     names = {"waves": "stft.forward_basis_buffer", "out.weight": "decoder.decoder.2.weight", "out.bias": "decoder.decoder.2.bias"}
     names |= {f"convolutions.{place}.{kind}": f"encoder.{place}.reparam_conv.{kind}"
@@ -142,12 +142,15 @@ def word_spotter(header: Mapping[str, str] | None = None) -> WordSpotter:
     return model
 
 
-def silero_file(name: str) -> Path:
-    """A file of silero-vad's package. Raises ModuleNotFoundError where it is not installed."""
-    found = importlib.util.find_spec("silero_vad")  # which is not imported: it sets torch's threads
+def package_file(package: str, *inside: str) -> Path:
+    """A file of an installed package, which is not imported: silero_vad would set torch's threads, pulsevad asks for torchaudio.
+
+    Raises ModuleNotFoundError where it is not installed.
+    """
+    found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("silero-vad needs its package; pip install 'workbench[speech]'")
-    return Path(found.origin).parent / "data" / name
+        raise ModuleNotFoundError(f"speech needs the package {package}; pip install 'workbench[speech]'")
+    return Path(found.origin).parent.joinpath(*inside)
 
 
 def resampled(samples: np.ndarray, rate: int, wanted: int = RATE) -> np.ndarray:

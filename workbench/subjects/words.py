@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from workbench import files
 from workbench.errors import reason
+from workbench.subjects import embedded as shipped
 from workbench.subjects.speech import HOP, RATE, resampled
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANSWERED = 25  # frames behind a word's end in which it is to be named
 EARLY = 2  # frames before its end from which on it may be
 QUIET = 1e-4  # least level of noise, of full scale
-FOLDER = Path(__file__).parents[2] / "data" / "speech"
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,12 @@ class Scene:
 
 
 def embedded() -> list[Clip]:
-    """The clips of data/speech: a voice that speaks the ten words, phrases in four languages, effects."""
-    table = pd.read_csv(FOLDER / "clips.csv", keep_default_na=False)
-    samples = read_audio(FOLDER / "clips.wav")[0]
+    """The clips of data/speech: a voice that speaks the ten words, phrases in four languages, effects.
+
+    Raises ValueError for a file that was changed, and as read_audio does.
+    """
+    table = pd.read_csv(shipped.verified("speech", "clips.csv"), keep_default_na=False)
+    samples = read_audio(shipped.verified("speech", "clips.wav"))[0]
     return [Clip(samples[row.start:row.end], row.what, row.word, row.voice) for row in table.itertuples()]
 
 
