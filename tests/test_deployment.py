@@ -268,6 +268,39 @@ def test_the_short_way_writes_the_same_file(model, tiny, bits, tmp_path, monkeyp
     assert torch.equal(sessions.open(short)(tiny.example), sessions.open(whole)(tiny.example))
 
 
+class Remembering(torch.nn.Module):
+    """A recurrent layer and what reads it."""
+
+    def __init__(self, kind, **how):
+        super().__init__()
+        self.cells, self.read = kind(3, 5, batch_first=True, **how), torch.nn.Linear(5 * (1 + how.get("bidirectional", False)), 2)
+
+    def forward(self, x):
+        return self.read(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+@pytest.mark.parametrize("how", [{}, {"num_layers": 2}, {"bidirectional": True}])
+def test_a_recurrent_layer_is_written_without_shapes_that_are_computed(kind, how, tmp_path):
+    torch.manual_seed(0)
+    model, example = Remembering(kind, **how).eval(), torch.randn(3, 6, 3)
+    path = onnx.export(model, example, tmp_path / "model.onnx")
+    assert equivalence.compare(model, path, [example]).passed
+    written = {node.op_type for node in onnx_library.load(path).graph.node}
+    assert ("Reshape" in written) == how.get("bidirectional", False)
+
+
+def test_the_exporters_table_is_built_once_and_a_files_own_operators_stay_its_own():
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with capture.remembered_operators():
+        first = ONNXRegistry.from_torchlib(18)
+        first.register_op(torch.ops.aten.relu.default, lambda x: x)
+        second = ONNXRegistry.from_torchlib(18)
+    assert len(first.get_decomps(torch.ops.aten.relu.default)) == 1 + len(second.get_decomps(torch.ops.aten.relu.default))
+    assert second.functions.keys() == ONNXRegistry.from_torchlib(18).functions.keys()
+
+
 def test_the_exporter_knows_every_operator_of_a_plain_graph():
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 

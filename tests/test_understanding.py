@@ -221,6 +221,21 @@ def test_a_transformer_is_cut_without_training(commands, small):
         fisher.prune(small, seen, macs=1.5, example=commands.example)
 
 
+def test_what_stays_is_rescaled_layer_after_layer_as_the_model_runs(commands, small):
+    seen = [commands.train.batch(torch.arange(k, k + 16)) for k in (0, 16)]
+    known = {group.layer: group for group in groups(small, commands.example) if not group.kept}
+    removed = {name: [0] if group.unit == "head" else [0, 3, 5] for name, group in known.items()}
+    backwards = dict(reversed(removed.items()))
+    first, second = (fisher.rescaled(small, gone, known, seen, commands.example) for gone in (removed, backwards))
+    readers = [next(iter(known[name].read_by)) for name in removed]
+    for reader in readers:
+        assert torch.equal(first.get_submodule(reader).weight, second.get_submodule(reader).weight)
+        assert not torch.equal(first.get_submodule(reader).weight, small.get_submodule(reader).weight)
+    walk = fisher._Walk(small, commands.example, seen)
+    for reader in sorted(readers, key=walk.graph.place.get):  # what is walked through is what a pass of its own reads
+        torch.testing.assert_close(walk.to(reader), fisher._reads(small, [reader], seen)[reader])
+
+
 def test_what_is_out_of_scope_is_told_by_sureness(commands):
     model = models.load("hashed_cnn", commands)
     other = rejection.outside(commands.test, ["a large bird of the sea that eats fish"] * 5 + ["to sing in a choir"] * 5)

@@ -4,13 +4,19 @@ torch.onnx.export decomposes every graph, because some operators work in place a
 neither, once each operator in place is replaced by the one that makes a new tensor.
 """
 
+import contextlib
+import copy
+import functools
 import operator
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 import torch.onnx.ops
 from onnxscript import opset18 as op
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -25,20 +31,22 @@ PLAIN = VIEWS | {
     aten.silu.default, aten.gelu.default, aten.tanh.default, aten.mean.dim, aten.adaptive_avg_pool2d.default,
     aten.max_pool2d.default, aten.avg_pool2d.default, aten.pad.default, aten.cat.default, aten.gather.default,
     aten.index.Tensor, aten.arange.default, aten.gt.Scalar, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor,
-    aten.new_ones.default, aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
+    aten.sum.dim_IntList, aten.div.Tensor, aten.remainder.Scalar, aten.new_ones.default,
+    aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
 OF_DECODERS = {  # what models with root mean square norms have besides
     operator.add, operator.sub, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.neg.default, aten.softmax.int,
     aten.cumsum.default, aten.sub.Tensor, aten.clamp_min.default, aten.le.Tensor, aten.cos.default, aten.sin.default,
-    aten.abs.default, aten.amax.default, aten.div.Tensor, aten.round.default}
+    aten.abs.default, aten.amax.default, aten.round.default}
 IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
             aten.hardswish_.default: aten.hardswish.default, aten.silu_.default: aten.silu.default,
             aten.add_.Tensor: aten.add.Tensor}
 ALIKE = {aten.__and__.Tensor: aten.bitwise_and.Tensor}
 SAME = {aten.reshape.default, aten.view.default, aten.contiguous.default, aten.dropout.default, aten.dropout_.default,
         aten.alias.default}  # where they keep the shape they do nothing, in eval mode
+_built = ONNXRegistry.from_torchlib
 LEAVES = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ReLU, nn.ReLU6,
           nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Tanh, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d,
-          nn.Flatten, nn.Identity, nn.Sequential, nn.Dropout, ActivationQuantizer, WeightQuantizer)
+          nn.Flatten, nn.Identity, nn.Sequential, nn.ZeroPad2d, nn.Dropout, ActivationQuantizer, WeightQuantizer)
 
 
 def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> ExportedProgram | None:
@@ -57,6 +65,24 @@ def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> Expo
         return None
     program.run_decompositions = lambda _table=None: program
     return program
+
+
+@functools.cache
+def _operators(version: int) -> ONNXRegistry:
+    """The exporter's table of operators, which it otherwise builds anew for each file, in a third of a small one's time."""
+    return _built(version)
+
+
+@contextlib.contextmanager
+def remembered_operators() -> Iterator[None]:
+    """Let the exporter take a copy of a table that is built once."""
+    def known(opset_version: int) -> ONNXRegistry:
+        table = copy.copy(_operators(opset_version))
+        table.functions = {target: list(ways) for target, ways in table.functions.items()}  # a file adds its own
+        return table
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(known)):
+        yield
 
 
 def _known(module: nn.Module) -> bool:

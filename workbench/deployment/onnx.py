@@ -100,8 +100,9 @@ def _exported(model: nn.Module, example: Inputs, names: list[str], places: Mappi
     free = shapes if kwargs else tuple(shapes.values())
     plain = capture.captured(model, args, kwargs, free)
     translations = {torch.ops.aten.scaled_dot_product_attention.default: attention} | (capture.TRANSLATIONS if plain else {})
-    program = torch.onnx.export(plain or model, args, kwargs=kwargs, dynamo=True, input_names=list(shapes), verbose=False,
-                                output_names=outputs, dynamic_shapes=free, custom_translation_table=translations)
+    with capture.remembered_operators():
+        program = torch.onnx.export(plain or model, args, kwargs=kwargs, dynamo=True, input_names=list(shapes), verbose=False,
+                                    output_names=outputs, dynamic_shapes=free, custom_translation_table=translations)
     fixed = [value.name for value in program.model.graph.inputs if isinstance(value.shape[0], int)]
     if fixed:
         raise ValueError(f"its forward fixes the number of examples of {fixed[0]!r}; write it for any batch")

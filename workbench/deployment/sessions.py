@@ -49,6 +49,10 @@ class Session:
             raise ValueError(self._refusal(inputs, error)) from error
         return outputs_by_name(torch.from_numpy(made) if isinstance(made, np.ndarray) else made)
 
+    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs by name, for whoever asks a thousand times a second: what is wrong is looked for once it goes wrong."""
+        return self.outputs(inputs)
+
     def __call__(self, inputs: Inputs) -> Tensor:
         """The answer, float32 (n, ...), to a batch. Raises ValueError where the model refuses the batch."""
         made = self.outputs(inputs)
@@ -166,6 +170,13 @@ class OnnxSession(Session):
             raise ValueError(self._refusal(inputs, error)) from error
         return {name: torch.from_numpy(value) for name, value in zip(self.output_names, made, strict=True)}
 
+    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            made = self.session.run(self.output_names, {name: value.numpy() for name, value in inputs.items()})
+        except (RuntimeError, ValueError, *_runtime_errors()):
+            return self.outputs(inputs)  # which says what is wrong
+        return dict(zip(self.output_names, map(torch.from_numpy, made), strict=True))
+
     def activations(self, inputs: Inputs) -> dict[str, Tensor]:
         if self._watched is None:
             self._watched = self._watch()
@@ -204,12 +215,12 @@ class Stateful:
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs of a step by name, but for the state."""
-        made = self.session.outputs({**inputs, **self.now})
-        unknown = [name for name in self.state if name not in made]
-        if unknown:
-            raise ValueError(f"{self.session.name} has no output {unknown[0]!r} to feed back; it has {listed(made)}")
-        self.now |= {name: made[output] for output, name in self.state.items()}
-        return {name: value for name, value in made.items() if name not in self.state}
+        made = self.session.step({**inputs, **self.now})
+        try:
+            self.now = {**self.now, **{name: made.pop(output) for output, name in self.state.items()}}
+        except KeyError as error:
+            raise ValueError(f"{self.session.name} has no output {error} to feed back; it has {listed(made)}") from error
+        return made
 
     def reset(self) -> None:
         """Begin again from the start state."""

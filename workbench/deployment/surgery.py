@@ -33,6 +33,7 @@ def finish(model: ir.Model, packed: Mapping[str, Grouped], *, quantised: bool) -
     ClearMetadataAndDocStringPass()(model)
     model = rewrite(model, [fuse_pad_into_conv_rule])
     _fuse_norms(model)
+    _plain_recurrence(model)
     _grouped_bits(model, packed)
     if quantised:
         _look_up_integers(model)
@@ -44,6 +45,23 @@ def finish(model: ir.Model, packed: Mapping[str, Grouped], *, quantised: bool) -
         _pack_integers(model)
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def _plain_recurrence(model: ir.Model) -> None:
+    """Take out what the exporter writes around an LSTM or GRU of one layer in one direction for the case that it has more: a
+    shape computed anew at each run, and slices of all there is."""
+    for cell in _nodes(model, "LSTM", "GRU"):
+        if "direction" in cell.attributes and cell.attributes.get_string("direction") != "forward":
+            continue
+        for place in (5, 6):  # the first hidden state, and a cell's
+            cut = _maker(cell.inputs[place] if place < len(cell.inputs) else None, "Slice")
+            if cut and cut.inputs[0].shape is not None and cut.inputs[0].shape[0] == 1:
+                replace(model, cut, ir.node("Identity", [cut.inputs[0]]))
+        turned = [use.node for use in cell.outputs[0].uses() if use.node.op_type == "Transpose"]
+        if len(turned) == 1 == len(cell.outputs[0].uses()) and list(turned[0].attributes.get_ints("perm")) == [0, 2, 1, 3]:
+            for flat in [use.node for use in turned[0].outputs[0].uses() if use.node.op_type == "Reshape"]:
+                axis = _stored(model, f"{flat.outputs[0].name}_axis", np.array([1], np.int64))
+                replace(model, flat, ir.node("Squeeze", [cell.outputs[0], axis]))
 
 
 def _fuse_norms(model: ir.Model) -> None:

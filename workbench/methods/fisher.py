@@ -25,6 +25,7 @@ from workbench.graph import cutting
 from workbench.graph.coupling import groups
 from workbench.graph.group import Group
 from workbench.graph.layers import evaluating, matching
+from workbench.graph.running import Runner, load
 from workbench.subjects.objectives import Objective
 from workbench.subjects.subject import Count, Globs, Share, Subject
 
@@ -58,7 +59,7 @@ def prune(model: nn.Module, batches: Iterable[Batch], *, macs: float, example: I
     removed = chosen(model, known, found, macs=macs, example=example, multiple=multiple)
     if exchange:
         removed = {name: exchanged(found[name], places) for name, places in removed.items()}
-    source = rescaled(model, removed, known, seen) if rescale else model
+    source = rescaled(model, removed, known, seen, example) if rescale else model
     return cutting.verified(source, cutting.without(source, removed, known), removed, known, example)
 
 
@@ -153,7 +154,7 @@ def exchanged(slopes: Tensor, places: Sequence[int]) -> list[int]:
 
 
 def rescaled(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group],
-             batches: Sequence[Batch]) -> nn.Module:
+             batches: Sequence[Batch], example: Inputs) -> nn.Module:
     """A copy in which what reads a group's channels scales those that stay so that it puts out what it did before any went.
 
     Group after group, in the order of execution, each seeing what those before it leave. The scales lie in the weights that
@@ -164,10 +165,11 @@ def rescaled(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapp
                if places and len(known[name].read_by) == 1}
     readers = {name: pair for name, pair in readers.items() if isinstance(model.get_submodule(pair[0]), nn.Linear)}
     before = _reads(model, [reader for reader, _ in readers.values()], batches)
-    for name, (reader, at) in readers.items():
+    walk = _Walk(new, example, batches)
+    for name, (reader, at) in sorted(readers.items(), key=lambda pair: walk.graph.place[pair[1][0]]):
         gone = set(removed[name])
         stay = at[[channel for channel in range(len(at)) if channel not in gone]]
-        seen, wanted = _reads(new, [reader], batches)[reader], before.pop(reader) @ model.get_submodule(reader).weight.T
+        seen, wanted = walk.to(reader), before.pop(reader) @ model.get_submodule(reader).weight.T
         scales = _scales(seen[:, stay.flatten()], wanted, new.get_submodule(reader).weight[:, stay.flatten()], len(stay))
         if scales is not None:
             new.get_submodule(reader).weight.data[:, stay.flatten()] *= scales.repeat_interleave(at.shape[1])
@@ -200,14 +202,40 @@ def _reads(model: nn.Module, layers: Sequence[str], batches: Sequence[Batch]) ->
         with evaluating(model):
             for batch in batches:
                 call(model, batch.inputs)
-                mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
                 for rows in seen.values():
-                    there = mask is not None and rows[-1].dim() == 3
-                    rows[-1] = rows[-1][mask.bool()] if there else rows[-1].flatten(0, -2)
+                    rows[-1] = _there(rows[-1], batch.inputs)
     finally:
         for handle in handles:
             handle.remove()
     return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def _there(rows: Tensor, inputs: Inputs) -> Tensor:
+    """What a layer reads as (rows, features), without what stands for padding."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return rows[mask.bool()] if mask is not None and rows.dim() == 3 else rows.flatten(0, -2)
+
+
+class _Walk:
+    """A model walked through once, from layer to layer, with all batches side by side; behind where it stands, its weights may
+    still change."""
+
+    def __init__(self, model: nn.Module, example: Inputs, batches: Sequence[Batch]):
+        self.graph, self.batches, self.now = Runner(model, example), batches, 0
+        self.layers = {name: module for name, module in model.eval().named_modules() if isinstance(module, nn.Linear)}
+        self.values: list[dict] = [{} for _ in batches]
+
+    @torch.no_grad()
+    def to(self, layer: str) -> Tensor:
+        """What this layer reads, (rows, features), once all before it are computed."""
+        place, rows = self.graph.place[layer], []
+        for batch, values in zip(self.batches, self.values, strict=True):
+            feed = self.graph.feed(batch.inputs)
+            for i in range(self.now, place):
+                self.graph.step(i, values, feed, self.layers)
+            rows.append(_there(load(self.graph.nodes[place].args[0], values), batch.inputs))
+        self.now = place
+        return torch.cat(rows)
 
 
 @contextmanager
