@@ -31,11 +31,12 @@ PLAIN = VIEWS | {
     aten.silu.default, aten.gelu.default, aten.tanh.default, aten.mean.dim, aten.adaptive_avg_pool2d.default,
     aten.max_pool2d.default, aten.avg_pool2d.default, aten.pad.default, aten.cat.default, aten.gather.default,
     aten.index.Tensor, aten.arange.default, aten.gt.Scalar, aten.ge.Scalar, aten.ge.Tensor, aten.bitwise_and.Tensor,
-    aten.sum.dim_IntList, aten.div.Tensor, aten.remainder.Scalar, aten.new_ones.default,
+    aten.sum.dim_IntList, aten.sub.Tensor, aten.div.Tensor, aten.remainder.Scalar, aten.linalg_vector_norm.default,
+    aten.clamp_min.default, aten.expand_as.default, aten.upsample_bilinear2d.vec, operator.neg, aten.new_ones.default,
     aten._assert_tensor_metadata.default, aten.sym_size.int, torch.ops.onnx_symbolic._symbolic.default}
 OF_DECODERS = {  # what models with root mean square norms have besides
     operator.add, operator.sub, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.neg.default, aten.softmax.int,
-    aten.cumsum.default, aten.sub.Tensor, aten.clamp_min.default, aten.le.Tensor, aten.cos.default, aten.sin.default,
+    aten.cumsum.default, aten.le.Tensor, aten.cos.default, aten.sin.default,
     aten.abs.default, aten.amax.default, aten.round.default}
 IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default,
             aten.hardswish_.default: aten.hardswish.default, aten.silu_.default: aten.silu.default,
@@ -118,12 +119,14 @@ def _plain(graph: fx.Graph, known: set) -> bool:
 def _unlike_onnx(node: fx.Node) -> bool:
     """Whether ONNX's operator of that name, as it is written here, does something else."""
     if node.target is aten.batch_norm.default:
-        return None in node.args[1:5] or node.args[5]
+        return None in node.args[3:5] or node.args[5]
     return node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) != [1, 1]
 
 
 def batch_norm(x, weight, bias, mean, var, _training=False, _momentum=0.1, eps=1e-5, _cudnn=True):
-    """torch.batch_norm in eval mode."""
+    """torch.batch_norm in eval mode, with a scale and a shift of its own or without."""
+    zero = op.Sub(mean, mean)
+    weight, bias = op.Add(zero, op.Constant(value_float=1.0)) if weight is None else weight, zero if bias is None else bias
     return op.BatchNormalization(x, weight, bias, mean, var, epsilon=eps)
 
 

@@ -110,8 +110,8 @@ class _Grid(nn.Module):
         self.low, self.high = (limit - self.zero for limit in out.scheme.limits)
 
     def on(self, values: Tensor) -> Tensor:
-        """Values in steps from the zero point, clamped and rounded, half to even."""
-        return values.clamp(self.low, self.high).round() * self.scale
+        """Values in steps from the zero point, clamped and rounded, half to even; they are overwritten."""
+        return values.clamp_(self.low, self.high).round_().mul_(self.scale)
 
 
 class _Images(_Grid):
@@ -127,17 +127,20 @@ class _Layer(_Grid):
         integers = (rows - quantizer.zero).reshape(weight.shape)
         step = (source.scale * quantizer.scale.flatten()).detach()
         shape = (-1, *[1] * (weight.dim() - 2))
+        bias = (layer.bias.detach() / step).round() if layer.bias is not None else torch.zeros(len(rows))
         most = 2 ** source.scheme.bits * integers.abs().flatten(1).sum(1).max()
         self.kind = torch.float32 if most < 2**24 else torch.float64
         self.layer, self.source = layer, source.scale.detach().reshape(())
         self.integers, self.factor = integers.to(self.kind), (step / self.scale).reshape(shape)
-        self.bias = (layer.bias.detach() / step).round().double().reshape(shape) if layer.bias is not None else 0.0
+        small = most + bias.abs().max() < 2**24
+        self.bias, self.later = (bias, None) if small else (None, bias.double().reshape(shape))
 
     def forward(self, values: Tensor) -> Tensor:
-        counted = (values / self.source).round().to(self.kind)
-        linear = isinstance(self.layer, nn.Linear)
-        sums = F.linear(counted, self.integers) if linear else self.layer._conv_forward(counted, self.integers, None)
-        return self.on((sums.double() + self.bias).float() * self.factor)
+        counted = (values / self.source).round_().to(self.kind)
+        layer = F.linear if isinstance(self.layer, nn.Linear) else self.layer._conv_forward
+        sums = layer(counted, self.integers, self.bias)
+        sums = sums if self.later is None else sums.double().add_(self.later)
+        return self.on(sums.float().mul_(self.factor))
 
 
 class _Sum(_Grid):
@@ -152,10 +155,10 @@ class _Sum(_Grid):
         total = self.fixed
         for values, scale, zero, factor in zip((second, first), self.scales[::-1], self.zeros[::-1], self.factors[::-1],
                                                strict=True):
-            total = _fused((values / scale).round() + zero, factor, total)
-        return (total.round() - self.zero).clamp(self.low, self.high) * self.scale
+            total = _fused((values / scale).round_().add_(zero), factor, total)
+        return total.round_().sub_(self.zero).clamp_(self.low, self.high).mul_(self.scale)
 
 
 def _fused(value: Tensor, factor: Tensor, added: Tensor) -> Tensor:
     """value * factor + added in float32, multiplied and added with one rounding."""
-    return (value.double() * factor.double() + added.double()).float()
+    return value.double().mul_(factor.double()).add_(added.double()).float()

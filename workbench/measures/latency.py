@@ -1,8 +1,9 @@
 """Milliseconds per run, candidates interleaved so that a slow minute of the machine falls on all of them.
 
 Each of `blocks` rounds runs every candidate in turn, in an order drawn anew, for at least `block_ms`; the first runs of
-each turn are discarded. A ratio is taken within a round, between neighbours in time, and its interval is a bootstrap
-over rounds. Source for the pairing: Kalibera & Jones 2013, "Rigorous benchmarking in reasonable time".
+each turn are discarded, but for those of a tenth of a second or more. A ratio is taken within a round, between neighbours in
+time, and its interval is a bootstrap over rounds.
+Source for the pairing: Kalibera & Jones 2013, "Rigorous benchmarking in reasonable time".
 """
 
 import gc
@@ -22,7 +23,8 @@ from workbench.deployment import batching, sessions
 
 SETTLE_MS = 10.0  # discarded at the start of a turn: caches fill, the previous candidate's threads go to sleep
 SETTLE_RUNS = 3
-LONG_TURNS = 10  # a model that takes long is run fewer than three times a turn: until it took 10 times the least duration
+LONG_TURNS = 10  # a model that takes 10 times as long as that need not settle, and is run fewer than three times a turn: until
+# it took 10 times the least duration
 
 
 def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | None = None, blocks: int = 20,
@@ -281,7 +283,7 @@ def _turn(run: Callable[[], object], least_ms: float) -> np.ndarray:
         run()
         after = time.perf_counter_ns()
         passed = (after - started) / 1e6
-        if passed < SETTLE_MS or (settled < SETTLE_RUNS and passed < LONG_TURNS * SETTLE_MS) or not settled:
+        if passed < SETTLE_MS or (settled < SETTLE_RUNS and passed < LONG_TURNS * SETTLE_MS):
             settled, counted = settled + 1, after
             continue
         times.append((after - before) / 1e6)
