@@ -55,6 +55,18 @@ def command(*arguments, cwd=ROOT):
                           check=False)
 
 
+def test_a_notebook_that_sums_up_runs_behind_the_others_and_again_when_one_of_them_did(folder):
+    found = "from workbench.reporting.report import Report\nreport = Report('90_sum')\n" \
+            "report.headline('there', sorted(path.parent.name for path in report.others['here'].glob('[0-8]*/run.json')))"
+    write(folder, "90_sum", found)
+    assert run(folder)["ran"] == ["01_one", "02_two", "90_sum"]
+    told = json.loads((folder.parent / "reports" / "90_sum" / "run.json").read_text())
+    assert told["headlines"][0]["value"] == ["01_one", "02_two"]
+    assert run(folder)["ran"] == []
+    assert run(folder, "02_two", settings=["images=11"])["ran"] == ["02_two"]
+    assert run(folder, "90_sum")["ran"] == ["90_sum"]
+
+
 def test_a_run_leaves_what_the_contract_names(folder):
     summary = run(folder)
     out = folder.parent / "reports"

@@ -1,5 +1,6 @@
 """The pages: an index over all reports with its summary.json, and each notebook as HTML. No page needs a network."""
 
+import csv
 import datetime
 import json
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from workbench import files
 
 _TEMPLATES = Path(__file__).parent
+_FOLDED = """{% extends "basic/index.html.j2" %}
+{% block input %}<details class="code"><summary>code</summary>{{ super() }}</details>{% endblock input %}"""
 
 
 def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
@@ -30,16 +33,21 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     with files.atomic(out / "summary.json") as new:
         new.write_text(json.dumps(summary, indent=1))
     with files.atomic(out / "index.html") as new:
-        new.write_text(_render("index.html.j2", summary=summary, kept=_kept(out)), encoding="utf-8")
+        new.write_text(_render("index.html.j2", summary=summary, kept=_kept(out), systems=_systems(out)), encoding="utf-8")
     return summary
 
 
 def notebook_page(notebook, title: str, status: str) -> str:
-    """HTML of an executed notebook, figures embedded, without scripts."""
+    """HTML of an executed notebook, figures embedded, its code folded away, without scripts. The parameters that a run sets stand
+    in place of the defaults."""
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    if any("injected-parameters" in own for own in tags):
+        notebook = notebook.copy()
+        notebook.cells = [cell for cell, own in zip(notebook.cells, tags, strict=True) if "injected-parameters" not in own]
+    exporter = HTMLExporter(raw_template=_FOLDED, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook)
     colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     return _render("notebook.html.j2", title=title, body=body, status=status, colours=colours)
@@ -59,6 +67,15 @@ def _machine(record: dict) -> str:
     has, runs = record["hardware"], record["versions"]
     libraries = ", ".join(f"{name} {runs[name]}" for name in ("python", "torch", "onnxruntime") if name in runs)
     return f"{has['processor']}, {has['cores']} cores, {has['memory_gib']} GiB, {', '.join(has['formats'])}; {libraries}"
+
+
+def _systems(out: Path) -> list[dict[str, str]]:
+    """The systems of the field as 90_articles sums them up; none where it has not run."""
+    path = out / "90_articles" / "tables" / "systems.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _kept(out: Path) -> list[str]:

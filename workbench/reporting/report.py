@@ -34,6 +34,13 @@ class Report:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    @property
+    def others(self) -> dict[str, Path]:
+        """Where the reports of other notebooks lie: "here", of this run, and "full", the committed ones of the full profile."""
+        root = Path(__file__).parents[2] / "reports"
+        here = self.folder.parent if "WORKBENCH_REPORT" in os.environ else root
+        return {"here": here, "full": root / "full"}
+
     def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
         """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it."""
         with files.atomic(self.folder / "tables" / f"{name}.csv") as new:

@@ -1,0 +1,94 @@
+"""Published figures beside ours: looked up, compared, counted."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from workbench.reporting import published
+from workbench.subjects import embedded
+
+FIGURES = pd.DataFrame([
+    ("X1", "before", "", "latency", 100.0, "ms"), ("X1", "after", "", "latency", 50.0, "ms"),
+    ("X1", "after", "", "accuracy lost", 1.0, "points"), ("X2", "other", "", "power", 3.0, "W"),
+], columns=[*published.KEY, "value", "unit"])
+
+
+def told(**changes) -> pd.DataFrame:
+    """Where ours of FIGURES stand; changes: of the row of the latency after."""
+    empty = dict.fromkeys(("report", "table", "where", "column", "base", "to", "low", "high", "scale", "better", "differs"), "")
+    place = {"report": "10_one", "table": "times"}
+    after = {"form": "ratio", "where": "candidate=small", "column": "ratio", "to": "before / ", "better": "less"}
+    rows = [
+        {"metric": "latency", "subject": "before", "form": "shown", **place, "where": "row=1", "column": "ms"},
+        {"metric": "latency", "subject": "after", **place, **after, "low": "low", "high": "high", **changes},
+        {"metric": "accuracy lost", "subject": "after", "form": "value", **place, "where": "candidate=tiny | small",
+         "column": "lost", "scale": "100", "better": "less"},
+        {"metric": "power", "subject": "other", "id": "X2", "form": "none", "differs": "no meter"},
+    ]
+    return pd.DataFrame([{**empty, "id": "X1", "setting": "", **row} for row in rows])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tables = tmp_path / "10_one" / "tables"
+    tables.mkdir(parents=True)
+    times = {"candidate": ["whole", "small"], "ms": [8.0, 3.0], "ratio": [1.0, 0.375], "low": [1.0, 0.3], "high": [1.0, 0.45]}
+    pd.DataFrame({**times, "lost": [0.0, 0.0101], "n": [500, 500]}).to_csv(tables / "times.csv", index=False)
+    headlines = [{"name": "first", "text": "one"}, {"name": "of power", "text": "two"}]
+    (tmp_path / "10_one" / "run.json").write_text(json.dumps({"headlines": headlines}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("changes", "ours", "verdict"), [
+    ({}, 0.375, "better"), ({"better": "more"}, 0.375, "worse"), ({"high": "n"}, 0.375, "equal"),
+    ({"column": "ms", "base": "row=1", "low": "", "high": ""}, 0.375, "better"),
+    ({"form": "saved", "to": "", "low": "", "high": "", "better": "more"}, 0.625, "worse"),
+    ({"form": "shown"}, 0.375, "not comparable"), ({"report": "11_two"}, None, "missing"),
+    ({"where": "candidate=none"}, None, "missing"), ({"where": "colour=red"}, None, "missing"),
+])
+def test_a_figure_is_compared_by_its_interval(folder, changes, ours, verdict):
+    table = published.beside(FIGURES, told(**changes), [folder / "empty", folder])
+    assert table.metric.tolist() == FIGURES.metric.tolist()
+    row = table.iloc[1]
+    assert (row.ours, row.verdict) == (ours, verdict) or (pd.isna(row.ours) and (ours, row.verdict) == (None, verdict))
+    assert row.published == (50.0 if changes.get("form") in ("saved", "shown") else 0.5)
+    assert table.verdict.tolist()[2:] == ["equal", "missing"], "one point lost, and 1.01"
+    assert published.counted(table).sum() == 4
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda figures, places: (pd.concat([figures, figures.iloc[:1]]), places), "X1 / before /  / latency stands there twice"),
+    (lambda figures, places: (figures.iloc[1:], places), "articles: nothing is told of X1 / before"),
+    (lambda figures, places: (figures, places.iloc[:-1]), "beside: nothing is told of X2 / other"),
+    (lambda figures, places: (figures, places.assign(form="roughly")), "form 'roughly'; expected one of ratio"),
+    (lambda figures, places: (figures.assign(value=[100.0, None, 1.0, 3.0]), places), "X1 / after /  / latency has no value"),
+])
+def test_a_malformed_table_is_refused(folder, change, named):
+    figures, places = change(FIGURES, told())
+    with pytest.raises(ValueError, match=named):
+        published.beside(figures, places, [folder])
+
+
+def test_systems_have_a_line_of_words(folder):
+    named = pd.DataFrame({"id": ["X1", "X2", "X3"], "system": ["one", "two", "three"], "report": ["10_one"] * 3,
+                          "headline": ["", "power", "colour"]})
+    table = published.beside(FIGURES, told(), [folder])
+    lines = published.systems(named, table, {"here": folder, "full": folder / "full"})
+    assert lines.here.tolist() == ["first: one", "of power: two", ""]
+    assert lines.full.tolist() == [""] * 3
+    assert lines.published[0] == "after, latency: 0.5, ours 0.375 [0.3, 0.45]; after, accuracy lost: 1, ours 1.01"
+    assert lines.verdict.tolist() == ["1 better, 1 equal", "", ""]
+    assert published.apart(table).get_yticklabels()[-1].get_text() == "X1  after, latency"
+
+
+def test_every_figure_of_the_articles_has_a_place_and_every_system_its_report():
+    source = embedded.folder() / "published"
+    figures, places, systems = (pd.read_csv(source / f"{name}.csv") for name in ("articles", "beside", "systems"))
+    table = published.beside(figures, places, [source.parents[1] / "reports" / "full"])
+    assert len(table) == len(figures)
+    assert set(figures.id) <= set(systems.id)
+    shown = table[table.form != "none"]
+    assert (shown.differs.fillna("") != "").all(), "what differs in the setting is said of each"
+    notebooks = {path.stem for path in (source.parents[1] / "notebooks").glob("*.ipynb")}
+    assert set(systems.report) <= notebooks
