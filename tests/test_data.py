@@ -112,7 +112,12 @@ def test_large_sets_decode_batch_by_batch_to_the_same_pixels(tmp_path, monkeypat
 def test_preprocessing_resizes_and_crops(tmp_path):
     parquet(tmp_path / "photos.parquet", 3, side=40)
     how = Preprocessing(size=16, crop=0.875)
-    assert data.load(f"folder:{tmp_path / 'photos.parquet'}", preprocessing=how).example.shape == (1, 3, 16, 16)
+    task = data.load(f"folder:{tmp_path / 'photos.parquet'}", preprocessing=how)
+    assert task.example.shape == (1, 3, 16, 16)
+    stored = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in pd.read_parquet(tmp_path / "photos.parquet").image]
+    scaled = [picture.resize((18, 18), Image.Resampling[how.interpolation.upper()]) for picture in stored]
+    middles = [torch.from_numpy(np.array(picture.crop((1, 1, 17, 17)))).permute(2, 0, 1) for picture in scaled]
+    assert any(torch.equal(task.test.inputs[0], middle) for middle in middles)
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -45,6 +45,12 @@ def test_decoupled_equals_a_naive_loop(temperature, alpha, beta):
     assert found.item() == pytest.approx(temperature**2 * total / len(Z_S), abs=1e-9)
 
 
+def test_of_two_classes_nothing_is_left_beside_the_target():
+    student, teacher, labels = Z_S[:, :2], Z_T[:, :2], LABELS % 2
+    found = distillation.decoupled(student, teacher, labels, temperature=2.0, alpha=1.0, beta=8.0)
+    torch.testing.assert_close(found, distillation.soft_targets(student, teacher, temperature=2.0))
+
+
 def test_the_decoupled_parts_put_together_are_the_whole():
     """KL = TCKD + (1 - p_t of the label) NCKD, equation 7 of the paper."""
     for row in range(6):

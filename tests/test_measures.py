@@ -204,3 +204,10 @@ def test_the_mean_over_seeds_has_students_interval_and_a_single_seed_none():
     assert means.top1_high["a"] - means.top1["a"] == pytest.approx(4.30265 * 0.02 / math.sqrt(3), rel=1e-4)
     assert math.isnan(means.top1_low["b"])
     assert means.runs.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("limit", [{"cosine": 2.0}, {"l2": -1e-4}, {"agreement": 1.5}, {"cosine": float("nan")}])
+def test_a_limit_that_no_models_could_meet_or_miss_is_refused(limit):
+    name = next(iter(limit))
+    with pytest.raises(ValueError, match=f"limit {name} is .*, expected .* to "):
+        equivalence.Limits(**limit)

@@ -144,6 +144,10 @@ def test_better_rounding_errs_less_on_other_images_and_stays_on_the_grid(folded,
         assert torch.allclose(integers.flatten(1) * quantizer.scale, layer.weight.flatten(1), atol=1e-6)
 
 
+def test_adaround_draws_to_a_level_first_weakly_and_then_strongly():
+    assert [rounding.sharpness(progress) for progress in (0.2, 0.6, 1.0)] == pytest.approx([20, 11, 2])
+
+
 @pytest.mark.parametrize("repair", [rounding.adaround, rounding.descend])
 def test_rounding_finds_the_best_of_a_layer_small_enough_to_try_all(repair):
     torch.manual_seed(0)

@@ -114,6 +114,12 @@ def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters():
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_the_cosine_schedule_falls_from_the_whole_rate_to_none_behind_its_warmup():
+    recipe = training.Recipe(schedule="cosine", learning_rate=0.4, warmup=0.2)
+    rates = [recipe.rate(progress) for progress in (0, 0.1, 0.2, 0.4, 0.6, 1)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.2 * (1 + 0.5**0.5), 0.2, 0])
+
+
 @pytest.mark.parametrize(("field", "value"), [("schedule", "linear"), ("precision", "int8"), ("epochs", 0), ("batch_size", -1)])
 def test_an_impossible_recipe_is_refused(field, value):
     with pytest.raises(ValueError, match=f"recipe: {field} is {value!r}"):

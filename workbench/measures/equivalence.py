@@ -23,11 +23,19 @@ from workbench.measures.accuracy import finite
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts as equivalent: the least cosine and the largest relative L2 of any example, the least agreement."""
+    """What counts as equivalent: the least cosine and the largest relative L2 of any example, the least agreement.
+
+    Raises ValueError for one that no pair of models could meet or miss.
+    """
 
     cosine: float = 0.995
     l2: float = 1e-4
     agreement: float = 1.0
+
+    def __post_init__(self):
+        for name, low, high in (("cosine", -1.0, 1.0), ("l2", 0.0, float("inf")), ("agreement", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"limit {name} is {getattr(self, name):g}, expected {low:g} to {high:g}")
 
 
 QUANTISED = Limits(l2=1e-2)  # where an average in floats lies between two integers, it may be rounded to either
