@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from workbench import files, machine
+from workbench.reporting import papers
+from workbench.reporting.papers import Paper
 
 
 class Report:
@@ -41,10 +43,15 @@ class Report:
         here = self.folder.parent if "WORKBENCH_REPORT" in os.environ else root
         return {"here": here, "full": root / "full"}
 
-    def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it."""
-        with files.atomic(self.folder / "tables" / f"{name}.csv") as new:
-            frame.to_csv(new, index=False)
+    def table(self, frame: pd.DataFrame, name: str, *, paper: Paper | None = None) -> pd.DataFrame:
+        """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it; with `paper` also as a paper prints
+        it, NAME.md and NAME.tex. Raises ValueError as papers.latex does."""
+        written = {"csv": frame.to_csv(index=False)}
+        if paper:
+            written |= {"md": papers.markdown(frame, paper), "tex": papers.latex(frame, paper, name)}
+        for kind, text in written.items():
+            with files.atomic(self.folder / "tables" / f"{name}.{kind}") as new:
+                new.write_text(text, encoding="utf-8")
         return frame
 
     def figure(self, drawn: Axes | Figure, name: str) -> None:
