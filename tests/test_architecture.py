@@ -106,3 +106,19 @@ def test_notebooks_hold_no_output_and_define_nothing():
                 assert cell.execution_count is None, path
                 assert not re.search(r"^(def|class) ", cell.source, re.M), path
                 assert len(cell.source.splitlines()) <= 12 or "parameters" in cell.metadata.get("tags", []), (path, cell.source)
+
+
+def test_what_contributing_shows_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["A method", "A notebook", "A data set", "A runtime"]
+    known = {"__name__": "contributing"}
+    for place, block in enumerate(blocks):
+        exec(compile(block, f"CONTRIBUTING.md, block {place + 1}", "exec"), known)  # of our own page
+    assert known["table"].stage.tolist() == ["start", "threshold"]
+    assert known["verdict"].passed
+    assert known["score"].n == 20
+    made = subprocess.run([sys.executable, "-m", "workbench", "report", "--notebooks", ".", "--out", "site"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert "1 of 1 checks hold" in made.stdout, made.stderr
