@@ -6,6 +6,7 @@
 Everything that a listener remembers can be saved and taken up again, so that whoever stops it loses what was not saved yet.
 """
 
+import array
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -280,7 +281,7 @@ def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | N
     state: a file in which each second is remembered. Returns milliseconds, how long each hop took, and dropped, the samples for
     which the ring had no room. What `source` raises is raised here.
     """
-    ring, took, failed = ring or Ring(rate=listener.rate), [], []
+    ring, took, failed = ring or Ring(rate=listener.rate), array.array("d"), []
 
     def write() -> None:
         try:
