@@ -1,11 +1,14 @@
 """Published figures beside ours: looked up, compared, counted."""
 
 import json
+import re
+import shutil
+import subprocess
 
 import pandas as pd
 import pytest
 
-from workbench.reporting import published
+from workbench.reporting import pages, published
 from workbench.subjects import embedded
 
 FIGURES = pd.DataFrame([
@@ -92,3 +95,26 @@ def test_every_figure_of_the_articles_has_a_place_and_every_system_its_report():
     assert (shown.differs.fillna("") != "").all(), "what differs in the setting is said of each"
     notebooks = {path.stem for path in (source.parents[1] / "notebooks").glob("*.ipynb")}
     assert set(systems.report) <= notebooks
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [1400, 520])
+def test_the_front_page_opens_from_disk_and_fits_a_narrow_window(tmp_path, width):
+    tables = tmp_path / "90_articles" / "tables"
+    tables.mkdir(parents=True)
+    words = "a student in 8 bits: 5.1x as fast, intents 98.6% of 700, sentences -4.00 points " * 2
+    line = {"id": "A10", "system": "a small student", "report": "50_language_understanding", "here": words, "full": words,
+            "published": words, "verdict": "2 better, 1 worse"}
+    pd.DataFrame([line] * 3).to_csv(tables / "systems.csv", index=False)
+    pages.write(tmp_path, ran=[], failures={})
+    page = (tmp_path / "index.html").read_text()
+    tell = "<script>document.body.dataset.wide = document.documentElement.scrollWidth - window.innerWidth</script></body>"
+    (tmp_path / "told.html").write_text(page.replace("</body>", tell))
+    made = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
+                           (tmp_path / "told.html").as_uri()], capture_output=True, text=True, check=False, timeout=120)
+    assert int(re.search(r'data-wide="(-?\d+)"', made.stdout)[1]) <= 0, "nothing reaches beyond the window"
+    assert made.stdout.count("2 better") == 3
+    assert "<details" in made.stdout
