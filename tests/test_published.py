@@ -66,11 +66,46 @@ def test_a_figure_is_compared_by_its_interval(folder, changes, ours, verdict):
     (lambda figures, places: (figures, places.iloc[:-1]), "beside: nothing is told of X2 / other"),
     (lambda figures, places: (figures, places.assign(form="roughly")), "form 'roughly'; expected one of ratio"),
     (lambda figures, places: (figures.assign(value=[100.0, None, 1.0, 3.0]), places), "X1 / after /  / latency has no value"),
+    (lambda figures, places: (figures.assign(paper=["a", "b", "", "c"]), places), "after /  / accuracy lost names no source"),
+    (lambda figures, places: (figures.drop(columns="unit"), places), "articles: no column unit; there are"),
+    (lambda figures, places: (figures, places.drop(columns=["form", "to"])), "beside: no column form, to; there are"),
 ])
 def test_a_malformed_table_is_refused(folder, change, named):
     figures, places = change(FIGURES, told())
     with pytest.raises(ValueError, match=named):
         published.beside(figures, places, [folder])
+
+
+@pytest.mark.parametrize(("form", "published_as"), [("ratio", 0.8), ("difference", -10.0), ("value", 40.0)])
+def test_a_figure_has_a_baseline_of_its_own(folder, form, published_as):
+    figures = FIGURES.assign(value=[100.0, 40.0, 1.0, 3.0], baseline=[None, 50.0, None, None])
+    table = published.beside(figures, told(form=form, to=""), [folder])
+    assert table.published[1] == published_as
+
+
+def test_the_report_that_is_being_written_is_looked_at_first(folder):
+    own = folder / ".partial.10_one"
+    (own / "tables").mkdir(parents=True)
+    pd.DataFrame({"candidate": ["small"], "ratio": [0.9], "low": [0.8], "high": [1.0]}).to_csv(own / "tables" / "times.csv")
+    table = published.beside(FIGURES, told(), [folder], own=own)
+    assert (table.ours[1], table.verdict[1]) == (0.9, "worse")
+    assert table.ours[0] == 8.0, "a column that the new table lacks comes from the other"
+
+
+def test_the_order_is_told_with_its_interval():
+    figures = pd.DataFrame({"id": ["A"] * 6 + ["B"] * 6 + ["C"] * 3 + ["D"] * 6,
+                            "published": [1.0, 2, 3, 4, 5, 6] * 2 + [1, 2, 3, *range(6)],
+                            "ours": [10.0, 11, 12, 13, 14, 15, 6, 5, 4, 3, 2, 1, 1, 2, 3, 1, 1, 1, 1, 2, None]})
+    found = published.order(figures).set_index("id")
+    assert list(found.index) == ["A", "B"], "C has three figures, D two that differ"
+    assert found.correlation.round(6).tolist() == [1.0, -1.0]
+    assert (found.low <= found.correlation).all()
+    assert (found.high >= found.correlation).all()
+
+
+def test_published_and_ours_are_drawn_a_panel_each(folder):
+    axes = published.pairs(published.beside(FIGURES, told(), [folder]), {"X1": "one", "X9": "none"})
+    assert [one.get_title() for one in axes.figure.axes] == ["one"]
 
 
 def test_systems_have_a_line_of_words(folder):
@@ -95,6 +130,17 @@ def test_every_figure_of_the_articles_has_a_place_and_every_system_its_report():
     assert (shown.differs.fillna("") != "").all(), "what differs in the setting is said of each"
     notebooks = {path.stem for path in (source.parents[1] / "notebooks").glob("*.ipynb")}
     assert set(systems.report) <= notebooks
+
+
+def test_every_figure_of_the_papers_has_a_source_a_place_and_a_word():
+    source = embedded.folder() / "published"
+    figures, places = (pd.read_csv(source / f"{name}.csv") for name in ("papers", "papers_beside"))
+    full = source.parents[1] / "reports" / "full"
+    table = published.beside(figures, places, [full, full.parent])
+    assert len(table) == len(figures) == len(places)
+    assert (table.differs != "").all()
+    counted = places[(places.form != "none") & (places.report != "91_published")]
+    assert not table[table.index.isin(counted.index)].ours.isna().any(), "what other reports hold is found there"
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

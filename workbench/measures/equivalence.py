@@ -41,7 +41,7 @@ class Limits:
 QUANTISED = Limits(l2=1e-2)  # where an average in floats lies between two integers, it may be rounded to either
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Equivalence:
     """Outputs of a candidate against a reference over n examples; l2 relative to the norm of the reference's outputs."""
 
@@ -63,6 +63,13 @@ class Equivalence:
             {"name": "top-1 agreement", "value": self.agreement, "limit": f">= {self.limits.agreement}",
              "passed": self.agreement >= self.limits.agreement},
         ]
+
+    def __str__(self) -> str:
+        word = "equivalent" if self.passed else "not equivalent"
+        return (f"{word}: cosine at least {self.cosine_min:.6g}, relative L2 at most {self.l2_max:.2g}, the same answer for "
+                f"{self.agreement:.2%} of {self.n:,}")
+
+    __repr__ = __str__
 
     @property
     def passed(self) -> bool:

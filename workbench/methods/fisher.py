@@ -45,7 +45,7 @@ def prune(model: nn.Module, batches: Iterable[Batch], *, macs: float, example: I
 
     Raises ValueError for a fraction outside (0, 1] or one that cannot be reached, UnsupportedModelError where nothing can go.
 
-    Example: `small = fisher.prune(model, list(task.train.batches(32)), macs=0.5, example=task.example)`
+    Example: `small = fisher.prune(model, list(task.train.batches(32)), macs=0.7, example=task.example)`
     """
     if not 0 < macs <= 1:
         raise ValueError(f"macs is {macs}, expected a fraction that stays, more than 0 and at most 1")
@@ -67,7 +67,7 @@ def slopes(model: nn.Module, batches: Iterable[Batch], *, example: Inputs,
            objective: Objective | None = None) -> dict[str, Tensor]:
     """The slope of each example's loss along the mask of each channel that may go, float32 (examples, channels), by group.
 
-    Example: `prune(model, batches, macs=0.5, example=task.example, known_slopes=slopes(model, batches, example=task.example))`
+    Example: `prune(model, batches, macs=0.7, example=task.example, known_slopes=slopes(model, batches, example=task.example))`
     """
     return gradients(model, list(batches), _free(model, example), objective or Objective())
 

@@ -269,8 +269,8 @@ def rounded(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class Quantize:
-    """The step of a plan that quantises: weights at `bits` (None: float), activations at 8, calibrated on `examples` of the
-    validation split."""
+    """The step of a plan that quantises: weights at `bits` (None: float), activations at `activation_bits`, calibrated on
+    `examples` of the validation split."""
 
     bits: Annotated[int, Ge(2), Le(8)] | None = 8
     granularity: Literal[GRANULARITIES] = "channel"
@@ -278,6 +278,8 @@ class Quantize:
     symmetric: bool = True
     levels: Literal[LEVELS] = "uniform"
     activations: bool = True
+    activation_bits: Annotated[int, Ge(2), Le(8)] = 8
+    activation_symmetric: bool = False
     calibrator: Literal[CALIBRATORS] = "minmax"
     by: Literal["minmax", "mse"] = "minmax"
     layers: Globs = "*"
@@ -291,7 +293,8 @@ class Quantize:
     def apply(self, subject: Subject) -> Subject:
         """The quantised subject; the float model stays in `made["float"]`, for repairs to compare with."""
         scheme = self.bits and Scheme(self.bits, self.symmetric, self.granularity, self.group, self.levels)
+        activations = Scheme(self.activation_bits, self.activation_symmetric) if self.activations else None
         seen = list(subject.task.validation.subset(self.examples, seed=self.seed).batches(50))
-        model = quantize(subject.model, seen, weights=scheme, activations=UINT8_ACTIVATIONS if self.activations else None,
+        model = quantize(subject.model, seen, weights=scheme, activations=activations,
                          calibrator=self.calibrator, by=self.by, layers=self.layers)
         return subject.with_model(model, float=subject.model, calibration=seen)

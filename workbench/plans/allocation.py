@@ -88,7 +88,7 @@ def allocate(choices: pd.DataFrame, budget: float, *, cost: str = "size_bytes",
 
     Raises ValueError where the budget is below the cheapest choice, or a loss or cost is NaN.
 
-    Example: `bits = allocation.allocate(allocation.choices(curves, model), budget=100_000)`
+    Example: `bits = allocation.allocate(allocation.choices(curves, model), budget=140_000)`
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 

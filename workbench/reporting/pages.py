@@ -1,4 +1,4 @@
-"""The pages: an index over all reports with its summary.json, and each notebook as HTML. No page needs a network."""
+"""The pages: an index over all reports with its summary.json, each notebook and the reference as HTML. None needs a network."""
 
 import csv
 import datetime
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from workbench import files
+from workbench.reporting import reference
 
 _TEMPLATES = Path(__file__).parent
 _FOLDED = """{% extends "basic/index.html.j2" %}
@@ -33,7 +34,8 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     with files.atomic(out / "summary.json") as new:
         new.write_text(json.dumps(summary, indent=1))
     with files.atomic(out / "index.html") as new:
-        new.write_text(_render("index.html.j2", summary=summary, kept=_kept(out), systems=_systems(out)), encoding="utf-8")
+        beside = {"kept": _kept(out), "systems": _systems(out), "rooms": reference.write(out, _render)}
+        new.write_text(_render("index.html.j2", summary=summary, **beside), encoding="utf-8")
     return summary
 
 

@@ -1,8 +1,9 @@
 """Published figures beside ours: each is looked up in a table that a report left, never typed, and the verdict is computed.
 
-data/published/beside.csv says for each figure of articles.csv where ours is: report, table, where (COLUMN=VALUE; ...), column.
-`to` names the published figure that it is a share of, or a change from (form "ratio" or "difference"), base the row of ours that
-corresponds; form "value" compares as it stands, "saved" one less our share, "shown" is not compared, and `differs` says why.
+data/published/beside.csv says for each figure of articles.csv where ours is: report, table, where (COLUMN=VALUE; ...), column;
+papers_beside.csv does so for papers.csv. `to` names the published figure that it is a share of, or a change from (form "ratio" or
+"difference"; without it the figure's own `baseline`), base the row of ours that corresponds; form "value" compares as it stands,
+"saved" one less our share, "shown" is not compared, and `differs` says why.
 """
 
 import json
@@ -17,41 +18,76 @@ from matplotlib.axes import Axes
 from workbench.reporting.plots import BLUE, GREY, RED
 
 KEY = ["id", "subject", "setting", "metric"]
+PLACE_COLUMNS = ("form", "report", "table", "where", "column", "base", "to", "low", "high", "scale", "better", "differs")
 FORMS = ("ratio", "difference", "value", "saved", "shown", "none")
+MARKS = {"better": (BLUE, "o"), "equal": (GREY, "s"), "worse": (RED, "v"), "not comparable": (GREY, "x")}  # colour, marker
 NEAR = 0.01  # of a figure without an interval: how far it may lie from the published one and be called equal
 
 
-def beside(articles: pd.DataFrame, told: pd.DataFrame, reports: Iterable[Path]) -> pd.DataFrame:
+def beside(articles: pd.DataFrame, places: pd.DataFrame, reports: Iterable[Path], *, own: Path | None = None) -> pd.DataFrame:
     """One row per published figure: KEY, value, unit, published (as it is compared), ours, low, high, n, from_, verdict, form,
     better, differs.
 
-    articles: columns KEY, value, unit. told: as data/published/beside.csv. reports: folders of reports; a table is taken from the
-    first that has it. verdict: "better" or "worse" where the interval of ours, or without one ours by more than a hundredth, lies
-    beyond the published figure, "equal" where not; "not comparable" where the form is "shown", "missing" where ours is.
+    articles: columns KEY, value, unit, and perhaps baseline, paper. places: as data/published/beside.csv. reports: folders of
+    reports; a table is taken from the first that has it. own: a report that is being written, looked at first. verdict: "better"
+    or "worse" where the interval of ours, or without one ours by more than a hundredth, lies beyond the published figure, "equal"
+    where not; "not comparable" where the form is "shown", "missing" where ours is.
 
-    Raises ValueError for a figure that is told of twice or of which nothing is told, one without a value, or an unknown form.
+    Raises ValueError for a table that lacks a column, a figure that is told of twice or of which nothing is told, one without a
+    value or a source, or an unknown form.
 
     Example: `beside(pd.read_csv("articles.csv"), pd.read_csv("beside.csv"), [Path("reports/full")])`
     """
-    articles, told = (table.astype(object).where(table.notna(), "") for table in (articles, told))
-    for table, name in ((articles, "articles"), (told, "beside")):
+    articles, places = (table.astype(object).where(table.notna(), "") for table in (articles, places))
+    for table, name, needed in ((articles, "articles", (*KEY, "value", "unit")), (places, "beside", (*KEY, *PLACE_COLUMNS))):
+        lacking = [column for column in needed if column not in table]
+        if lacking:
+            raise ValueError(f"{name}: no column {', '.join(lacking)}; there are {', '.join(map(str, table.columns))}")
         twice = table[table.duplicated(KEY)]
         if len(twice):
             raise ValueError(f"{name}: {' / '.join(twice.iloc[0][KEY])} stands there twice")
     values = articles.set_index(KEY).value
     if (values == "").any():
         raise ValueError(f"articles: {' / '.join(values.index[values == ''][0])} has no value")
-    for lacking, name, others in ((told, "articles", articles), (articles, "beside", told)):
+    if "paper" in articles and (articles.paper == "").any():
+        raise ValueError(f"articles: {' / '.join(articles[articles.paper == ''].iloc[0][KEY])} names no source")
+    for lacking, name, others in ((places, "articles", articles), (articles, "beside", places)):
         odd = lacking.merge(others[KEY], on=KEY, how="left", indicator=True).query("_merge == 'left_only'")
         if len(odd):
             raise ValueError(f"{name}: nothing is told of {' / '.join(odd.iloc[0][KEY])}")
-    folders, joined = list(reports), articles[[*KEY, "value", "unit"]].merge(told, on=KEY)
-    return pd.DataFrame([_row(figure, values, folders) for figure in joined.itertuples()])
+    baseline = articles.baseline if "baseline" in articles else pd.Series("", articles.index)
+    joined = articles[[*KEY, "value", "unit"]].assign(baseline=baseline).merge(places, on=KEY)
+    folders = [folder for folder in (own, *reports) if folder]
+    return pd.DataFrame([_row(figure, values, folders, own) for figure in joined.itertuples()])
 
 
 def counted(table: pd.DataFrame) -> pd.Series:
     """How many figures have each verdict."""
     return table.verdict.value_counts().reindex(["better", "equal", "worse", "not comparable", "missing"], fill_value=0)
+
+
+def order(table: pd.DataFrame, by: str = "id", *, fewest: int = 4, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Whether ours stand in the order of the published: a row for each `by` with at least `fewest` figures beside ours, three of
+    them different: by, figures, correlation (Spearman's, of the ranks) and low, high, its 95 % interval (bootstrap over figures).
+
+    It asks less than a verdict: on other data, other pictures or another processor the order can hold where no figure does.
+
+    Example: `published.order(table[table.metric == "top1_acc"], by="paper")`
+    """
+    draw, rows = np.random.default_rng(seed), []
+    for name, part in table[table.ours.notna()].groupby(by, sort=False):
+        if len(part) < fewest or min(part.ours.nunique(), part.published.nunique()) < 3:
+            continue
+        pairs = part[["published", "ours"]].astype(float).to_numpy()
+        drawn = [_correlation(pairs[sample]) for sample in draw.integers(len(pairs), size=(samples, len(pairs)))]
+        low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a sample of one figure alone has no order
+        rows.append({by: name, "figures": len(part), "correlation": _correlation(pairs), "low": low, "high": high})
+    return pd.DataFrame(rows, columns=[by, "figures", "correlation", "low", "high"])
+
+
+def _correlation(pairs: np.ndarray) -> float:
+    ranks = pd.DataFrame(pairs).rank()
+    return ranks[0].corr(ranks[1]) if (ranks.nunique() > 1).all() else float("nan")
 
 
 def systems(named: pd.DataFrame, figures: pd.DataFrame, reports: Mapping[str, Path]) -> pd.DataFrame:
@@ -96,12 +132,14 @@ def apart(table: pd.DataFrame, *, title: str = "") -> Axes:
     """
     compared = table.verdict.isin(["better", "equal", "worse"]) & (table.form != "difference")
     rows = table[compared & (table.ours > 0)].iloc[::-1]
-    colours = rows.verdict.map({"better": BLUE, "equal": GREY, "worse": RED})
+    colours = rows.verdict.map({verdict: colour for verdict, (colour, _) in MARKS.items()})
     times = np.where(rows.better == "less", rows.published / rows.ours, rows.ours / rows.published)
     axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.2), layout="constrained")[1]
     at = np.arange(len(rows))
     axes.hlines(at, 1, times, color=colours, linewidth=2)
-    for verdict, marker in (("better", "o"), ("equal", "s"), ("worse", "v")):
+    for verdict, (_, marker) in MARKS.items():
+        if verdict == "not comparable":
+            continue
         chosen = (rows.verdict == verdict).to_numpy()
         axes.scatter(times[chosen], at[chosen], color=colours[chosen], marker=marker, label=verdict, zorder=3)
     axes.axvline(1, color=GREY, linewidth=1)
@@ -114,19 +152,40 @@ def apart(table: pd.DataFrame, *, title: str = "") -> Axes:
     return axes
 
 
-def _row(figure, values: pd.Series, reports: list[Path]) -> dict:
+def pairs(table: pd.DataFrame, ids: Mapping[str, str], *, title: str = "") -> Axes:
+    """Published against ours, a panel for each of `ids` (id of the table: its title), with the interval of ours and the line on
+    which the two agree; of `beside`."""
+    shown = {name: table[(table.id == name) & table.ours.notna()] for name in ids}
+    shown = {name: part for name, part in shown.items() if len(part)}
+    grid = plt.subplots(1, max(len(shown), 1), figsize=(3.6 * max(len(shown), 1), 3.8), layout="constrained", squeeze=False)[1][0]
+    for axes, (name, part) in zip(grid, shown.items(), strict=False):
+        ends = [min(part.published.min(), part.ours.min()), max(part.published.max(), part.ours.max())]
+        axes.plot(ends, ends, color=GREY, linewidth=1)
+        for verdict, (colour, marker) in MARKS.items():
+            own = part[part.verdict == verdict].astype({"published": float, "ours": float})
+            reach = [(own.ours - own.low.astype(float)).fillna(0), (own.high.astype(float) - own.ours).fillna(0)]
+            axes.errorbar(own.published, own.ours, yerr=reach, fmt=marker, color=colour, markersize=4, linewidth=1, label=verdict)
+        axes.set(title=ids[name], xlabel="published", ylabel="ours")
+    grid[0].figure.suptitle(title)
+    grid[0].legend(frameon=False, fontsize=8)
+    return grid[0]
+
+
+def _row(figure, values: pd.Series, reports: list[Path], own: Path | None) -> dict:
     if figure.form not in FORMS:
         raise ValueError(f"beside: {figure.id} / {figure.subject} / {figure.metric} has the form {figure.form!r}; expected one "
                          f"of {', '.join(FORMS)}")
     row = {key: getattr(figure, key) for key in KEY} | {"value": figure.value, "unit": figure.unit}
     row |= {"published": _published(figure, values), "ours": None, "low": None, "high": None, "n": None, "from_": ""}
-    found = _ours(figure, reports) if figure.form != "none" else None
+    found = _ours(figure, reports, own) if figure.form != "none" else None
     return row | (found or {}) | {"verdict": _verdict(row["published"], found, figure), "form": figure.form,
                            "better": figure.better, "differs": figure.differs}
 
 
 def _published(figure, values: pd.Series) -> float:
     """The published figure as it is compared: itself, or beside the one that it is a share of or a change from."""
+    if figure.form in ("ratio", "difference") and not figure.to and figure.baseline != "":
+        return figure.value / figure.baseline if figure.form == "ratio" else figure.value - figure.baseline
     if not figure.to or figure.form == "shown":
         return 1 + figure.value / 100 if figure.form == "ratio" and figure.unit == "%" and figure.value < 0 else figure.value
     subject, _, setting = figure.to.rpartition(" / ")
@@ -134,17 +193,18 @@ def _published(figure, values: pd.Series) -> float:
     return figure.value / base if figure.form == "ratio" else figure.value - base
 
 
-def _ours(figure, reports: list[Path]) -> dict | None:
+def _ours(figure, reports: list[Path], own: Path | None) -> dict | None:
     """Ours from the first folder that has the table and the row, with its interval; None where none has."""
     for folder in reports:
-        path = next((path for path in (folder / figure.report / "tables" / f"{figure.table}.csv",
-                                       folder / figure.report / f"{figure.table}.csv") if path.exists()), None)
+        report = folder if folder == own else folder / figure.report
+        paths = report / "tables" / f"{figure.table}.csv", report / f"{figure.table}.csv"
+        path = next((path for path in paths if path.exists()), None)
         if path is None:
             continue
         table = pd.read_csv(path)
         row = _found(table, figure.where)
         base = _found(table, figure.base) if figure.base else None
-        if row is None or (figure.base and base is None):
+        if row is None or (figure.base and base is None) or figure.column not in table:
             continue
         scale = float(figure.scale or 1)
         value = _compared(row[figure.column], None if base is None else base[figure.column], figure.form) * scale
