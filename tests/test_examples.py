@@ -21,7 +21,8 @@ PACKAGE = Path(workbench.__file__).parent
 NOT_RUN = {
     "distillation.embeddings": "trains three encoders: test_alignment", "alignment.align": "trains encoders: test_alignment",
     "stamps.load": "seconds: test_stamps", "rejection.outside": "wants sentences: test_understanding",
-    "accuracy.by": "wants commands: test_understanding", "intents.recombined": "wants commands: test_understanding",
+    "accuracy.by": "wants commands: test_understanding",
+    "rejection.sureness": "wants commands: test_understanding", "intents.recombined": "wants commands: test_understanding",
     "intents.load": "an optional package: test_understanding", "chain.understood": "seconds: test_streaming",
     "models.preprocessing": "wants a folder of photographs: test_data", "search.search": "a minute: test_search",
     "space.forecast": "a minute: test_search", "space.steps": "what a search found: test_search",

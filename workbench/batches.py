@@ -76,7 +76,10 @@ def answer(outputs, name: str | None = None) -> Tensor:
 
 
 def outputs_by_name(outputs) -> dict[str, Tensor]:
-    """All tensors among a model's outputs: by their own names, "output" for a single one, "output_0", ... for a tuple."""
+    """All tensors among a model's outputs: by their own names, "output" for a single one, "output_0", ... for a tuple.
+
+    Example: `outputs_by_name({"logits": torch.ones(2, 3)}).keys() == {"logits"}`
+    """
     if isinstance(outputs, Tensor):
         return {"output": outputs}
     if not isinstance(outputs, Mapping):
@@ -85,12 +88,18 @@ def outputs_by_name(outputs) -> dict[str, Tensor]:
 
 
 def count(inputs: Inputs) -> int:
-    """How many examples there are."""
+    """How many examples there are.
+
+    Example: `count({"input_ids": torch.ones(5, 7)}) == 5`
+    """
     return len(next(iter(tensors(inputs))))
 
 
 def tensors(inputs: Inputs) -> Sequence[Tensor]:
-    """The tensors of inputs, in their order."""
+    """The tensors of inputs, in their order.
+
+    Example: `len(tensors((torch.ones(2), torch.zeros(2)))) == 2`
+    """
     if isinstance(inputs, Mapping):
         return list(inputs.values())
     return list(inputs) if isinstance(inputs, tuple) else [inputs]
@@ -107,17 +116,26 @@ def mapped(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 
 
 def rows(inputs: Inputs, places) -> Inputs:
-    """The examples at `places`, a slice or int64 tensor."""
+    """The examples at `places`, a slice or int64 tensor.
+
+    Example: `rows({"a": torch.arange(4)}, slice(2))["a"].tolist() == [0, 1]`
+    """
     return mapped(lambda value: value[places], inputs)
 
 
 def repeated(inputs: Inputs, size: int) -> Inputs:
-    """`size` examples: the first ones, from the start again where there are fewer."""
+    """`size` examples: the first ones, from the start again where there are fewer.
+
+    Example: `repeated(torch.ones(1, 3), 5).shape == (5, 3)`
+    """
     return rows(inputs, torch.arange(size) % count(inputs))
 
 
 def joined(parts: Sequence[Inputs]) -> Inputs:
-    """Batches one behind the other; where lengths along axis 1 differ, the shorter end in zeros."""
+    """Batches one behind the other; where lengths along axis 1 differ, the shorter end in zeros.
+
+    Example: `joined([torch.ones(1, 3), torch.ones(2, 3)]).shape == (3, 3)`
+    """
     def one(values: Sequence[Tensor]) -> Tensor:
         if values[0].dim() > 1 and len({value.shape[1] for value in values}) > 1:
             return rnn.pad_sequence([row for value in values for row in value], batch_first=True)

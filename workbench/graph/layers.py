@@ -81,7 +81,10 @@ def matching(names: Iterable[str], patterns: str | Sequence[str], *, what: str =
 
 
 def replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """A deep copy of `model` in which `layer` stands at `name`. Raises ValueError where there is no such module."""
+    """A deep copy of `model` in which `layer` stands at `name`. Raises ValueError where there is no such module.
+
+    Example: `layers.replaced(model, "conv1", nn.Identity()).conv1`
+    """
     new = copy.deepcopy(model)
     parent, _, child = name.rpartition(".")
     try:
@@ -97,6 +100,8 @@ def macs_of(model: nn.Module, example: Inputs) -> int:
     """Multiply-accumulates of one example, the first of `example`: half the operations that torch counts.
 
     Source: torch.utils.flop_counter, which counts convolutions, matrix products and attention.
+
+    Example: `macs_of(torch.nn.Linear(8, 4), torch.ones(1, 8)) == 32`
     """
     return sum(macs_by_module(model, example).get("Global", {0: 0}).values())
 
@@ -120,7 +125,10 @@ def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
 
 def own_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
     """Multiply-accumulates of one example by module, without those of the modules in it; a functional operation (attention,
-    say) counts for the module whose forward calls it."""
+    say) counts for the module whose forward calls it.
+
+    Example: `own_macs(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.ones(1, 8))["0"] == 32`
+    """
     counts = {path: sum(ops.values()) for path, ops in macs_by_module(model, example).items()}
     root = type(model).__name__
     whole = {name: counts.get(f"{root}.{name}" if name else root, 0) for name, _ in model.named_modules()}
@@ -156,6 +164,8 @@ def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     A batch norm that directly follows a layer counts as part of it: the output behind the norm is kept, under the
     layer's name. So a model and its copy with the norms folded put out the same at every layer.
+
+    Example: `with layers.capture(model) as outputs: model(x)`
     """
     outputs: dict[str, Tensor] = {}
     latest: list = [None, None]  # the name of the layer that ran last and its very output, which a norm may follow
@@ -190,6 +200,8 @@ def watch(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]
     """A dictionary that each forward pass fills with the outputs of the modules `names`, blocks as well as layers.
 
     Raises ValueError where there is no such module.
+
+    Example: `with layers.watch(model, ["layer1"]) as outputs: model(x)`
     """
     outputs: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
@@ -211,7 +223,10 @@ def watch(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode without gradients; each module's own mode is put back at the end."""
+    """The model in eval mode without gradients; each module's own mode is put back at the end.
+
+    Example: `with layers.evaluating(model): model(x)`
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.inference_mode():

@@ -63,7 +63,10 @@ class Unit:
 
 
 def units(graph: Runner) -> dict[str, Unit]:
-    """The units of a traced model by the names of their layers, in order of execution."""
+    """The units of a traced model by the names of their layers, in order of execution.
+
+    Example: `units(running.Runner(folded, x)).keys()`
+    """
     return {node.target: Unit(graph, i) for i, node in enumerate(graph.nodes) if is_layer(node, graph.modules)}
 
 

@@ -143,7 +143,10 @@ def by(score: Score, metric: str) -> Score:
 
 
 def from_predictions(predictions: Tensor, labels: Tensor) -> Score:
-    """The top-1 accuracy of chosen classes int64 (n,) against labels int64 (n,)."""
+    """The top-1 accuracy of chosen classes int64 (n,) against labels int64 (n,).
+
+    Example: `from_predictions(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 0])).value == 0.75`
+    """
     return scored((predictions == labels).double()[:, None], Objective(), labels=labels, predictions=predictions)
 
 
@@ -190,6 +193,8 @@ def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Mean top1 and top1_change over the rows of each group (its seeds), with runs and the mean's 95 % interval.
 
     The interval is Student's t over the runs; NaN where there is a single one. Needs columns top1 and top1_change.
+
+    Example: `over_seeds(pd.DataFrame({"rung": ["a", "a"], "top1": [0.9, 0.8], "top1_change": [0.0, 0.1]}), ["rung"])`
     """
     rows = []
     for key, part in table.groupby(by, sort=False):
@@ -203,7 +208,10 @@ def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of p = hits / n: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
+    """95 % Wilson interval of p = hits / n: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+
+    Example: `[round(end, 2) for end in wilson(8, 10)] == [0.49, 0.94]`
+    """
     share, more = hits / n, _Z**2 / n
     half = _Z * sqrt(share * (1 - share) / n + more / (4 * n))
     low, high = ((share + more / 2 + sign * half) / (1 + more) for sign in (-1, 1))
@@ -218,6 +226,8 @@ def paired_interval(total: float, squares: float, n: int, *, z: float = _Z, popu
     z: the normal quantile, for another level. population: where the n examples are drawn without replacement from that
     many and the interval is for the difference over those, its half-width shrinks by sqrt(1 - n / population), and what is
     added by 1 - n / population. added: the examples that are added, 2 in Agresti & Min.
+
+    Example: `paired_interval(-10, 30, 1000)`
     """
     rest = 1 - n / population if population else 1.0
     n += added * rest

@@ -13,7 +13,10 @@ from workbench.numbers.coding import coded_bytes, entropy
 
 def usage(codes: Mapping[str, Tensor], size: int) -> pd.DataFrame:
     """One row a modality and one over "all": vectors, used (share of the codes that occur), perplexity (2^entropy),
-    entropy_bits a code, coded_bits a vector (with the table of frequencies; decoded to see that they come back)."""
+    entropy_bits a code, coded_bits a vector (with the table of frequencies; decoded to see that they come back).
+
+    Example: `codes.usage({"text": torch.randint(16, (100, 4))}, size=16)`
+    """
     rows = []
     for name, found in [*codes.items(), ("all", torch.cat(list(codes.values())))]:
         symbols = found.numpy()
@@ -25,7 +28,10 @@ def usage(codes: Mapping[str, Tensor], size: int) -> pd.DataFrame:
 
 def overlap(codes: Mapping[str, Tensor], *, seed: int = 0) -> pd.DataFrame:
     """One row a pair of modalities: same, the mean Jaccard index of the codes of one concept (row k of each), and other,
-    that of concepts put together by chance."""
+    that of concepts put together by chance.
+
+    Example: `codes.overlap({"text": torch.randint(16, (100, 4)), "image": torch.randint(16, (100, 4))})`
+    """
     rows = []
     for one, two in combinations(codes, 2):
         shuffled = torch.randperm(len(codes[two]), generator=torch.Generator().manual_seed(seed))

@@ -49,6 +49,9 @@ def table(model: nn.Module, example: Inputs) -> pd.DataFrame:
 
 
 def total(model: nn.Module, example: Inputs) -> dict[str, int]:
-    """The sums of `table`: params, macs of one example, size_bytes."""
+    """The sums of `table`: params, macs of one example, size_bytes.
+
+    Example: `cost.total(model, task.example)["macs"]`
+    """
     sums = table(model, example)[["params", "macs", "size_bytes"]].sum()
     return {key: int(value) for key, value in sums.items()}

@@ -139,6 +139,8 @@ def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = 
     its channels; "stale_norm": its batch norm has the statistics of `batches`, other images than the model's own.
 
     Raises ValueError for an unknown fault or layer, or a layer without the part that is to be damaged.
+
+    Example: `broken = diagnosis.plant(quantised, "layer2.0.conv1", "scale", example=x)`
     """
     if fault not in FAULTS:
         raise ValueError(f"unknown fault {fault!r}; expected one of {', '.join(FAULTS)}")

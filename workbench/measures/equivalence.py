@@ -26,6 +26,8 @@ class Limits:
     """What counts as equivalent: the least cosine and the largest relative L2 of any example, the least agreement.
 
     Raises ValueError for one that no pair of models could meet or miss.
+
+    Example: `equivalence.compare(folded, model, task.test, limits=equivalence.Limits(l2=1e-3)).passed`
     """
 
     cosine: float = 0.995
@@ -166,7 +168,10 @@ def batch_proof(model, sentences: Iterable[Inputs], *, batches: Sequence[int] = 
 
 
 def shifts(reference, candidate, inputs, *, batch_size: int = 256) -> Tensor:
-    """The largest change of an output, example by example, float32 (N,). Raises as `compare` does."""
+    """The largest change of an output, example by example, float32 (N,). Raises as `compare` does.
+
+    Example: `equivalence.shifts(folded, quantised, task.test).median()`
+    """
     return torch.cat([(a - b).abs().flatten(1).amax(1) for _, a, b in _pairs(reference, candidate, inputs, batch_size)])
 
 
@@ -180,6 +185,8 @@ def disagreements(reference, candidate, inputs, *, limit: float, batch_size: int
     layers have no names.
 
     Raises as `compare` does, and ValueError for a limit that is not positive.
+
+    Example: `equivalence.disagreements(folded, quantised, task.test, limit=0.1)`
     """
     if not limit > 0:
         raise ValueError(f"limit is {limit}, expected more than 0")

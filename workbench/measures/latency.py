@@ -116,6 +116,8 @@ def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[
     share this machine's cores.
 
     Raises ValueError where a number of clients is below 1, and as Batcher and sessions.open do.
+
+    Example: `latency.under_load("model.onnx", task.example, clients=[1, 4], seconds=0.1)`
     """
     if not clients or min(clients) < 1:
         raise ValueError(f"clients are {list(clients)}, expected numbers of at least 1")
@@ -142,6 +144,8 @@ def at_rate(model, examples: Inputs | Sequence[Inputs], *, rates: Sequence[float
     waits grow with `seconds`.
 
     Raises ValueError for a rate that is not positive, and as `under_load` does.
+
+    Example: `latency.at_rate("model.onnx", task.example, rates=[50], seconds=0.1)`
     """
     if not rates or min(rates) <= 0:
         raise ValueError(f"rates are {list(rates)}, expected requests a second, more than 0")
@@ -229,6 +233,8 @@ def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
 
     A gain counts where the whole interval of the ratio lies below 1 - least: a few per cent can come from where a
     graph happened to lie in memory.
+
+    Example: `latency.fastest(frame)`
     """
     gaining = table[table.ratio_high < 1 - least]
     return None if gaining.empty else str(gaining.loc[gaining.ratio.idxmin(), "candidate"])

@@ -96,6 +96,8 @@ def quantize_static(source: Path | str, batches: Iterable[Batch], path: Path | s
 def quantize_dynamic(source: Path | str, path: Path | str) -> Path:
     """Write a copy of the float32 ONNX file `source` with uint8 weights, its activations quantised as they come, by ONNX
     Runtime's own tool; return its path. Raises as sessions.open does.
+
+    Example: `peers.quantize_dynamic("model.onnx", "dynamic.onnx")`
     """
     from onnxruntime import quantization
 

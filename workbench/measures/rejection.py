@@ -16,6 +16,8 @@ def sureness(model, split: Split, *, batch_size: int = 64) -> np.ndarray:
     """The probability of the intent that is chosen, float (n,), for anything that sessions.open takes.
 
     Raises ValueError where the split asks for no intents.
+
+    Example: `rejection.sureness(model, task.test)`
     """
     asked = split.objective
     if not isinstance(asked, Understanding):
@@ -39,6 +41,8 @@ def roc(inside: np.ndarray, other: np.ndarray, *, samples: int = 1000, seed: int
     """threshold, accepted (share of `inside` at least so sure) and let_in (share of `other`), from the strictest on.
 
     attrs: auc, auc_low, auc_high, the area under the curve with its 95 % bootstrap interval over sentences.
+
+    Example: `rejection.roc(np.array([0.9, 0.8]), np.array([0.3, 0.85]))`
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 

@@ -38,7 +38,10 @@ def ranks(queries: Tensor, gallery: Tensor, concepts: Tensor, gallery_concepts: 
 
 
 def chance(right: Tensor, size: int, k: int) -> Tensor:
-    """The share of k answers drawn without a look that hold one of `right` right ones among `size`, float64 (n,)."""
+    """The share of k answers drawn without a look that hold one of `right` right ones among `size`, float64 (n,).
+
+    Example: `chance(torch.tensor([1]), 10, 5).item() == 0.5`
+    """
     right = right.double().numpy()
     rest, k = size - right, min(k, size)
     miss = np.where(rest >= k, np.exp(gammaln(rest + 1) + gammaln(size - k + 1) - gammaln(np.maximum(rest - k, 0) + 1)

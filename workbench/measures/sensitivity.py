@@ -100,7 +100,10 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
 
 
 def merge(shards: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The shards of one scan as one frame. Raises ValueError where a point stands in two of them."""
+    """The shards of one scan as one frame. Raises ValueError where a point stands in two of them.
+
+    Example: `sensitivity.merge([curves])`
+    """
     frame = pd.concat(list(shards), ignore_index=True)
     twice = frame[frame.duplicated(["layer", "level"])]
     if len(twice):
@@ -112,6 +115,8 @@ def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | No
     """One row per weighted layer: layer, score = mean |w dL/dw| over its weights, with L the objective's loss.
 
     One backward pass a batch. Raises ValueError where there are no examples or a score is NaN.
+
+    Example: `sensitivity.taylor(model, seen).sort_values("score")`
     """
     work, seen, asked = copy.deepcopy(model).eval(), 0, objective or Objective()
     for inputs, targets in batches:

@@ -89,6 +89,8 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global", multipl
     width (see `blocks`). keep: globs of layers left alone.
 
     Raises ValueError for a ratio outside [0, 1), NaN scores, an unknown scope, or a glob that matches nothing.
+
+    Example: `channels.select(scores, 0.3)`
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}, expected 0 <= ratio < 1, the fraction of the channels to remove")
@@ -152,6 +154,8 @@ def remove(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: I
 
     Raises ValueError for an unknown layer or a channel that it lacks; UnsupportedModelError, with the layer's name,
     where the cut model fails or computes something else.
+
+    Example: `channels.remove(model, {"layer1.0.conv1": [0, 3]}, example=x).layer1[0].conv1.out_channels == 14`
     """
     known = {group.layer: group for group in groups(model, example)}
     return cutting.verified(model, cutting.without(model, removed, known), removed, known, example)
@@ -284,6 +288,8 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
 
     What a residual connection adds to these channels stays, so nothing can really be cut there; use `silencing` for
     the effect of a real removal. layers: those of layers.named(model, ...).
+
+    Example: `sensitivity.scan(model, task.test, channels.zeroing(model, layers=layers.named(model, "layer1.*")), levels=[0.5])`
     """
     order = {name: layer.weight.detach().abs().flatten(1).sum(1).argsort(stable=True) for name, layer in layers.items()}
 
@@ -304,6 +310,8 @@ class Prune:
 
     criterion: as `score` has them; taylor looks at `examples` of the validation split, and so do the batch norms, which take
     their statistics anew. layers, keep: globs of the layers that are cut and of those that are not. scope, multiple: as `cut_to`.
+
+    Example: `Prune(macs=0.7, examples=64).apply(Subject(model, task)).model`
     """
 
     macs: Share | None = None

@@ -36,6 +36,8 @@ def search(vectors: Tensor, table: Tensor, *, cosine: bool = True) -> Tensor:
 
     cosine: by the angle (both are expected at unit length), else by Euclidean distance. Tile by tile, so that memory does
     not grow with n * size: 65,536 codes and a million vectors need no more than the vectors and a megabyte.
+
+    Example: `search(torch.eye(4), torch.eye(4)).tolist() == [0, 1, 2, 3]`
     """
     shift = None if cosine else -table.pow(2).sum(1) / 2
     wide = min(len(table), TILE[1])

@@ -130,6 +130,8 @@ def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
     """One row per layer and table of `reference`: layer, rank (NaN where it is whole), full_rank, error, params, params_before.
 
     error: relative Frobenius distance of the product from the reference's weight. Biases are counted.
+
+    Example: `factorization.table(factorization.factorize(model, energy=0.9, example=x), model)`
     """
     lines, modules = [], dict(model.named_modules())
     for name, layer in (named(reference) | _tables(reference)).items():
@@ -264,6 +266,8 @@ class Factorize:
     """The step of a plan that puts low-rank pairs in the place of layers: exactly one of `rank`, `energy` and `share_of_layers`.
 
     outputs: the best factors in the layers' outputs on `examples` of the validation split, instead of in the weights.
+
+    Example: `Factorize(energy=0.9).apply(Subject(model, task)).model`
     """
 
     rank: Annotated[int, Ge(1)] | None = None

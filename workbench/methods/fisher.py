@@ -138,7 +138,10 @@ def _rounded(places: list[int], group: Group, multiple: int) -> list[int]:
 
 def exchanged(slopes: Tensor, places: Sequence[int]) -> list[int]:
     """As many channels as `places`, one after the other exchanged for one that stays where that lowers the sum of F over all
-    pairs that go, F = slopes^T slopes / examples."""
+    pairs that go, F = slopes^T slopes / examples.
+
+    Example: `exchanged(torch.randn(100, 8), [0, 3])`
+    """
     information = (slopes.T @ slopes / len(slopes)).double().numpy()
     gone = np.zeros(len(information), dtype=bool)
     gone[list(places)] = True
@@ -271,6 +274,8 @@ class Fisher:
     """The step of a plan that cuts by Fisher information: `macs` stay, `examples` training examples tell (all where 0).
 
     keep: globs of layers left whole. exchange, rescale: as `prune` has them.
+
+    Example: `Fisher(macs=0.7, examples=64).apply(Subject(model, task)).model`
     """
 
     macs: Share

@@ -24,7 +24,10 @@ FITTED = 200_000  # numbers that k-means levels are fitted to, evenly spread ove
 @dataclass(frozen=True)
 class Precision:
     """How vectors become integers. kind: "uniform" or "kmeans" levels at `bits`, one scale or table for all numbers; or
-    "variable", uniform with `bits` to `most` bits a dimension, (bits + most) / 2 in the mean, one scale a dimension."""
+    "variable", uniform with `bits` to `most` bits a dimension, (bits + most) / 2 in the mean, one scale a dimension.
+
+    Example: `rounded(torch.randn(10, 8), Precision("uniform", bits=4)).bits == 32`
+    """
 
     kind: str = "uniform"
     bits: int = 8
@@ -99,7 +102,10 @@ def compare(vectors: Mapping[str, Tensor], precisions: Mapping[str, Precision]) 
 
 
 def shifted(precisions: Mapping[str, Precision], by: int) -> dict[str, Precision]:
-    """The same kinds with `by` bits more or fewer each, 2 to 8."""
+    """The same kinds with `by` bits more or fewer each, 2 to 8.
+
+    Example: `shifted({"text": Precision(bits=8)}, -2)["text"].bits == 6`
+    """
     def width(bits: int) -> int:
         return min(max(bits + by, 2), 8)
 
@@ -107,7 +113,10 @@ def shifted(precisions: Mapping[str, Precision], by: int) -> dict[str, Precision
 
 
 def uniform_for(names: Sequence[str], bits: int) -> dict[str, Precision]:
-    """One uniform width for all modalities."""
+    """One uniform width for all modalities.
+
+    Example: `uniform_for(["text"], 4)["text"].bits == 4`
+    """
     return {name: Precision("uniform", bits) for name in names}
 
 

@@ -78,6 +78,8 @@ def prepare(model: nn.Module, example: Inputs, *, weights: Scheme | Mapping[str,
     """`quantize` before its calibration: the activation quantisers are in place and pass values on as they are.
 
     example: inputs to trace the model with. Raises as `quantize` does.
+
+    Example: `quantization.calibrate(quantization.prepare(model, task.example), seen)`
     """
     schemes = _schemes(model, weights, by, layers)
     traced = trace(model, example)
@@ -135,7 +137,10 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], calibrator: str = "min
 
 
 def for_training(model: nn.Module) -> nn.Module:
-    """A copy of a quantised model whose activation scales learn too (learned step size); weights' scales always do."""
+    """A copy of a quantised model whose activation scales learn too (learned step size); weights' scales always do.
+
+    Example: `training.fit(quantization.for_training(quantised), task, recipe=recipe).model`
+    """
     new = copy.deepcopy(model)
     for _, quantizer in quantizers(new):
         quantizer.learned = True
@@ -147,6 +152,8 @@ def table(model: nn.Module, reference: nn.Module) -> pd.DataFrame:
 
     sqnr_db = 10 log10(sum w^2 / sum (w - w')^2), w from `reference`. size_bytes: the integers packed, with a float32 scale
     and an int8 zero point a row (or the table of levels) and the float32 biases.
+
+    Example: `quantization.table(quantised, folded).size_bytes.sum()`
     """
     rows = []
     for name, layer in rounded(model).items():
@@ -187,6 +194,8 @@ def coded(model: nn.Module) -> pd.DataFrame:
 
     The integers, or the places of k-means levels, go through numbers.coding, and come back bit for bit; scales or levels are
     added as they are. The size of shared weights is the coded one (Han et al. 2016, arXiv 1510.00149).
+
+    Example: `quantization.coded(quantised)`
     """
     rows = []
     for row, (name, values) in zip(table(model, model).itertuples(), integers(model).items(), strict=True):
@@ -256,13 +265,19 @@ class _Places:
 
 
 def integers(model: nn.Module) -> dict[str, Tensor]:
-    """The integer weights of each quantised layer or table, int32 of the weight's shape, by name."""
+    """The integer weights of each quantised layer or table, int32 of the weight's shape, by name.
+
+    Example: `quantization.integers(quantised)["conv1"].dtype == torch.int32`
+    """
     return {name: layer.parametrizations.weight[0].integers(layer.parametrizations.weight.original)
             for name, layer in rounded(model).items()}
 
 
 def rounded(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers and tables of a quantised model whose weights lie on a grid, by name."""
+    """The layers and tables of a quantised model whose weights lie on a grid, by name.
+
+    Example: `quantization.rounded(quantised).keys()`
+    """
     return {name: module for name, module in model.named_modules()
             if isinstance(module, (*WEIGHTED, nn.Embedding)) and parametrize.is_parametrized(module, "weight")}
 
@@ -270,7 +285,10 @@ def rounded(model: nn.Module) -> dict[str, nn.Module]:
 @dataclass(frozen=True)
 class Quantize:
     """The step of a plan that quantises: weights at `bits` (None: float), activations at `activation_bits`, calibrated on
-    `examples` of the validation split."""
+    `examples` of the validation split.
+
+    Example: `Quantize(bits=8, examples=64).apply(Subject(model, task)).model`
+    """
 
     bits: Annotated[int, Ge(2), Le(8)] | None = 8
     granularity: Literal[GRANULARITIES] = "channel"

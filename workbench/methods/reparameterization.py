@@ -103,7 +103,10 @@ def _pairs(graph: Runner) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Fold:
-    """The step of a plan that folds batch norms."""
+    """The step of a plan that folds batch norms.
+
+    Example: `Fold().apply(Subject(model, task)).model`
+    """
 
     def apply(self, subject: Subject) -> Subject:
         """The subject with its norms folded."""
@@ -132,7 +135,10 @@ class Fuse:
 
 @dataclass(frozen=True)
 class Reestimate:
-    """The step of a plan that takes the batch norms' statistics anew, from `examples` of the validation split."""
+    """The step of a plan that takes the batch norms' statistics anew, from `examples` of the validation split.
+
+    Example: `Reestimate(examples=64).apply(Subject(model, task)).model`
+    """
 
     keeps_shape: ClassVar[bool] = True
     examples: Count = 1000

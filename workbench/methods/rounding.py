@@ -65,6 +65,8 @@ def adaround(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *
 def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, steps: int = STEPS, seed: int = 0) -> nn.Module:
     """A copy of the quantised `model` whose weights and scales move, straight through the rounding, to where each layer's
     output errs least; the best step is kept. The biases are corrected. Raises as `correct_bias`.
+
+    Example: `rounding.adaquant(quantised, folded, seen, steps=2)`
     """
     return _repair(model, reference, batches, lambda *layer: _adaquant(*layer, steps), "AdaQuant", seed)
 
@@ -246,7 +248,10 @@ def _walk(model: nn.Module, batches: list[Inputs]) -> Iterator[tuple[str, list[T
 @dataclass(frozen=True)
 class Repair:
     """The step of a plan that repairs a quantised subject: "bias", "adaround", "adaquant" or "descend", on the batches that it
-    was calibrated on. steps: of AdaRound and AdaQuant; 0 takes their default."""
+    was calibrated on. steps: of AdaRound and AdaQuant; 0 takes their default.
+
+    Example: `Repair("bias").apply(Quantize(bits=4, examples=64).apply(Subject(model, task))).model`
+    """
 
     keeps_shape: ClassVar[bool] = True
     method: str = "descend"

@@ -73,14 +73,20 @@ def masks(model: nn.Module, sparsity: float | None = None, *, pattern: str = "un
 
 
 def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `model` with the weights outside `masks` zero. Raises ValueError for a layer or shape that it lacks."""
+    """A copy of `model` with the weights outside `masks` zero. Raises ValueError for a layer or shape that it lacks.
+
+    Example: `sparsity.table(sparsity.apply(model, sparsity.masks(model, 0.5))).zeros.sum()`
+    """
     new = copy.deepcopy(model)
     _zero(_weights(new, masks), masks)
     return new
 
 
 def table(model: nn.Module) -> pd.DataFrame:
-    """One row per weighted layer: layer, weights, zeros, sparsity, and channels whose weights are all zero."""
+    """One row per weighted layer: layer, weights, zeros, sparsity, and channels whose weights are all zero.
+
+    Example: `sparsity.table(sparsity.apply(model, sparsity.masks(model, 0.5)))`
+    """
     rows = []
     for name, layer in named(model).items():
         weight = layer.weight.detach()
@@ -117,7 +123,10 @@ def penalised(kind: str, strength: float, *, layers: str | Sequence[str] = "*",
 
 
 def penalty(model: nn.Module, kind: str, *, layers: str | Sequence[str] = "*") -> Tensor:
-    """The penalty of `penalised`, a scalar that can be differentiated. Raises as it does."""
+    """The penalty of `penalised`, a scalar that can be differentiated. Raises as it does.
+
+    Example: `sparsity.penalty(model, "bn_gamma")`
+    """
     if kind == "group_lasso":
         weights = [layer.weight.flatten(1) for layer in named(model, layers).values()]
         return sum(math.sqrt(weight.shape[1]) * weight.norm(dim=1).sum() for weight in weights)
@@ -296,6 +305,8 @@ class Sparsify:
 
     exchange: the share of the zeros that move while it trains, as `Regrow` has it; 0 keeps them where they are. examples: of
     the training split, all where 0.
+
+    Example: `Sparsify(sparsity=0.5).apply(Subject(model, task)).model`
     """
 
     keeps_shape: ClassVar[bool] = True

@@ -16,6 +16,8 @@ def encode(symbols: np.ndarray) -> bytes:
     """The bytes of whole numbers 0 <= symbol < 2^24, of any shape (`decode` gives them flat).
 
     Raises ValueError for no symbols, or one that is negative or too large.
+
+    Example: `len(encode(np.zeros(1000, dtype=int))) < 200`
     """
     symbols = np.ascontiguousarray(symbols).ravel()
     if not len(symbols) or symbols.min() < 0 or symbols.max() >= 2**24:
@@ -35,7 +37,10 @@ def encode(symbols: np.ndarray) -> bytes:
 
 
 def decode(stream: bytes) -> np.ndarray:
-    """The numbers, int64 (n,), that `encode` wrote. Raises ValueError where the bytes are cut or not of its kind."""
+    """The numbers, int64 (n,), that `encode` wrote. Raises ValueError where the bytes are cut or not of its kind.
+
+    Example: `decode(encode(np.array([1, 2, 2, 3]))).tolist() == [1, 2, 2, 3]`
+    """
     try:
         kind, count = struct.unpack_from("<BI", stream)
         if kind == _PACKED:
@@ -51,7 +56,10 @@ def decode(stream: bytes) -> np.ndarray:
 
 
 def coded_bytes(symbols: np.ndarray) -> int:
-    """How many bytes `encode` needs, once they have been decoded and found the same. Raises ValueError where they are not."""
+    """How many bytes `encode` needs, once they have been decoded and found the same. Raises ValueError where they are not.
+
+    Example: `coded_bytes(np.zeros(1000, dtype=int)) < 200`
+    """
     stream = encode(symbols)
     if not np.array_equal(decode(stream), np.ascontiguousarray(symbols).ravel()):
         raise ValueError("coding: the coded numbers do not decode to themselves")
@@ -59,7 +67,10 @@ def coded_bytes(symbols: np.ndarray) -> int:
 
 
 def entropy(symbols: np.ndarray) -> float:
-    """Bits a symbol: -sum p log2 p of the frequencies."""
+    """Bits a symbol: -sum p log2 p of the frequencies.
+
+    Example: `entropy(np.array([0, 0, 1, 1])) == 1.0`
+    """
     share = np.bincount(np.ascontiguousarray(symbols).ravel())
     share = share[share > 0] / share.sum()
     return float(-(share * np.log2(share)).sum())

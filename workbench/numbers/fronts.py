@@ -6,7 +6,10 @@ Box = tuple[float, float]  # the corner where the area begins: the most of eithe
 
 
 def undominated(points: np.ndarray) -> np.ndarray:
-    """Which rows (n, 2), both numbers to be low, no other row beats: bool (n,); of equal rows the first."""
+    """Which rows (n, 2), both numbers to be low, no other row beats: bool (n,); of equal rows the first.
+
+    Example: `undominated(np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0]])).tolist() == [True, True, False]`
+    """
     order, best, kept = np.lexsort((points[:, 1], points[:, 0])), np.inf, np.zeros(len(points), dtype=bool)
     for place in order:
         if points[place, 1] < best:

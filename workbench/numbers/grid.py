@@ -24,6 +24,8 @@ class Scheme:
     granularity: one scale for the "tensor", for each output "channel", or for each "group" of `group` consecutive inputs
     of a channel. levels "uniform"; "kmeans": 2^bits values, fitted to each tensor or channel, stored as a table; "shifted": as
     uniform and not symmetric, but zero need not be among them, as in GGUF's Q4_1 (weights alone).
+
+    Example: `Scheme(4).limits == (-8, 7)`
     """
 
     bits: int = 8
@@ -65,6 +67,8 @@ def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Te
 
     by "minmax": the range covers all values; "mse": of 60 ranges from 0.3 of that to all of it, the one of least
     squared error. A row of zeros has scale 1.
+
+    Example: `fit(torch.tensor([[-2.0, 127.0]]), Scheme(8))[0].item() == 1.0`
     """
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if scheme.levels != "shifted":
@@ -83,7 +87,10 @@ def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Te
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """s (clamp(round(x / s) + z) - z), with the gradient 1 straight through inside the limits, and to s as learned step."""
+    """s (clamp(round(x / s) + z) - z), with the gradient 1 straight through inside the limits, and to s as learned step.
+
+    Example: `fake_quantize(torch.tensor([0.26]), torch.tensor([0.5]), torch.zeros(1), Scheme(8)).item() == 0.5`
+    """
     low, high = scheme.limits
     scaled = values / scale + zero
     kept = scaled.clamp(low, high)
@@ -92,7 +99,10 @@ def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -
 
 
 def kmeans(rows: Tensor, bits: int, *, steps: int = 30) -> Tensor:
-    """2^bits sorted levels, float32 (R, 2^bits), of values (R, C): Lloyd's steps from the best uniform grid, so never worse."""
+    """2^bits sorted levels, float32 (R, 2^bits), of values (R, C): Lloyd's steps from the best uniform grid, so never worse.
+
+    Example: `kmeans(torch.randn(4, 100), bits=3).shape == (4, 8)`
+    """
     uniform = Scheme(bits)
     levels = torch.arange(uniform.limits[0], uniform.limits[1] + 1) * fit(rows, uniform, by="mse")[0]
     for _ in range(steps):
@@ -104,7 +114,10 @@ def kmeans(rows: Tensor, bits: int, *, steps: int = 30) -> Tensor:
 
 
 def affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of ranges from `low` to `high`, of any shape."""
+    """Scale and zero point of ranges from `low` to `high`, of any shape.
+
+    Example: `affine(torch.tensor([0.0]), torch.tensor([2.55]), Scheme(8, symmetric=False))[1].item() == 0`
+    """
     least, most = scheme.limits
     if scheme.symmetric:
         scale = torch.maximum(-low, high) / most
@@ -116,5 +129,8 @@ def affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:
-    """The places (R, C) of the levels (R, L), sorted, that lie nearest to values (R, C)."""
+    """The places (R, C) of the levels (R, L), sorted, that lie nearest to values (R, C).
+
+    Example: `nearest(torch.tensor([[0.9]]), torch.tensor([[0.0, 1.0]])).item() == 1`
+    """
     return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
