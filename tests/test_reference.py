@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from workbench.reporting import pages, reference
@@ -45,6 +46,14 @@ def test_an_example_is_code_and_a_signature_is_whole(site):
     assert "quantize(model: nn.Module, batches: Iterable[Batch], *, weights:" in page
     assert "<pre class='highlight'>quantization.quantize(model, task.validation" in page
     assert "Prune(macs: Share | None = None" in page
+
+
+def test_code_that_shows_nothing_opens_with_the_code_behind_it():
+    code, two = nbformat.v4.new_code_cell, nbformat.v4.new_output("stream", text="two")
+    cells = [code("a = 1", metadata={"tags": ["parameters"]}), code("b = 2"), code("b", outputs=[two]), code("c = 3")]
+    page = pages.notebook_page(nbformat.v4.new_notebook(cells=cells), "one", "passed")
+    assert page.count('<details class="code">') == 3, "the parameters, b with its answer, c"
+    assert len(cells) == 4, "the notebook itself is left as it was"
 
 
 def test_pages_newer_than_the_package_stay(site):

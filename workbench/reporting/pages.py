@@ -45,14 +45,26 @@ def notebook_page(notebook, title: str, status: str) -> str:
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
-    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
-    if any("injected-parameters" in own for own in tags):
-        notebook = notebook.copy()
-        notebook.cells = [cell for cell, own in zip(notebook.cells, tags, strict=True) if "injected-parameters" not in own]
+    notebook = notebook.copy()
+    notebook.cells = _joined([cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])])
     exporter = HTMLExporter(raw_template=_FOLDED, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook)
     colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     return _render("notebook.html.j2", title=title, body=body, status=status, colours=colours)
+
+
+def _joined(cells: list) -> list:
+    """The cells, code that shows nothing joined with the code behind it: one click opens both. Parameters stay by themselves."""
+    joined = []
+    for cell in cells:
+        last = joined[-1] if joined else None
+        both = last is not None and last.cell_type == cell.cell_type == "code"
+        if both and not last.outputs and "parameters" not in last.metadata.get("tags", []):
+            joined[-1] = cell.copy()
+            joined[-1].source = f"{last.source}\n\n{cell.source}"
+        else:
+            joined.append(cell)
+    return joined
 
 
 def _entry(record: dict) -> dict:
