@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from workbench.measures import accuracy
 from workbench.subjects import data, models
 from workbench.subjects.tasks import Preprocessing, Split, Task
 
@@ -180,3 +181,33 @@ def test_a_quantised_model_is_kept_as_its_file(model, task, tmp_path):
     rounded = quantization.quantize(model, [], activations=None, example=task.example)
     with pytest.raises(ValueError, match=r"kept as its file, onnx.export"):
         models.save(rounded, tmp_path / "int8.safetensors")
+
+
+def test_weights_of_torch_save_load_and_may_know_more_classes_than_there_are_examples_of(tmp_path):
+    from torchvision.models import mobilenet_v2
+
+    network = mobilenet_v2(num_classes=12)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "whole.pth")
+    task = data.of((torch.randn(20, 3, 32, 32), torch.arange(20) % 7), (torch.randn(6, 3, 32, 32), torch.arange(6)), name="few")
+    loaded = models.load(f"torchvision:mobilenet_v2@{tmp_path / 'whole.pth'}", task)
+    inputs = task.test.batch(slice(6)).inputs
+    assert torch.equal(loaded(inputs), network.eval().to(memory_format=torch.channels_last)(inputs))
+    assert loaded.origin["classes"] == "12"
+    assert accuracy.evaluate(loaded, task.test).n == 6
+
+
+@pytest.mark.parametrize(("held", "message"), [
+    ({"state_dict": {"a": 1}}, "holds no state_dict"), ([1, 2], "holds no state_dict, tensors by name, but list"),
+    (b"", "is not a whole file of tensors"), ({"weight": torch.zeros(3)}, "of another architecture"),
+])
+def test_what_is_no_state_dict_is_refused_in_one_line(tmp_path, held, message):
+    path = tmp_path / "odd.pth"
+    torch.save(held, path) if held else path.write_bytes(held)
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(f"torchvision:resnet18@{path}", pretrained=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_of_a_zoo_that_is_nearly_right_is_told():
+    with pytest.raises(ValueError, match="did you mean torchvision:mobilenet_v2"):
+        models.load("torchvision:mobilenetv2", pretrained=False)

@@ -448,3 +448,10 @@ def test_groups_without_a_kernel_are_refused(tmp_path):
     grouped = quantization.quantize(net, [], weights=Scheme(4, granularity="group", group=32), activations=None, example=images)
     with pytest.raises(UnsupportedModelError, match="no kernel for uniform levels by groups of 32 inputs"):
         onnx.export(grouped, images, tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("given", [torch.randn(4, 1, 28, 28), {"x": torch.zeros(1)}, [torch.randn(4, 1, 28, 28)], [(1, 2, 3)]])
+def test_inputs_in_the_place_of_batches_are_refused_in_one_line(folded, given):
+    with pytest.raises(TypeError, match="give several of inputs and targets, such as task.validation") as caught:
+        quantization.quantize(folded, given)
+    assert "\n" not in str(caught.value)

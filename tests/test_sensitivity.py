@@ -89,7 +89,16 @@ def test_fast_intervals_hold_the_exact_values(model, task):
     inside = (fast.top1_change_low <= exact.top1_change) & (exact.top1_change <= fast.top1_change_high)
     assert inside.mean() >= 0.9
     assert fast.attrs["saved"] > 0.4
-    assert ((fast.top1_change_high - fast.top1_change_low) / 2 <= 0.05).all()
+    half = (fast.top1_change_high - fast.top1_change_low) / 2
+    assert (half * (1 - fast.n / len(split)) ** 0.5 <= 0.05).all(), "known to the tolerance over the whole split"
+
+
+def test_a_table_of_all_examples_still_has_an_interval(model, task):
+    split = task.test.subset(60)
+    method = channels.silencing(model, example=task.example)
+    table = sensitivity.scan(model, split, method, levels=[0.9], layers=["layer2.1.conv1"], mode="fast", tolerance=0.001)
+    assert table.n.item() == 60
+    assert (table.top1_change_high - table.top1_change_low).item() > 0.05, "60 examples say little of others like them"
 
 
 def test_a_killed_scan_goes_on_to_the_same_table(model, some, silencing, exact, tmp_path, monkeypatch):

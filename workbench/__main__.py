@@ -40,7 +40,8 @@ def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) ->
     planned = parameters.plan(notebooks, folder=folder, profile=profile, settings=settings)
     out = out or Path("reports") / ("" if profile == "quick" else profile)
     summary = runner.run(planned, out=out, workers=jobs, scheduler=scheduler, force=force)
-    click.echo(f"{summary['checks_passed']} of {summary['checks']} checks hold; open {out / 'index.html'}")
+    failed = f", {len(summary['failures'])} notebooks failed" if summary["failures"] else ""
+    click.echo(f"{summary['checks_passed']} of {summary['checks']} checks hold{failed}; open {out / 'index.html'}")
     raise SystemExit(2 if summary["failures"] else 0 if summary["passed"] else 1)
 
 

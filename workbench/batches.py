@@ -5,7 +5,7 @@ Inputs are a tensor (n, ...), a tuple of tensors, or a mapping of named tensors,
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,22 @@ class Batch(NamedTuple):
 
     inputs: Inputs
     targets: Tensor | None = None
+
+
+def pairs(batches: Iterable) -> Iterator[Batch]:
+    """Batches of inputs and targets, one after the other, as methods take them.
+
+    Raises TypeError for the inputs alone, a tensor or names, in their place.
+
+    Example: `[inputs.shape for inputs, _ in pairs([(torch.ones(2, 3), None)])] == [(2, 3)]`
+    """
+    wanted = "give several of inputs and targets, such as task.validation.subset(500).batches(50), or [(inputs, None)]"
+    if isinstance(batches, Tensor | Mapping):
+        raise TypeError(f"batches: found {'one tensor' if isinstance(batches, Tensor) else 'named tensors'}; {wanted}")
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) > 2:
+            raise TypeError(f"batches: found {type(batch).__name__} in the place of a batch; {wanted}")
+        yield Batch(*batch)
 
 
 def call(model: Callable, inputs: Inputs):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from workbench.batches import Batch, count
+from workbench.batches import Batch, count, pairs
 from workbench.graph.layers import WEIGHTED
 
 
@@ -31,9 +31,9 @@ def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Ten
 def gradients(model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> dict[str, Tensor]:
     """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over the batches."""
     work, seen = copy.deepcopy(model).eval(), 0
-    for batch in batches:
+    for batch in pairs(batches):
         size = count(batch[0])
-        (size * loss(work, Batch(*batch))).backward()
+        (size * loss(work, batch)).backward()
         seen += size
     if not seen:
         raise ValueError("criterion 'taylor' found no examples in its batches")

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from workbench.batches import Batch, Inputs, call
+from workbench.batches import Batch, Inputs, call, pairs
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import BATCHNORM
 from workbench.graph.running import Runner
@@ -91,7 +91,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modul
         norm.train()
     count = 0
     with torch.no_grad():
-        for inputs, _ in batches:
+        for inputs, _ in pairs(batches):
             call(new, inputs)
             count += 1
     if not count:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.batches import Batch, Inputs, answer, call, count, pairs
 from workbench.errors import UnsupportedModelError, listed
 from workbench.graph.branching import Branching
 from workbench.graph.kinds import is_layer
@@ -90,7 +90,7 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
 
     Example: `diagnosis.diagnose(folded, quantised, task.validation.subset(200).batches(50)).table`
     """
-    batches = [finite(inputs, "inputs") for inputs, _ in batches]
+    batches = [finite(inputs, "inputs") for inputs, _ in pairs(batches)]
     if not batches:
         raise ValueError("the diagnosis saw no examples; give at least one batch")
     before, after = Runner(reference, batches[0]), Runner(candidate, batches[0])

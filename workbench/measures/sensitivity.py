@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench import files, machine
-from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.batches import Batch, Inputs, answer, call, count, pairs
 from workbench.errors import listed
 from workbench.graph.branching import Branching
 from workbench.graph.layers import Change, evaluating, named
@@ -63,9 +63,9 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
     """One row per layer and level: how the share that is right changes when `method` changes that layer, alone, to that level.
 
     mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor multiplies it, examples in
-    random order by `seed`, each point until the half-width of its interval is at most `tolerance` (fraction), the interval
-    being for the change on the whole split and 95 % over all the looks at it, for each point by itself (the points of one scan
-    see the same examples, and err together); "plain": each point evaluated by itself,
+    random order by `seed`, each point until its change on the whole split is known to `tolerance` (a fraction, the half-width of
+    a 95 % interval over all the looks at it, for each point by itself: the points of one scan see the same examples, and err
+    together); "plain": each point evaluated by itself,
     slow, what the others are checked against. layers: those of method.layers by default. shard (k, m): every m-th layer
     from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
 
@@ -119,7 +119,7 @@ def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | No
     Example: `sensitivity.taylor(model, seen).sort_values("score")`
     """
     work, seen, asked = copy.deepcopy(model).eval(), 0, objective or Objective()
-    for inputs, targets in batches:
+    for inputs, targets in pairs(batches):
         size = count(inputs)
         (size * asked.loss(asked.read(call(work, finite(inputs, "inputs")), targets), targets)).backward()
         seen += size
@@ -214,7 +214,7 @@ class _Scan:
         for p in self.points:
             n, right = (p.n, p.right) if p.n else (self.seen, self.base_right)
             low, high = self._share(p) if p.n else self._share(_Point("", 0, p.change, n, right, right))
-            change_low, change_high = self._interval(p) if p.n else (0.0, 0.0)
+            change_low, change_high = self._interval(p, whole=False) if p.n else (0.0, 0.0)
             left = pd.Series(p.change.left, dtype=float).reindex(costs.index).fillna(1.0)
             rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level,
                          "removed": p.change.removed, "of": p.change.of, name: right / n, f"{name}_low": low,
@@ -253,10 +253,11 @@ class _Scan:
         half = 1.96 * max(point.right_squares / point.n - mean**2, 0) ** 0.5 / point.n**0.5
         return max(mean - half, 0.0), min(mean + half, 1.0)
 
-    def _interval(self, point: _Point) -> tuple[float, float]:
+    def _interval(self, point: _Point, *, whole: bool = True) -> tuple[float, float]:
+        """For the change on the `whole` split, which a scan stops by, or on examples like these, which its table tells."""
         if not self.fast:
             return paired_interval(point.total, point.squares, point.n)
-        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS, population=len(self.split),
+        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS, population=len(self.split) if whole else None,
                                added=ADDED)
 
     def _save(self) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from workbench.batches import Batch, Inputs, answer, call
+from workbench.batches import Batch, Inputs, answer, call, pairs
 from workbench.errors import UnsupportedModelError, listed
 from workbench.graph.depth import blocks, shape_without, without_blocks
 from workbench.graph.layers import evaluating, matching
@@ -44,7 +44,7 @@ def order(model: nn.Module, batches: Iterable[Batch], *, among: Sequence[str] | 
 
     Example: `depth.order(model, task.validation.subset(200).batches(), count=3)`
     """
-    seen = [inputs for inputs, _ in batches]
+    seen = [inputs for inputs, _ in pairs(batches)]
     left = list(among if among is not None else blocks(model, seen[0]))
     if not left:
         raise UnsupportedModelError(f"no block of {type(model).__name__} can be left out: without any of them it does not run, "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 from torch import Tensor, nn
 
-from workbench.batches import Batch, Inputs, answer, call, count
+from workbench.batches import Batch, Inputs, answer, call, count, pairs
 from workbench.graph.layers import evaluating, named
 
 MOMENTUM = 0.5  # weight of the newest batch in the running average
@@ -46,7 +46,7 @@ class Monitor:
         self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in named(model, layers).items()]
         sizes = []
         try:
-            for inputs, _ in batches:
+            for inputs, _ in pairs(batches):
                 self._run(inputs)
                 sizes.append(count(inputs))
             if not sizes:

@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from workbench.batches import Batch, Inputs, call, rows
+from workbench.batches import Batch, Inputs, call, pairs, rows
 from workbench.errors import UnsupportedModelError
 from workbench.graph.layers import Change, evaluating, matching, named, patches
 from workbench.subjects.subject import Count, Globs, Share, Subject
@@ -212,7 +212,7 @@ def _second_moments(model: nn.Module, chosen: Mapping[str, nn.Module], batches: 
     handles = [layer.register_forward_pre_hook(watching(name)) for name, layer in chosen.items()]
     try:
         with evaluating(model):
-            for inputs, _ in batches:
+            for inputs, _ in pairs(batches):
                 call(model, inputs)
     finally:
         for handle in handles:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.batches import Batch, Inputs, call
+from workbench.batches import Batch, Inputs, call, pairs
 from workbench.graph.kinds import is_convolution, is_float, is_layer, joins, last_of, passes, source
 from workbench.graph.layers import WEIGHTED, Change, evaluating, named
 from workbench.graph.norms import fold_batchnorm
@@ -61,7 +61,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch], *, weights: Scheme | Ma
 
     Example: `quantization.quantize(model, task.validation.subset(500).batches(100), weights=Scheme(4, granularity="channel"))`
     """
-    batches = [Batch(*batch) for batch in batches]
+    batches = list(pairs(batches))
     if not batches and (activations or example is None):
         raise ValueError("calibration saw no examples; give at least one batch" if activations else
                          "quantize needs a batch, or an example, to trace the model with")

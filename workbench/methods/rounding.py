@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench import files
-from workbench.batches import Batch, Inputs
+from workbench.batches import Batch, Inputs, pairs
 from workbench.errors import UnsupportedModelError, listed
 from workbench.graph.kinds import BATCHNORM, is_layer
 from workbench.graph.layers import WEIGHTED, named
@@ -85,7 +85,7 @@ def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *,
 
 
 def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], change, title: str, seed: int) -> nn.Module:
-    batches = [inputs for inputs, _ in batches]
+    batches = [inputs for inputs, _ in pairs(batches)]
     if not batches:
         raise ValueError(f"{title} saw no examples; give at least one batch")
     new, reference = copy.deepcopy(model).eval(), copy.deepcopy(trace(reference, batches[0])).eval()

@@ -117,7 +117,8 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for layer, shade in zip(layers, shades, strict=True):
         line = cut[cut.layer == layer]
         base = line[what] - line[f"{what}_change"]
-        ax.plot(line.level, line[what] * 100, color=shade, label=layer if layer in worst else None)
+        ax.plot(line.level, line[what] * 100, color=shade, marker="." if len(line) < 3 else None,
+                label=layer if layer in worst else None)
         low, high = ((base + line[f"{what}_change_{end}"]) * 100 for end in ("low", "high"))
         ax.fill_between(line.level, low, high, color=shade, alpha=0.1)
     ax.axhline((curves[what] - curves[f"{what}_change"]).iloc[0] * 100, color=GREY, linestyle=":", label="unchanged")

@@ -1,6 +1,7 @@
 """Checkpoints as plain safetensors: weights, and in the header how the model is built anew, cut or not."""
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from workbench import files
+from workbench.errors import reason
 from workbench.graph.depth import leave_out
 
 
@@ -59,8 +61,18 @@ def fill(model: nn.Module, path: Path, architecture: str) -> None:
     for key, tensor in stored.items():
         if tensor.shape != wanted[key].shape:
             raise ValueError(f"checkpoint {path} does not fit {architecture}: {key} has shape {tuple(tensor.shape)}, "
-                             f"expected {tuple(wanted[key].shape)}")
+                             f"expected {tuple(wanted[key].shape)}; are it and the data of the same classes?")
     model.load_state_dict({k: v.to(wanted[k].dtype) if k in wanted else v for k, v in tensors.items()}, strict=False)
+
+
+def answers_of(path: Path, model: nn.Module, classes: int) -> int:
+    """How many classes the network of a checkpoint tells apart, where that is all in which it differs from `model`, which has
+    `classes`; else `classes`."""
+    tensors, wanted = _read(path)[0], model.state_dict()
+    shapes = {(value.shape, wanted[key].shape) for key, value in tensors.items() if key in wanted}
+    odd = {(have, want) for have, want in shapes if have != want}
+    heads = all(have[1:] == want[1:] and want[:1] == (classes,) for have, want in odd)
+    return max(have[0] for have, _ in odd) if odd and heads else classes
 
 
 def set_attributes(model: nn.Module, attributes: dict[str, int]) -> None:
@@ -80,11 +92,28 @@ def refuse_nan(model: nn.Module, where: str) -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return _unpickled(path), {}
     try:
         with safe_open(path, framework="pt") as stored:
             return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint {path} is not a whole safetensors file ({error}); fetch or write it again") from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, read without running what it holds."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} is not a whole file of tensors ({reason(error)}); fetch it again, or write its "
+                         "state_dict anew, with safetensors.torch.save_file") from error
+    held = stored if isinstance(stored, dict) else {}
+    inner = next((held[key] for key in ("state_dict", "model") if isinstance(held.get(key), dict)), stored)
+    if not isinstance(inner, dict) or not all(isinstance(value, Tensor) for value in inner.values()):
+        raise ValueError(f"checkpoint {path} holds no state_dict, tensors by name, but {type(inner).__name__}; save that of the "
+                         "model, model.state_dict()")
+    return {key.removeprefix("module."): value for key, value in inner.items()}
 
 
 def save_change(model: nn.Module, base: nn.Module, path: Path | str, *, rank: int, whole: Sequence[str] = (),

@@ -31,8 +31,8 @@ def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) ->
     ID is a Hugging Face data set. PATH is a folder in the hub's layout (train/CLASS/x.png, or train-*.parquet), a Parquet
     file, or a pattern of Parquet files whose names say their split. Pictures with labels, text with `label`, `tokens` with
     `tags` (and an `intent`), or text alone are known by their columns. A set with one split only is all test. preprocessing:
-    what the model expects, models.preprocessing(MODEL); pictures default to their own size and ImageNet's mean and standard
-    deviation, text needs it for its tokens.
+    what the model expects, models.preprocessing(MODEL), or a tasks.Preprocessing of yours; pictures default to their own size and
+    ImageNet's mean and standard deviation, text needs it for its tokens.
 
     Raises ValueError for an unknown name or preprocessing of another kind, FileNotFoundError for a missing or empty folder.
 
@@ -254,7 +254,8 @@ def _pictures(name: str, stored, columns: Mapping[str, str], preprocessing: Prep
     import datasets
 
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
-        raise ValueError(f"{name} holds pictures, and this preprocessing is {preprocessing}; give that of a picture model")
+        raise ValueError(f"{name} holds pictures, and this preprocessing is {preprocessing!r}; give that of a picture model, "
+                         "models.preprocessing(NAME)")
     how = preprocessing or Preprocessing()
     splits = {}
     for kind, part in stored.items():

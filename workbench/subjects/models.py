@@ -4,6 +4,8 @@ Sources: networks.py for our own; torchvision; timm; Hugging Face; EfficientNet-
 efficientnet-lite-pytorch.
 """
 
+import difflib
+import importlib
 import inspect
 import json
 import warnings
@@ -16,7 +18,7 @@ from torch import nn
 from workbench.batches import answer, call, mapped
 from workbench.errors import quietly, reason
 from workbench.subjects import embedded, language, speech
-from workbench.subjects.checkpoints import fill, read_header, refuse_nan, save
+from workbench.subjects.checkpoints import answers_of, fill, read_header, refuse_nan, save
 from workbench.subjects.networks import RepVGG, ResNet
 from workbench.subjects.tasks import Preprocessing, Task, described
 from workbench.subjects.texts import Tokens
@@ -38,10 +40,10 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
     name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
     "minilm", "smollm2", "wiki_decoder", "word_spotter", "silero" (of the package silero-vad), "torchvision:NAME", "timm:NAME" (a
     hub id, or "timm:local-dir:PATH"), "hf:ID" (or a folder in the hub's layout, or a GGUF file; its head follows from the task's
-    objective), a checkpoint written by `save`, or
-    "NAME@CHECKPOINT" for a safetensors file of bare weights. `pretrained=False` starts at random, by `seed`. new_head: a new one
-    where a Hugging Face model has a head for other labels. into: a module of the class that a checkpoint was saved from, where
-    `wrap` made it.
+    objective), a checkpoint written by `save`, or "NAME@CHECKPOINT" for a file of bare weights, safetensors or a state_dict of
+    torch.save; where the task's classes are plain numbers, it may know more of them than there are examples of.
+    `pretrained=False` starts at random, by `seed`. new_head: a new one where a Hugging Face model has a head for other labels.
+    into: a module of the class that a checkpoint was saved from, where `wrap` made it.
 
     Raises ValueError for an unknown name or weights that are NaN or do not fit, FileNotFoundError for missing ones. Warns where
     the task's pictures are prepared otherwise than those that the weights were trained on.
@@ -243,6 +245,9 @@ def _network(base: str, path: str, stored: dict[str, str], task: Task | None, pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(base, classes, channels, pretrained and not path)
+        answers = answers_of(Path(path), model, classes) if path else classes
+        if answers > classes and task and task.classes == tuple(map(str, range(classes))):  # plain numbers, not all of them seen
+            classes, model = answers, _build(base, answers, channels, False)
     model.origin = {"architecture": base, "classes": str(classes), "in_channels": str(channels)}
     if path:
         fill(model, Path(path), base)
@@ -283,8 +288,11 @@ def _of_zoo(kind: str, name: str, make):
         with quietly():  # a hub that does not answer is told in one line below
             return make()
     except (ValueError, RuntimeError, OSError, KeyError) as error:  # unknown name, no network, wrong folder
-        raise ValueError(f"{kind}:{name} could not be made ({reason(error)}); check the name and the network, "
-                         "or pass pretrained=False for a random start") from error
+        known = importlib.import_module({"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
+        near = [] if name in known else difflib.get_close_matches(name, known, n=1)
+        remedy = (f"did you mean {kind}:{near[0]}?" if near else "check the name and the network, give weights that you have as "
+                  f"{kind}:{name}@CHECKPOINT, or pass pretrained=False for a random start")
+        raise ValueError(f"{kind}:{name} could not be made ({reason(error)}); {remedy}") from error
 
 
 def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Module:

@@ -141,7 +141,8 @@ class Split:
         Raises ValueError where the split is empty.
         """
         if not len(self):
-            raise ValueError(f"{self.name} holds no {self.objective.unit}s")
+            raise ValueError(f"{self.name} holds no {self.objective.unit}s; a set that has one split only is all test: give "
+                             "folder:PATH files or folders named train, validation and test, or data.of(train, test)")
         for places in torch.arange(len(self)).split(size):
             yield self.batch(places)
 
