@@ -27,8 +27,9 @@ test: $(VENV)/ready  ## the tests; they run every notebook in the smoke profile
 lab: $(VENV)/ready  ## JupyterLab on this machine only, with its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
-lint: $(VENV)/ready  ## ruff, and notebooks without outputs
+lint: $(VENV)/ready  ## ruff, types, and notebooks without outputs
 	$(BIN)/ruff check .
+	$(BIN)/mypy workbench
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 clean:  ## remove the environment and the generated reports; reports/full stays

@@ -66,6 +66,12 @@ def test_a_module_fits_in_the_head(path):
     assert len(path.read_text().splitlines()) <= 350
 
 
+def test_the_types_agree():
+    command = [sys.executable, "-m", "mypy", "workbench", "--cache-dir", ".mypy_cache"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
 def test_importing_the_package_loads_no_torch():
     code = "import workbench, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -68,7 +68,7 @@ def compare(reference, candidate, source, examples, seed, cosine, l2, agreement)
     task = data.load(source, preprocessing=known)
     test = task.test.subset(examples, seed=seed) if examples else task.test
     both = [m if m.endswith(".onnx") else models.load(m, task) for m in (reference, candidate)]
-    verdict = equivalence.compare(*both, test, limits=equivalence.Limits(cosine, l2, agreement))
+    verdict = equivalence.compare(both[0], both[1], test, limits=equivalence.Limits(cosine, l2, agreement))
     for check in verdict.checks():
         click.echo(f"{'✓' if check['passed'] else '✗'} {check['name']}: {check['value']:.6g} ({check['limit']})")
     click.echo(f"{'equivalent' if verdict.passed else 'not equivalent'} on {verdict.n:,} {task.objective.unit}s of {task.name}")
@@ -184,7 +184,7 @@ def _first_parting(both: list, test) -> str:
     from workbench.measures import equivalence
 
     try:
-        parted = equivalence.by_layer(*both, test).query("first")
+        parted = equivalence.by_layer(both[0], both[1], test).query("first")
     except (ValueError, UnsupportedModelError) as error:  # of other widths, say, or without names
         return f"layer by layer they cannot be compared: {error}"
     return f"the first layer that parts: {parted.layer.iloc[0] if len(parted) else 'none; only the outputs differ'}"

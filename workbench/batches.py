@@ -6,7 +6,7 @@ Inputs are a tensor (n, ...), a tuple of tensors, or a mapping of named tensors,
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.utils import rnn
 
 from workbench.errors import listed
 
-Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 ANSWERS = ("logits", "last_hidden_state", "output")  # of named outputs, the first of these is the answer
 
 
@@ -159,7 +159,7 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
 
     first = parts[0]
     if isinstance(first, Mapping):
-        return {name: one([part[name] for part in parts]) for name in first}
+        return {name: one([part[name] for part in cast(Sequence[Mapping[str, Tensor]], parts)]) for name in first}
     return tuple(map(one, zip(*parts, strict=True))) if isinstance(first, tuple) else one(parts)
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 
@@ -28,7 +28,7 @@ RUN = "WORKBENCH_RUN"  # what a notebook knows of the run that it is part of: th
 _FORMATS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
 
-def hardware() -> dict[str, str | int | list[str]]:
+def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GiB, and the number formats that decide int8 and bf16 speed."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}

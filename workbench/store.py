@@ -27,7 +27,7 @@ class Store:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
 
-    def kept(self, name: str, key: Mapping[str, object], make: Callable[[Path], None]) -> Path:
+    def kept(self, name: str, key: Mapping[str, object], make: Callable[[Path], object]) -> Path:
         """The folder of the result `name` of `key` (what JSON can hold); `make(folder)` fills it where there is none yet."""
         place = self.place(name, key)
         if (place / "key.json").exists():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +183,7 @@ class Decoder:
 
     def __init__(self, source: Cached | Path | str, *, threads: int | None = None, longest: int | None = None,
                  width: int | None = None):
-        self.session = sessions.open(source, threads=threads)
+        self.session = cast(sessions.OnnxSession | sessions.TorchSession, sessions.open(source, threads=threads))
         self.name, self.threads, module = self.session.name, self.session.threads, getattr(self.session, "model", None)
         self.asks = isinstance(module, Cached) or "asked" in getattr(self.session, "inputs", {})
         if isinstance(module, Cached):

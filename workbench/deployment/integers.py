@@ -84,7 +84,7 @@ def _kernel(node: fx.Node, out: ActivationQuantizer, modules: dict, grids: dict)
     if is_layer(node, modules) and node.args[0] in grids and _whole(modules[node.target]):
         return _Layer(modules[node.target], grids[node.args[0]], out), [node.args[0]]
     if adds(node) and all(part in grids for part in node.args) and not node.kwargs:
-        return _Sum(*(grids[part] for part in node.args), out), list(node.args)
+        return _Sum(grids[node.args[0]], grids[node.args[1]], out), list(node.args)
     return None, []
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -275,7 +276,7 @@ class Listener:
 
 
 def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | None = None,
-           told: Callable[[Event], None] = lambda event: None, state: Path | None = None) -> dict[str, np.ndarray | int]:
+           told: Callable[[Event], None] = lambda event: None, state: Path | None = None) -> dict[str, Any]:
     """Let one thread write samples (`source` is given the ring) while this one listens until it is closed.
 
     state: a file in which each second is remembered. Returns milliseconds, how long each hop took, and dropped, the samples for

@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ class Session:
         try:
             check(inputs)
             made = self.prepare(inputs)()
-        except (RuntimeError, ValueError, TypeError, IndexError, *_runtime_errors()) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) + _runtime_errors() as error:
             raise ValueError(self._refusal(inputs, error)) from error
         return outputs_by_name(torch.from_numpy(made) if isinstance(made, np.ndarray) else made)
 
@@ -149,7 +149,7 @@ class OnnxSession(Session):
             if odd:
                 lacks = "is missing" if odd[0] in self.inputs else "is not among its inputs"
                 raise ValueError(f"input {odd[0]!r} {lacks}; it takes {listed(self.inputs)}")
-            pairs = inputs.items()
+            pairs: Iterable[tuple[str, Tensor]] = inputs.items()
         else:
             values = tensors(inputs)
             if len(values) != len(self.inputs):
@@ -166,14 +166,14 @@ class OnnxSession(Session):
         try:
             check(inputs)
             made = self.session.run(None, self.feed(inputs))
-        except (RuntimeError, ValueError, *_runtime_errors()) as error:
+        except (RuntimeError, ValueError) + _runtime_errors() as error:
             raise ValueError(self._refusal(inputs, error)) from error
         return {name: torch.from_numpy(value) for name, value in zip(self.output_names, made, strict=True)}
 
     def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             made = self.session.run(self.output_names, {name: value.numpy() for name, value in inputs.items()})
-        except (RuntimeError, ValueError, *_runtime_errors()):
+        except (RuntimeError, ValueError) + _runtime_errors():
             return self.outputs(inputs)  # which says what is wrong
         return dict(zip(self.output_names, map(torch.from_numpy, made), strict=True))
 

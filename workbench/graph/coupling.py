@@ -11,6 +11,7 @@ of by layer, so that concatenations, splits and shuffles need no rules of their 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class _Labels:
         self.reasons: dict[int, set[Kept]] = {}
         self.regrouped: set[int] = set()
         self.made, self.normed, self.read = {}, {}, {}  # by layer: labels of outputs, of what a norm or its inputs see
-        self.labels: dict[fx.Node, object] = {}
+        self.labels: dict[fx.Node, Any] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         example = rows(example, slice(0, 1))
         with evaluating(model):

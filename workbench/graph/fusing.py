@@ -6,6 +6,7 @@ torch.compile uses on a CPU.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +29,8 @@ class Fused:
         self.conv = graph.modules[graph.nodes[place].target]
         self.source, self.last = graph.nodes[place].args[0], graph.nodes[place]
         self.names, self.covered = {graph.nodes[place].target}, set()
-        self.norm, self.other, self.adding, self.activation = None, None, None, ("none", [])
+        self.norm, self.other, self.activation = None, None, ("none", [])
+        self.adding: int | None = None
         while len(self.last.users) == 1 and self.activation[0] == "none":
             follower = next(iter(self.last.users))
             if not self._takes(follower, graph, place):
@@ -37,7 +39,7 @@ class Fused:
             self.covered.add(graph.order[follower])
         self.weights: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
-    def run(self, values: Mapping[fx.Node, object], *, overwrite: bool) -> Tensor:
+    def run(self, values: Mapping[fx.Node, Any], *, overwrite: bool) -> Tensor:
         """What comes out of the last node. overwrite: whether the result may take the memory of the second summand."""
         x, conv = values[self.source], self.conv
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

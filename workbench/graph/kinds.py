@@ -1,12 +1,14 @@
 """Questions to a node of a traced graph: is it a layer, does it keep values on their grid, what follows it alone."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx, nn
 
 from workbench.graph.layers import WEIGHTED
 
 aten = torch.ops.aten
-Modules = dict[str, nn.Module]
+Modules = Mapping[str, nn.Module]
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 _RELUS = {aten.relu.default: (0.0, float("inf")), aten.relu6.default: (0.0, 6.0)}  # operator: where it cuts

@@ -52,7 +52,7 @@ def moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tenso
     share, both = 1.0, fitted
     if seen >= FOLDS:  # each share's target from four fifths of the images, judged on the fifth
         (_, _, *few), (_, _, cross, own) = _centred(fitted), _centred(apart)
-        targets = {share: _target(weight, *few, share) for share in SHARES}
+        targets = {share: _target(weight, few[0], few[1], share) for share in SHARES}
         share = min(SHARES, key=lambda share: float(((targets[share] @ own - 2 * weight @ cross) * targets[share]).sum()))
         both = [a + b for a, b in zip(fitted, apart, strict=True)]
     mean, mean_quantised, cross, own = _centred(both)

@@ -1,7 +1,7 @@
 """What slides over time, hop by hop: convolutions, pools, windows, and the zeros around a recording."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,8 @@ class Sliding:
     """A traced graph that is being written anew. new: the new node of each old one; tracks: of the old nodes that have steps of
     time; padded: zeros put around a recording, for the layer behind to read; heard: nodes of one value for all that was heard."""
 
+    _keep: Callable[..., None]  # the converter's, for a node that works on each step alone
+
     def __init__(self, traced: fx.GraphModule, name: str, hop: int):
         self.traced, self.name, self.graph = traced, name, HopGraph(hop)
         self.modules = dict(traced.named_modules())
@@ -31,7 +33,7 @@ class Sliding:
         self.heard: dict[fx.Node, Track] = {}  # one value for all that was heard, and of what
 
     def _convolve(self, node: fx.Node) -> None:
-        _, weight, bias, stride, padding, dilation, groups = (*node.args, *(None, (1,), (0,), (1,), 1)[len(node.args) - 2:])
+        _, weight, bias, stride, padding, dilation, groups = node.args + (None, (1,), (0,), (1,), 1)[len(node.args) - 2:]
         if self._beside_time(node, weight.meta["shape"][2:], stride, padding):
             self._keep(node, zero=False)
             return
@@ -70,7 +72,7 @@ class Sliding:
 
     def _pool(self, node: fx.Node) -> None:
         largest = "max" in str(node.target)
-        _, size, stride, padding, *rest = (*node.args, *(None, (), (0,))[len(node.args) - 1:])
+        _, size, stride, padding, *rest = node.args + (None, (), (0,))[len(node.args) - 1:]
         dilation, stride = rest.pop(0) if largest and rest else (1,), stride or size
         if (rest and rest[0]) or (padding[-1] and rest[1:2] == [False]):
             self._refuse(node, "counts otherwise at the ends of a recording (ceil_mode, count_include_pad); use the defaults")

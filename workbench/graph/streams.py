@@ -215,7 +215,7 @@ class _Converter(Sliding):
 
     def _crop(self, node: fx.Node, track: Track) -> None:
         """Steps left out at the ends: the same values, counted from another one."""
-        start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2:])
+        start, end, step = node.args[2:] + (None, None, 1)[len(node.args) - 2:]
         start, whole = start or 0, end is None or end > ENDLESS
         if start < 0 or step != 1 or not (whole or end < 0):
             self._refuse(node, "takes steps that are not counted from both ends; crop time by x[..., a:-b]")

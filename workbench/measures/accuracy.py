@@ -11,6 +11,7 @@ Tibshirani 1993.
 
 from dataclasses import dataclass, field, replace
 from math import sqrt
+from typing import TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from workbench.subjects.tasks import Split
 
 SAMPLES = 1000  # of the bootstrap
 _Z = 1.959964  # two-sided 95 %
+Given = TypeVar("Given", bound=Inputs)
 
 
 @dataclass(frozen=True)
@@ -230,13 +232,13 @@ def paired_interval(total: float, squares: float, n: int, *, z: float = _Z, popu
     Example: `paired_interval(-10, 30, 1000)`
     """
     rest = 1 - n / population if population else 1.0
-    n += added * rest
-    middle = total / n
-    half = z * sqrt(max(squares + added * rest / 2 - total**2 / n, 0) * rest) / n
+    size = n + added * rest
+    middle = total / size
+    half = z * sqrt(max(squares + added * rest / 2 - total**2 / size, 0) * rest) / size
     return max(middle - half, -1.0), min(middle + half, 1.0)
 
 
-def finite(values: Inputs, what: str) -> Inputs:
+def finite(values: Given, what: str) -> Given:
     """`values`, unless NaN or infinity is among them: then ValueError names the first such row."""
     def one(value: Tensor) -> Tensor:
         if value.is_floating_point() and not value.isfinite().all():
@@ -245,7 +247,7 @@ def finite(values: Inputs, what: str) -> Inputs:
                              "look at the data or the weights there")
         return value
 
-    return mapped(one, values)
+    return cast(Given, mapped(one, values))
 
 
 def _counted(objective: Objective, units: Tensor | None) -> bool:

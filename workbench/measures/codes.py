@@ -57,7 +57,8 @@ def meanings(codes: Mapping[str, Tensor], concepts: Mapping[str, Tensor], *, cou
     table = pd.DataFrame(rows).sort_values(["shared", "share", "place"], ascending=[False, False, True])
     table = table.drop_duplicates("place").head(count).reset_index(drop=True)
     for name in codes:
-        table[name] = [sorted(users, key=lambda row, of=concepts[name], shared=shared: int(of[row]) not in shared)
+        table[name] = [sorted(users, key=lambda row, of=concepts[name], shared=shared:  # type: ignore[misc]  # fine with defaults
+                              int(of[row]) not in shared)
                        for users, shared in zip(table[name], table.concepts, strict=True)]
     return table
 

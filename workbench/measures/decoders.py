@@ -29,7 +29,7 @@ class Transformers:
                                        do_sample=False, use_cache=True, pad_token_id=0, streamer=clock)
         finally:
             torch.set_num_threads(before)
-        took = np.diff(clock.seen).tolist()
+        took = np.diff(np.array(clock.seen)).tolist()
         return Generated(made[:, ids.shape[1]:], took[0], tuple(took[1:]), 0)
 
 

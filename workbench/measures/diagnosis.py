@@ -10,6 +10,7 @@ that which the repair removes. What a unit without a fault costs is the price of
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -90,10 +91,10 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
 
     Example: `diagnosis.diagnose(folded, quantised, task.validation.subset(200).batches(50)).table`
     """
-    batches = [finite(inputs, "inputs") for inputs, _ in pairs(batches)]
-    if not batches:
+    seen = [finite(inputs, "inputs") for inputs, _ in pairs(batches)]
+    if not seen:
         raise ValueError("the diagnosis saw no examples; give at least one batch")
-    before, after = Runner(reference, batches[0]), Runner(candidate, batches[0])
+    before, after = Runner(reference, seen[0]), Runner(candidate, seen[0])
     found, originals = units(after), units(before)
     if list(found) != list(originals):
         odd = next(iter([name for name in originals if name not in found] or [name for name in found if name not in originals]),
@@ -101,7 +102,7 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
         raise UnsupportedModelError(f"reference and candidate differ in their layers ({odd}); give the model that was compressed")
     findings = {name: _Finding(name, originals[name], unit) for name, unit in found.items()}
     with evaluating(reference), evaluating(candidate):
-        for inputs in files.progress(batches, title="diagnosis: units", unit="batch"):
+        for inputs in files.progress(seen, title="diagnosis: units", unit="batch"):
             values, feed = {}, before.feed(inputs)
             for i, node in enumerate(before.nodes[:-1]):
                 if is_layer(node, before.modules):
@@ -111,9 +112,9 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
     trials = [(name, cause, _in_reference(unit, originals[name])) for name, finding in findings.items()
               for cause, unit in ({"": finding.unit} | tries[name]).items()]
     with evaluating(reference), evaluating(candidate):
-        helped = _helped(before, findings, tries, batches)
-        errors, flips, whole = _effects(reference, candidate, trials, batches)
-    passed = equivalence.by_layer(reference, candidate, batches).set_index("layer").sqnr_db
+        helped = _helped(before, findings, tries, seen)
+        errors, flips, whole = _effects(reference, candidate, trials, seen)
+    passed = equivalence.by_layer(reference, candidate, seen).set_index("layer").sqnr_db
     rows, repairs = [], {}
     for name, finding in findings.items():
         helping = {cause: gain for cause, gain in helped[name].items() if gain > 0}
@@ -177,7 +178,7 @@ class _Finding:
     def __init__(self, name: str, original: Unit, unit: Unit):
         self.name, self.original, self.unit = name, original, unit
         self.seen, self.energy, self.by_weights, self.by_grid, self.clipped, self.count = Histogram(), 0.0, 0.0, 0.0, 0, 0
-        self.sums: Tensor | float = 0.0
+        self.sums: Any = 0.0
 
     def see(self, inputs: Tensor) -> None:
         """Take a batch of the layer's inputs."""

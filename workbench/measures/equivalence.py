@@ -8,6 +8,7 @@ sum (a - b)^2), in dB.
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -155,7 +156,7 @@ def batch_proof(model, sentences: Iterable[Inputs], *, batches: Sequence[int] = 
     lines = []
     for size in batches:
         for more in padding:
-            parts = [mapped(lambda value, more=more: F.pad(value, (0, more)), joined(sentences[start:start + size]))
+            parts = [mapped(partial(F.pad, pad=(0, more)), joined(sentences[start:start + size]))
                      for start in range(0, len(sentences), size)]
             found = [row for part in files.progress(parts, title="batches", unit="batch") for row in session(part)]
             found = [row[:len(own)] if row.dim() > 1 else row for row, own in zip(found, alone, strict=True)]

@@ -169,7 +169,8 @@ def _asked_at(served: batching.Batcher, singles: list[Inputs], moments: np.ndarr
     for place, moment in enumerate(moments):
         time.sleep(max(moment - time.perf_counter(), 0))
         future = served.submit(singles[place % len(singles)])
-        future.add_done_callback(lambda _done, place=place: ends.__setitem__(place, time.perf_counter()))
+        future.add_done_callback(lambda _done, place=place:  # type: ignore[misc]  # a lambda with a default is fine
+                                 ends.__setitem__(place, time.perf_counter()))
         asked.append(future)
     for future in asked:
         future.result()

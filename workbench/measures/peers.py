@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import onnx
 import torch
@@ -77,7 +78,7 @@ def quantize_static(source: Path | str, batches: Iterable[Batch], path: Path | s
 
     if calibrator not in CALIBRATORS:
         raise ValueError(f"unknown calibrator {calibrator!r}; ONNX Runtime has {', '.join(CALIBRATORS)}")
-    session = sessions.open(source)
+    session = cast(sessions.OnnxSession, sessions.open(source))
     feeds = [session.feed(inputs) for inputs, _ in batches]
     if not feeds:
         raise ValueError("calibration saw no examples; give at least one batch")
@@ -121,7 +122,7 @@ def quantize_nncf(source: Path | str, batches: Iterable[Batch], path: Path | str
     except ImportError as error:
         raise ValueError("NNCF is not installed; pip install 'workbench[runtimes]'") from error
 
-    session = sessions.open(source)
+    session = cast(sessions.OnnxSession, sessions.open(source))
     feeds = [session.feed(rows(inputs, slice(k, k + 1))) for inputs, _ in batches for k in range(count(inputs))]
     if not feeds:
         raise ValueError("calibration saw no examples; give at least one batch")

@@ -221,11 +221,13 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
         return sum((outward + both * kept.get(name, (1, 1))[1]) * kept.get(name, (1, 1))[0]
                    for name, (outward, both) in counts.items()) / whole
 
-    best, least = (0.0, None), 1.0
+    best: tuple[float, dict[str, list[int]] | None] = (0.0, None)
+    least = 1.0
     for widths in (multiple,) if multiple else (*(partial(blocks, parts=parts) for parts in (2, 4, 8, 16)), 1):
         chosen = cache(lambda step, widths=widths: select(scores, step / 256, multiple=widths, **chosen_by))
         kept = cache(lambda step, chosen=chosen: left(chosen(step)))
-        step = bisect.bisect_left(range(256), True, key=lambda step, kept=kept: kept(step) <= target)
+        step = bisect.bisect_left(range(256), True,
+                                  key=lambda step, kept=kept: kept(step) <= target)  # type: ignore[misc]  # its default is fine
         if step == 256:
             least = min(least, kept(255))
             continue
@@ -279,7 +281,7 @@ def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1", batch
         return Change(cutting.silenced(model, {layer: places}, {layer: group}), removed=len(places), of=group.channels,
                       layers=tuple(group.made_by), left=left, note=note)
 
-    method.layers = list(known)
+    method.layers = list(known)  # type: ignore[attr-defined]  # a function may have attributes
     return method
 
 
@@ -299,7 +301,7 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
                       layers=(layer,), left={layer: 1 - len(gone) / len(order[layer])},
                       note="" if len(gone) else "nothing was removed at this level")
 
-    method.layers = list(layers)
+    method.layers = list(layers)  # type: ignore[attr-defined]  # a function may have attributes
     return method
 
 
@@ -318,11 +320,11 @@ class Prune:
     params: Share | None = None
     ratio: Removed | None = None
     shares: dict[str, Share] | None = None
-    criterion: Literal[CRITERIA] = "l1"
-    scope: Literal[SCOPES] = "global"
+    criterion: Literal[CRITERIA] = "l1"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
+    scope: Literal[SCOPES] = "global"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     multiple: Annotated[int, Ge(1)] | None = None
     layers: Globs = "*"
-    keep: Globs = ()
+    keep: Globs = ()  # type: ignore[assignment]  # a default can be no list
     examples: Count = 500
     seed: Count = 0
 

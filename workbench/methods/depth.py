@@ -82,7 +82,7 @@ class Drop:
     Example: `Drop(blocks="layer2.2").apply(Subject(model, task)).model`
     """
 
-    blocks: Globs = ()
+    blocks: Globs = ()  # type: ignore[assignment]  # a default can be no list
     share: Share | None = None
     examples: Count = 200
     seed: Count = 0

@@ -275,11 +275,11 @@ class Distil:
 
     keeps_shape: ClassVar[bool] = True
     recipe: Recipe
-    kind: Literal[KINDS] = "soft_targets"
+    kind: Literal[KINDS] = "soft_targets"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     temperature: Schedule = 3.0
     alpha: Schedule = 0.7
     weight: float = 1.0
-    layers: Globs = ()
+    layers: Globs = ()  # type: ignore[assignment]  # a default can be no list
     teacher: nn.Module | None = None
     examples: Count = 0
     validation: Count = 0

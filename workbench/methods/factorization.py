@@ -160,7 +160,7 @@ def truncating(model: nn.Module, *, batches: Iterable[Batch] | None = None):
         return Change({layer: f.cut(left)} if removed else {}, removed=removed, of=len(f.values), layers=(layer,),
                       left={layer: left * f.each / f.full}, note=f"rank {left}" if removed else "nothing was removed")
 
-    method.layers = list(factors)
+    method.layers = list(factors)  # type: ignore[attr-defined]  # a function may have attributes
     return method
 
 
@@ -273,7 +273,7 @@ class Factorize:
     rank: Annotated[int, Ge(1)] | None = None
     energy: Share | None = None
     share_of_layers: Share | None = None
-    cost: Literal[COSTS] = "params"
+    cost: Literal[COSTS] = "params"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     layers: Globs = "*"
     outputs: bool = False
     examples: Count = 300

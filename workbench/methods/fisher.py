@@ -280,7 +280,7 @@ class Fisher:
 
     macs: Share
     examples: Count = 512
-    keep: Globs = ()
+    keep: Globs = ()  # type: ignore[assignment]  # a default can be no list
     multiple: Count = 16
     exchange: bool = True
     rescale: bool = True

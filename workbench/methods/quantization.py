@@ -185,7 +185,7 @@ def quantizing(model: nn.Module, *, granularity: str = "channel", by: str = "min
             new.weight.copy_(WeightQuantizer(new.weight, Scheme(bits, granularity=granularity), by=by, layer=layer)(new.weight))
         return Change({layer: new}, removed=8 - bits, of=8, layers=(layer,), note=f"{bits} bits")
 
-    method.layers = list(known)
+    method.layers = list(known)  # type: ignore[attr-defined]  # a function may have attributes
     return method
 
 
@@ -291,14 +291,14 @@ class Quantize:
     """
 
     bits: Annotated[int, Ge(2), Le(8)] | None = 8
-    granularity: Literal[GRANULARITIES] = "channel"
+    granularity: Literal[GRANULARITIES] = "channel"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     group: Count = 0
     symmetric: bool = True
-    levels: Literal[LEVELS] = "uniform"
+    levels: Literal[LEVELS] = "uniform"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     activations: bool = True
     activation_bits: Annotated[int, Ge(2), Le(8)] = 8
     activation_symmetric: bool = False
-    calibrator: Literal[CALIBRATORS] = "minmax"
+    calibrator: Literal[CALIBRATORS] = "minmax"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     by: Literal["minmax", "mse"] = "minmax"
     layers: Globs = "*"
     examples: Count = 300
@@ -310,7 +310,7 @@ class Quantize:
 
     def apply(self, subject: Subject) -> Subject:
         """The quantised subject; the float model stays in `made["float"]`, for repairs to compare with."""
-        scheme = self.bits and Scheme(self.bits, self.symmetric, self.granularity, self.group, self.levels)
+        scheme = Scheme(self.bits, self.symmetric, self.granularity, self.group, self.levels) if self.bits else None
         activations = Scheme(self.activation_bits, self.activation_symmetric) if self.activations else None
         seen = list(subject.task.validation.subset(self.examples, seed=self.seed).batches(50))
         model = quantize(subject.model, seen, weights=scheme, activations=activations,

@@ -11,8 +11,9 @@ descent Behdin et al. 2023 (QuantEase, arXiv 2309.01885), here with the target W
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -59,7 +60,7 @@ def adaround(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *
 
     Example: `rounding.adaround(quantised, model, list(task.validation.subset(500).batches()))`
     """
-    return _repair(model, reference, batches, lambda *layer: _adaround(*layer, steps), "AdaRound", seed)
+    return _repair(model, reference, batches, partial(_adaround, steps=steps), "AdaRound", seed)
 
 
 def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, steps: int = STEPS, seed: int = 0) -> nn.Module:
@@ -68,7 +69,7 @@ def adaquant(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *
 
     Example: `rounding.adaquant(quantised, folded, seen, steps=2)`
     """
-    return _repair(model, reference, batches, lambda *layer: _adaquant(*layer, steps), "AdaQuant", seed)
+    return _repair(model, reference, batches, partial(_adaquant, steps=steps), "AdaQuant", seed)
 
 
 def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, sweeps: int = SWEEPS,
@@ -81,21 +82,21 @@ def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *,
 
     Example: `rounding.descend(quantised, model, list(task.validation.subset(500).batches()))`
     """
-    return _repair(model, reference, batches, lambda *layer: _descended(*layer, sweeps), "coordinate descent", seed)
+    return _repair(model, reference, batches, partial(_descended, sweeps=sweeps), "coordinate descent", seed)
 
 
 def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], change, title: str, seed: int) -> nn.Module:
-    batches = [inputs for inputs, _ in pairs(batches)]
-    if not batches:
+    seen = [inputs for inputs, _ in pairs(batches)]
+    if not seen:
         raise ValueError(f"{title} saw no examples; give at least one batch")
-    new, reference = copy.deepcopy(model).eval(), copy.deepcopy(trace(reference, batches[0])).eval()
+    new, reference = copy.deepcopy(model).eval(), copy.deepcopy(trace(reference, seen[0])).eval()
     if not any(isinstance(module, BATCHNORM) for module in new.modules()):  # quantising folded them
-        reference = fold_batchnorm(reference, batches[0])
+        reference = fold_batchnorm(reference, seen[0])
     known, layers = named(reference), named(new)
     if list(known) != list(layers):
         raise UnsupportedModelError(f"the quantised model has the layers {listed(layers, most=4)}, the reference "
                                     f"{listed(known, most=4)}; give the float model that was quantised")
-    walks = zip(_walk(reference, batches), _walk(new, batches), strict=True)  # both stop before each layer
+    walks = zip(_walk(reference, seen), _walk(new, seen), strict=True)  # both stop before each layer
     for (name, inputs), (_, inputs_quantised) in files.progress(walks, total=len(layers), title=title, unit="layer"):
         layer = layers[name]
         if not parametrize.is_parametrized(layer, "weight"):
@@ -182,9 +183,11 @@ def _fit_scale(quantizer: WeightQuantizer, weight: Tensor, moments: Moments) -> 
     least, most = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
     shares = [(share, share) for share in torch.linspace(1.0, 0.3, 36).tolist()] if scheme.symmetric else \
         itertools.product(torch.linspace(1.0, 0.4, 10).tolist(), repeat=2)
-    best, found = torch.full_like(quantizer.scale.detach(), torch.inf), (quantizer.scale.detach(), quantizer.zero)
+    best = torch.full_like(quantizer.scale.detach(), torch.inf)
+    found: Sequence[Tensor] = (quantizer.scale.detach(), quantizer.zero)
     for trial in (found, *(affine(least * below, most * above, scheme) for below, above in shares)):
-        rounded = fake_quantize(moments.target, *(_spread(value, quantizer, weight, moments) for value in trial), scheme)
+        scale, zero = (_spread(value, quantizer, weight, moments) for value in trial)
+        rounded = fake_quantize(moments.target, scale, zero, scheme)
         error = moments.loss(rounded).reshape(-1, 1)
         error = error.sum(0, keepdim=True) if scheme.granularity == "tensor" else error
         better = error < best

@@ -118,7 +118,8 @@ def penalised(kind: str, strength: float, *, layers: str | Sequence[str] = "*",
     def loss(model: nn.Module, batch: Batch, objective: Objective, progress: float) -> Tensor:
         return plain(model, batch, objective, progress) + strength * penalty(model, kind, layers=layers)
 
-    loss.identity = [kind, strength, layers if isinstance(layers, str) else list(layers), label_smoothing]
+    marks = [kind, strength, layers if isinstance(layers, str) else list(layers), label_smoothing]
+    loss.identity = marks  # type: ignore[attr-defined]  # a function may have attributes
     return loss
 
 

@@ -24,7 +24,8 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, weight: Tensor, scheme: Scheme, *, by: str = "minmax", layer: str = ""):
         super().__init__()
-        self.scheme, self.layer, self.frozen = scheme, layer, None
+        self.scheme, self.layer = scheme, layer
+        self.frozen: tuple[Tensor, Tensor, Tensor] | None = None
         rows = scheme.rows(weight.detach(), layer)
         if not torch.isfinite(rows).all():
             raise ValueError(f"layer {layer}: its weights hold NaN or infinity; look at them")
@@ -81,8 +82,10 @@ class ActivationQuantizer(nn.Module):
         if scheme.granularity != "tensor" or scheme.levels != "uniform":
             raise ValueError("scheme of activations: only granularity 'tensor' with uniform levels")
         self.scheme, self.place, self.of_input = scheme, place, of_input
-        self.observing, self.settled, self.seen = False, False, None
-        self.scale, self.learned, self.frozen = nn.Parameter(torch.ones(1)), False, None
+        self.observing, self.settled = False, False
+        self.seen: Histogram | None = None
+        self.scale, self.learned = nn.Parameter(torch.ones(1)), False
+        self.frozen: tuple[Tensor, Tensor] | None = None
         self.register_buffer("zero", torch.zeros(1))
 
     def observe(self, *, counting: bool = True) -> None:
@@ -91,7 +94,8 @@ class ActivationQuantizer(nn.Module):
 
     def settle(self, calibrator: str) -> None:
         """Take the range that `calibrator` reads from what was seen, and quantise from now on."""
-        scale, zero = affine(*(torch.tensor([value]) for value in self.seen.range(calibrator, self.scheme)), self.scheme)
+        low, high = self.seen.range(calibrator, self.scheme)
+        scale, zero = affine(torch.tensor([low]), torch.tensor([high]), self.scheme)
         self.scale.data, self.zero.data, self.observing, self.settled, self.seen = scale, zero, False, True, None
 
     def freeze(self) -> None:

@@ -160,7 +160,7 @@ class Mix:
 
     bytes: Share = 0.5
     widths: tuple[int, ...] | list[int] = (2, 3, 4, 6, 8)
-    calibrator: Literal[CALIBRATORS] = "minmax"
+    calibrator: Literal[CALIBRATORS] = "minmax"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     examples: Count = 300
     seed: Count = 0
 

@@ -1,6 +1,6 @@
 """What samplers have in common: they are asked for plans, and told what these came to."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from workbench.plans.space import Plan, Space
 
@@ -28,18 +28,18 @@ class Repeating:
         self.known: dict[Plan, tuple[float, float]] = {}
         self.open: dict[Plan, list] = {}  # plans that are not told yet, with all that led to them
 
-    def draw(self) -> tuple[list[int], object]:
+    def draw(self) -> tuple[list[int], Any]:
         """The next plan."""
         raise NotImplementedError
 
-    def learn(self, led: object, lost: float, latency: float) -> None:
+    def learn(self, led: Any, lost: float, latency: float) -> None:
         """Take what a plan came to."""
 
     def ask(self, count: int) -> list[Plan]:
         asked: list[Plan] = []
         for _ in range(TRIES):
-            plan, led = self.draw()
-            plan = self.space.reduced(plan)
+            drawn, led = self.draw()
+            plan = self.space.reduced(drawn)
             if plan in self.known:
                 self.learn(led, *self.known[plan])
             elif plan in self.open:

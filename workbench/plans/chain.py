@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from workbench.deployment.listening import Event, Gate, Listener, Ring
 from workbench.measures import rejection
 from workbench.methods import quantization
 from workbench.subjects import data, models, speech, words
+from workbench.subjects.objectives import Understanding
 
 FULL_SCALE = 0.999  # samples from here on were cut by whoever recorded them
 CLASSES = "classes"  # under which a file tells what its answers mean
@@ -34,7 +36,8 @@ def chain(name: str = "word_spotter", *, bits: int = 8, gate: bool = True, thres
     with tempfile.TemporaryDirectory() as folder:
         path = Path(name) if name.endswith(".onnx") else write(models.load(name), Path(folder) / "words.onnx", bits=bits)
         stream = streaming.Stream(path, threads=1)
-        if stream.timing.axis != -1 or len(stream.session.inputs[stream.timing.source].shape) != 2:
+        session = cast(sessions.OnnxSession, stream.session)
+        if stream.timing.axis != -1 or len(session.inputs[stream.timing.source].shape) != 2:
             raise ValueError(f"{name} does not take samples (n, {stream.hop}); listening needs a network over samples at 8 kHz")
         speaking = gate_file(Path(folder) / "speech.onnx") if gate else None
         yield listener(path, gate=speaking, threshold=threshold, meaning=meaning)
@@ -44,7 +47,7 @@ def listener(path: Path, *, gate: Path | None = None, threshold: float = 0.8,
              meaning: Callable[[str], str] | None = None) -> Listener:
     """A listener of streaming files, of words and, to rest where there is no speech, of speech; one thread."""
     stream = streaming.Stream(path, threads=1)
-    told = stream.session.session.get_modelmeta().custom_metadata_map.get(CLASSES)
+    told = cast(sessions.OnnxSession, stream.session).session.get_modelmeta().custom_metadata_map.get(CLASSES)
     classes = told.split(",") if told else [*words.WORDS, "none"]
     speaking = Gate(streaming.Stream(gate, threads=1)) if gate else None
     return Listener(stream, classes, gate=speaking, threshold=threshold, meaning=meaning)
@@ -85,7 +88,8 @@ def understood(sentences: Mapping[str, str], *, name: str = "hashed_cnn", data_n
     task = data.load(data_name, preprocessing=models.preprocessing(name))
     split = rejection.outside(task.test, list(sentences.values()))
     found = task.objective.read(sessions.open(models.load(name, task))(split.batch().inputs))[:, 0].argmax(1)
-    meanings = {word: f"{task.objective.intents[int(place)]}: {sentence}"
+    asked = cast(Understanding, task.objective)
+    meanings = {word: f"{asked.intents[int(place)]}: {sentence}"
                 for (word, sentence), place in zip(sentences.items(), found, strict=True)}
     return lambda word: meanings.get(word, "")
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from safetensors.torch import load_file, save_file
@@ -57,8 +58,8 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stag
     """
     out, test = Path(out), test or start.task.test
     store, made = Store(stages or out / "stages"), []
-    key = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task), "judged": len(test),
-           "code": code(), "steps": []}
+    key: dict[str, Any] = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task),
+                           "judged": len(test), "code": code(), "steps": []}
     subject = start.with_model(start.model, folder=str(out))
     for name, step in files.progress([("start", None), *steps.items()], title="compress", unit="stage"):
         if step:

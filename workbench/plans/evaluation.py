@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,7 +66,8 @@ class Evaluations:
             for row in table.iloc[1:].to_dict("records"):
                 told = json.dumps({name: row[name] for name in ("latency_ms", "ratio", "ratio_low", "ratio_high")})
                 Store(row["candidate"]).kept("latency", key,
-                                             lambda folder, told=told: (folder / "latency.json").write_text(told))
+                                             lambda folder, told=told:  # type: ignore[misc]  # a lambda with a default is fine
+                                             (folder / "latency.json").write_text(told))
         return [json.loads((store.place("latency", key) / "latency.json").read_text()) for store in stores]
 
     def _row(self, plan: Plan, place: Path, shares: dict, rows: list[dict]) -> dict:
@@ -172,7 +174,9 @@ class Makers:
 
     def __init__(self, start: Subject, space: Space, store: Store, key: dict, workers: int, scheduler: str | None):
         self.arguments = start, space, store, key
-        self.workers, self.scheduler, self.pool, self.client = workers, scheduler, None, None
+        self.workers, self.scheduler = workers, scheduler
+        self.pool: ProcessPoolExecutor | None = None
+        self.client: Any = None
 
     def __enter__(self) -> Callable[[Sequence[Plan]], list[Path]]:
         if self.scheduler:

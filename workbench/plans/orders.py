@@ -22,5 +22,6 @@ def order(letters: str, *, macs: float = 0.5, bits: int = 4, steps: int = 60, le
         raise ValueError(f"order is {letters!r}, expected some of P, D and Q, each once, P before Q")
     rounded = "D" in letters.partition("Q")[2]
     training = Recipe(epochs=1, batch_size=64, learning_rate=learning_rate_rounded if rounded else learning_rate)
-    known = {"P": Prune(macs=macs), "Q": Quantize(bits=bits), "D": Distil(training, examples=64 * steps, validation=1, seed=seed)}
+    known: dict[str, Step] = {
+        "P": Prune(macs=macs), "Q": Quantize(bits=bits), "D": Distil(training, examples=64 * steps, validation=1, seed=seed)}
     return {NAMES[letter]: known[letter] for letter in letters}

@@ -94,8 +94,8 @@ def parse(text: str, *, where: str = "recipe") -> Recipe:
         told = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" (line {mark.line + 1})" if mark else ""
-        raise ValueError(f"{where} is not valid YAML{place}: {getattr(error, 'problem', None) or reason(error)}") from error
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{where} is not valid YAML{line}: {getattr(error, 'problem', None) or reason(error)}") from error
     if not told:
         raise ValueError(f"{where} is empty; expected `compression:` and a list of steps")
     if not isinstance(told, dict) or not isinstance(told.get("compression"), list) or not told["compression"]:

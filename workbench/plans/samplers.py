@@ -164,7 +164,8 @@ class Forecasting:
             self.asked |= {self.places[plan] for plan in first}
             return first
         mean, error = self._losses()
-        times, chosen, front = self._latencies(), [], dict(self.told)
+        times, chosen = self._latencies(), []
+        front: dict[int, tuple] = dict(self.told)
         while len(chosen) < count and len(self.asked) < len(self.pool):
             left = np.array([place for place in range(len(self.pool)) if place not in self.asked])
             points = np.array(list(front.values()))

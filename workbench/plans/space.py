@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -139,7 +140,7 @@ class Space:
         """The blocks that a plan leaves out."""
         return list(self.blocks)[:plan[self.names.index(DEPTH)]] if DEPTH in self.genes else []
 
-    def chosen(self, plan: Plan) -> dict[str, float | int | str]:
+    def chosen(self, plan: Plan) -> dict[str, Any]:
         """The option of each gene."""
         return {name: options[place] for (name, options), place in zip(self.genes.items(), plan, strict=True)}
 
@@ -148,7 +149,8 @@ class Space:
 
         Example: `recipe.dump(space.steps(found.plan))`
         """
-        chosen, steps = self.chosen(plan), {}
+        chosen = self.chosen(plan)
+        steps: dict[str, Step] = {}
         shares = {name: chosen[name] for name in self.inner if chosen[name] < 1}
         if shares:
             steps["prune"] = Prune(shares=shares, seed=self.seed)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import pandas as pd
@@ -36,7 +37,7 @@ class Tune:
     """
 
     bits: Annotated[int, Ge(2), Le(8)] = 8
-    granularity: Literal[GRANULARITIES] = "channel"
+    granularity: Literal[GRANULARITIES] = "channel"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
     group: Count = 0
     calibrators: tuple[str, ...] | list[str] = CALIBRATORS
     repairs: tuple[str, ...] | list[str] = ("bias", "descend", "adaround")
@@ -74,7 +75,7 @@ class Tune:
                 best = distance, made, reference
 
         for name in files.progress(self.calibrators, title="calibrators"):
-            attempt(name, lambda name=name: quantize(folded, seen, weights=weights, calibrator=name), folded)
+            attempt(name, partial(quantize, folded, seen, weights=weights, calibrator=name), folded)
         chosen = pd.DataFrame(rows).set_index("what").distance.idxmin()
         try:
             even = equalize(folded, subject.example)
@@ -83,7 +84,7 @@ class Tune:
             pass
         for name in files.progress(self.repairs, title="repairs"):
             if best[0] > self.enough:
-                attempt(name, lambda name=name: REPAIRS[name](best[1], best[2], seen, seed=self.seed), best[2], WINS)
+                attempt(name, partial(REPAIRS[name], best[1], best[2], seen, seed=self.seed), best[2], WINS)
         return subject.with_model(best[1], float=best[2], calibration=seen, tried=pd.DataFrame(rows))
 
 

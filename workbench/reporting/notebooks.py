@@ -162,11 +162,11 @@ def _on_cluster(jobs: Sequence[Job], out: Path, address: str) -> Iterator[tuple[
     with client:
         futures = {client.submit(packed, job, pure=False): job for job in jobs}
         for future in as_completed(futures):
-            job, error = futures[future], future.exception()
-            if error is None:
+            job, failed = futures[future], future.exception()
+            if failed is None:
                 with tarfile.open(fileobj=io.BytesIO(future.result())) as archive:
                     archive.extractall(_partial(out, job), filter="data")
-            yield job, None if error is None else str(error).strip().splitlines()[-1]
+            yield job, None if failed is None else str(failed).strip().splitlines()[-1]
 
 
 def _keep(job: Job, out: Path, before: dict | None) -> str | None:

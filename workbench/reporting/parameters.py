@@ -17,7 +17,8 @@ from workbench import files, machine
 from workbench.reporting.execution import Job
 
 PROFILES = ("smoke", "quick", "full")
-_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
+_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list,
+                                               "dict": dict}
 
 
 def plan(names: Sequence[str], *, folder: Path, profile: str = "quick", settings: Sequence[str] = ()) -> list[Job]:

@@ -53,11 +53,13 @@ def _modules(room: str) -> Iterator[Entry]:
             yield Entry(path.stem, "", _html(ast.get_docstring(tree) or ""), _entries(tree))
 
 
-def _entries(tree: ast.AST) -> list[Entry]:
+def _entries(tree: ast.Module | ast.ClassDef) -> list[Entry]:
     found = []
     for node in tree.body:
-        text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
-        if text and not node.name.startswith("_"):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        text = ast.get_docstring(node)
+        if text:
             inner = _entries(node) if isinstance(node, ast.ClassDef) else []
             found.append(Entry(node.name, _signature(node), _html(text), inner))
     return found

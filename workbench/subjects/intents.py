@@ -11,12 +11,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import listed
 from workbench.subjects import embedded
+from workbench.subjects.objectives import Understanding
 from workbench.subjects.tasks import Split, Task, Texts
 from workbench.subjects.texts import tagged
 
@@ -75,7 +77,7 @@ def recombined(split: Split, count: int, *, seed: int = 0) -> Split:
 
     Example: `more = intents.recombined(task.train, 20_000)`
     """
-    tags, random = split.objective.tags, np.random.default_rng(seed)
+    tags, random = cast(Understanding, split.objective).tags, np.random.default_rng(seed)
     spans = [_spans([tags[mark] for mark in marks[1:]]) for marks in split.targets.lines]
     filled: dict[str, list[Sequence[str]]] = {}
     for words, found in zip(split.inputs.lines, spans, strict=True):
@@ -131,7 +133,7 @@ def _spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 class _Drawing:
     """Draws sentences from templates."""
 
-    told: object
+    told: Any
     things: Sequence[str]
     seed: int
 

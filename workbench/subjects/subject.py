@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
@@ -28,7 +28,7 @@ class Subject:
     model: nn.Module
     task: Task
     reference: nn.Module | None = None
-    made: Mapping[str, object] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.reference is None:
@@ -50,10 +50,11 @@ class Subject:
 class Step(Protocol):
     """One method with its settings: a frozen dataclass whose fields are what a recipe writes.
 
-    keeps_shape: whether the model that comes out has the layers and tensors of the one that went in, with other numbers.
+    A class may have keeps_shape: whether the model that comes out has the layers and tensors of the one that went in, with other
+    numbers; where it has none, it is taken not to.
     """
 
-    keeps_shape: ClassVar[bool] = False
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def apply(self, subject: Subject) -> Subject:
         """The subject after the step; the one given is left as it was."""

@@ -1,6 +1,6 @@
 """Text as a task: sentences with a label, words with tags, or plain text; tokens as a model reads them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -26,7 +26,7 @@ class Tokens:
     Raises ValueError, when called, for a text without tokens, or one with tags that is longer than the model reads.
     """
 
-    tokenizer: object
+    tokenizer: Callable
     longest: int = 64
     padding: str = "longest"
 

@@ -123,8 +123,8 @@ def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator, p
         samples[at:at + len(values)] += values * (loud / max(np.sqrt(np.mean(values**2)), QUIET))
         rows.append((clip.what, clip.word, clip.voice, at / RATE, (at + len(values)) / RATE))
         at += len(values) + round(draw.uniform(*pause) * RATE)
-    loud = 10 ** ((np.mean(level) - draw.uniform(*noise)) / 20)
-    noisy = (samples + np.float32(max(loud, QUIET)) * _coloured(len(samples), draw)).clip(-1, 1)
+    hum = 10 ** ((np.mean(level) - draw.uniform(*noise)) / 20)
+    noisy = (samples + np.float32(max(hum, QUIET)) * _coloured(len(samples), draw)).clip(-1, 1)
     return Scene(noisy, samples, pd.DataFrame(rows, columns=["what", "word", "voice", "start_s", "end_s"]))
 
 
@@ -193,7 +193,7 @@ def _drawn(commands: Sequence[Clip], others: Sequence[Clip], seconds: float, dra
     clips = []
     for _ in range(6):
         pool = commands if draw.random() < 0.5 else others
-        clip = pool[draw.integers(len(pool))]
+        clip = pool[int(draw.integers(len(pool)))]
         longest = round(draw.uniform(0.3, 1.5) * RATE)
         if clip.what != "command" and len(clip.samples) > longest:
             start = draw.integers(len(clip.samples) - longest)
