@@ -290,8 +290,6 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
 
     What a residual connection adds to these channels stays, so nothing can really be cut there; use `silencing` for
     the effect of a real removal. layers: those of layers.named(model, ...).
-
-    Example: `sensitivity.scan(model, task.test, channels.zeroing(model, layers=layers.named(model, "layer1.*")), levels=[0.5])`
     """
     order = {name: layer.weight.detach().abs().flatten(1).sum(1).argsort(stable=True) for name, layer in layers.items()}
 
