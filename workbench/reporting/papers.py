@@ -45,7 +45,7 @@ def latex(table: pd.DataFrame, paper: Paper, label: str) -> str:
     """The table as a LaTeX float; it needs \\usepackage{booktabs,siunitx}. Raises ValueError for a column that it lacks."""
     rows = _cells(table, paper)
     kinds = ["l" if _is_text(table[name]) else "r" for name in paper.columns]
-    body = [" & ".join(f"\\textbf{{{cell.tex()}}}" if cell.best else cell.tex() for cell in row) + r" \\" for row in rows]
+    body = [" & ".join(cell.tex() for cell in row) + r" \\" for row in rows]
     heads = " & ".join(_escaped(heading) for heading in paper.columns.values()) + r" \\"
     notes = [rf"\par\smallskip\footnotesize {_escaped(note)}" for note in _notes(table, paper)]
     return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{_escaped(paper.caption)}}}", rf"\label{{tab:{label}}}",
@@ -67,9 +67,11 @@ class _Cell:
     def tex(self) -> str:
         if not re.fullmatch(r"-?\d+(\.\d+)?", self.value):
             return _escaped(self.value) + self.mark
-        numbers = [rf"\num{{{number}}}" for number in (self.value, *self.around)]
+        shape = (lambda number: number.replace("-", "$-$")) if self.best else r"\num{{{}}}".format  # \num is not set in bold
+        numbers = [shape(number) for number in (self.value, *self.around)]
         around = f" [{', '.join(numbers[1:])}]" if len(numbers) == 3 else "".join(rf" $\pm$ {number}" for number in numbers[1:])
-        return numbers[0] + around + (rf"\textsuperscript{{{self.mark}}}" if self.mark else "")
+        written = numbers[0] + around + (rf"\textsuperscript{{{self.mark}}}" if self.mark else "")
+        return rf"\textbf{{{written}}}" if self.best else written
 
 
 def _cells(table: pd.DataFrame, paper: Paper) -> list[list[_Cell]]:
