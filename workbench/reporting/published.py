@@ -159,8 +159,11 @@ def pairs(table: pd.DataFrame, ids: Mapping[str, str], *, title: str = "") -> Ax
     shown = {name: part for name, part in shown.items() if len(part)}
     grid = plt.subplots(1, max(len(shown), 1), figsize=(3.6 * max(len(shown), 1), 3.8), layout="constrained", squeeze=False)[1][0]
     for axes, (name, part) in zip(grid, shown.items(), strict=False):
-        ends = [min(part.published.min(), part.ours.min()), max(part.published.max(), part.ours.max())]
-        axes.plot(ends, ends, color=GREY, linewidth=1)
+        if set(part.verdict) == {"not comparable"}:  # then only the order is to be seen
+            axes.set(xscale="log", yscale="log")
+        else:
+            ends = [min(part.published.min(), part.ours.min()), max(part.published.max(), part.ours.max())]
+            axes.plot(ends, ends, color=GREY, linewidth=1)
         for verdict, (colour, marker) in MARKS.items():
             own = part[part.verdict == verdict].astype({"published": float, "ours": float})
             reach = [(own.ours - own.low.astype(float)).fillna(0), (own.high.astype(float) - own.ours).fillna(0)]
