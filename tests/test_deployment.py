@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workbench import machine
-from workbench.deployment import capture, onnx, sessions
+from workbench.deployment import capture, nodes, onnx, sessions
 from workbench.errors import UnsupportedModelError
 from workbench.graph import layers
 from workbench.measures import equivalence, peers
@@ -307,3 +307,22 @@ def test_the_exporter_knows_every_operator_of_a_plain_graph():
     known = ONNXRegistry.from_torchlib()
     dropped = {torch.ops.aten._assert_tensor_metadata.default}  # which the exporter takes out itself
     assert {kind for kind in capture.PLAIN - dropped - set(capture.TRANSLATIONS) if not known.is_registered(kind)} == set()
+
+
+def test_a_file_whose_nodes_share_a_weight_answers_alike_with_a_copy_for_each(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x).relu())
+
+    path = onnx.export(Twice(), torch.zeros(1, 4), tmp_path / "twice.onnx")
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(nodes.with_own_weights(path))
+    read = [value for node in onnx_library.load(alone).graph.node for value in node.input]
+    stored = [tensor.name for tensor in onnx_library.load(alone).graph.initializer]
+    assert all(read.count(name) <= 1 for name in stored)
+    inputs = torch.randn(3, 4)
+    assert torch.equal(sessions.open(path)(inputs), sessions.open(alone)(inputs))

@@ -1,6 +1,7 @@
 """The layers of an ONNX file: its nodes whose weight is a stored tensor called LAYER.weight."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import onnx
 
@@ -25,6 +26,37 @@ def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
     return model, values
+
+
+def with_own_weights(source: Path | bytes) -> bytes:
+    """A file in which no two nodes read the same stored tensor, dequantised or not: later readers have copies of their own."""
+    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    stored, seen = {tensor.name: tensor for tensor in model.graph.initializer}, defaultdict(int)
+    widened = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    ordered: list = []
+    for node in model.graph.node:
+        for place, value in enumerate(node.input):
+            if value in widened:
+                seen[value] += 1
+                if seen[value] > 1:
+                    copied = onnx.NodeProto()
+                    copied.CopyFrom(widened[value])
+                    copied.name, copied.output[0] = f"{copied.name}.{seen[value]}", f"{value}.{seen[value]}"
+                    node.input[place] = copied.output[0]
+                    ordered.append(copied)
+        ordered.append(node)
+    for node in ordered:
+        for place, value in enumerate(node.input):
+            if value in stored:
+                seen[value] += 1
+                if seen[value] > 1:
+                    node.input[place] = f"{value}.{seen[value]}"
+                    model.graph.initializer.add().CopyFrom(stored[value])
+                    model.graph.initializer[-1].name = node.input[place]
+    whole = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del model.graph.node[:]
+    model.graph.node.extend(whole)
+    return model.SerializeToString()
 
 
 def _layers_of(model, path: str) -> list[tuple]:
