@@ -31,31 +31,26 @@ def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
 def with_own_weights(source: Path | bytes) -> bytes:
     """A file in which no two nodes read the same stored tensor, dequantised or not: later readers have copies of their own."""
     model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
-    stored, seen = {tensor.name: tensor for tensor in model.graph.initializer}, defaultdict(int)
-    widened = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
-    ordered: list = []
+    stored, seen, ordered = {tensor.name: tensor for tensor in model.graph.initializer}, defaultdict(int), []
+    widened = {node.output[0]: node for node in model.graph.node
+               if node.op_type == "DequantizeLinear" and node.input[0] in stored}
     for node in model.graph.node:
         for place, value in enumerate(node.input):
-            if value in widened:
-                seen[value] += 1
-                if seen[value] > 1:
-                    copied = onnx.NodeProto()
-                    copied.CopyFrom(widened[value])
-                    copied.name, copied.output[0] = f"{copied.name}.{seen[value]}", f"{value}.{seen[value]}"
-                    node.input[place] = copied.output[0]
-                    ordered.append(copied)
-        ordered.append(node)
+            seen[value] += value in widened
+            if seen[value] > 1:
+                node.input[place] = f"{value}.{seen[value]}"
+                ordered.append(onnx.NodeProto.FromString(widened[value].SerializeToString()))
+                ordered[-1].name, ordered[-1].output[0] = f"{ordered[-1].name}.{seen[value]}", node.input[place]
+        ordered.append(onnx.NodeProto.FromString(node.SerializeToString()))
     for node in ordered:
         for place, value in enumerate(node.input):
-            if value in stored:
-                seen[value] += 1
-                if seen[value] > 1:
-                    node.input[place] = f"{value}.{seen[value]}"
-                    model.graph.initializer.add().CopyFrom(stored[value])
-                    model.graph.initializer[-1].name = node.input[place]
-    whole = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+            seen[value] += value in stored
+            if value in stored and seen[value] > 1:
+                node.input[place] = f"{value}.{seen[value]}"
+                model.graph.initializer.add().CopyFrom(stored[value])
+                model.graph.initializer[-1].name = node.input[place]
     del model.graph.node[:]
-    model.graph.node.extend(whole)
+    model.graph.node.extend(ordered)
     return model.SerializeToString()
 
 
