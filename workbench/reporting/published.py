@@ -161,6 +161,7 @@ def pairs(table: pd.DataFrame, ids: Mapping[str, str], *, title: str = "") -> Ax
     for axes, (name, part) in zip(grid, shown.items(), strict=False):
         if set(part.verdict) == {"not comparable"}:  # then only the order is to be seen
             axes.set(xscale="log", yscale="log")
+            axes.tick_params(axis="x", which="minor", labelbottom=False)
         else:
             ends = [min(part.published.min(), part.ours.min()), max(part.published.max(), part.ours.max())]
             axes.plot(ends, ends, color=GREY, linewidth=1)
