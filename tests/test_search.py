@@ -199,9 +199,9 @@ def settings(space) -> dict:
 
 def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_path, monkeypatch):
     start, space = small
-    found = search(start, Limits(latency=0.9), tmp_path / "a", **settings(space))
+    found = search(start, Limits(size=0.8), tmp_path / "a", **settings(space))
     assert found.reason == "within the limits"
-    assert found.confirmed.set_index("plan").loc[label(found.plan), "latency"] < 0.9
+    assert found.confirmed.set_index("plan").loc[label(found.plan), "size"] < 0.8
     assert label(found.plan) == found.plans.sort_values(["excess", "lost", "latency"], kind="stable").plan.iloc[0]
     assert {"model.onnx", "model.safetensors", "recipe.yaml", "plans.csv", "confirmed.csv", "run.json", "journal.jsonl",
             "evaluations"} == {path.name for path in (tmp_path / "a").iterdir()}
@@ -215,11 +215,11 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
         raise AssertionError("a plan was made again")
 
     monkeypatch.setattr(evaluation.onnx, "export", fails)
-    search(start, Limits(latency=0.9), tmp_path / "a", **settings(space))
+    search(start, Limits(size=0.8), tmp_path / "a", **settings(space))
     assert (tmp_path / "a" / "plans.csv").read_bytes() == before
     assert (tmp_path / "a" / "journal.jsonl").read_text() == journal
     with pytest.raises(ValueError, match=r"is of another search \(its limits is .*\); give another folder"):
-        search(start, Limits(latency=0.8), tmp_path / "a", **settings(space))
+        search(start, Limits(size=0.6), tmp_path / "a", **settings(space))
     monkeypatch.undo()  # and where no plan keeps the limit, what was made being taken over
     shutil.copytree(tmp_path / "a" / "evaluations", tmp_path / "b" / "evaluations")
     found = search(start, Limits(latency=0.01), tmp_path / "b", **settings(space))
