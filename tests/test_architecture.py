@@ -113,7 +113,7 @@ def test_notebooks_hold_no_output_and_define_nothing():
                 assert not re.search(r"^(def|class) ", cell.source, re.M), path
                 if "parameters" not in cell.metadata.get("tags", []):
                     lines = cell.source.splitlines()
-                    assert len(lines) <= 12 or len(ast.parse(cell.source).body) == 1, (path, cell.source)
+                    assert len(lines) <= 12, (path, cell.source)
                     assert max(map(len, lines)) <= 110, (path, cell.source)
 
 
