@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -11,9 +11,11 @@ import torch
 
 from workbench.__main__ import main
 from workbench.graph.layers import macs_of
+from workbench.measures import latency
 from workbench.methods import channels, depth
 from workbench.numbers.fronts import dominated_area, enlarged, undominated
 from workbench.plans import evaluation, recipe
+from workbench.plans import search as searching
 from workbench.plans.evaluation import Makers
 from workbench.plans.samplers import NAMES, replayed, sampler
 from workbench.plans.search import Limits, judged_by, search, spared
@@ -197,11 +199,20 @@ def settings(space) -> dict:
     return {"space": space, "evaluations": 4, "batch": 2, "images": 100, "blocks": 5}
 
 
+def by_bytes(candidates, *_arguments, **_options) -> pd.DataFrame:
+    """Times as latency.paired tells them, of a processor on which a file takes as long as it is large."""
+    sizes = pd.Series([path.stat().st_size for path in candidates.values()])
+    ratios = {name: sizes / sizes[0] for name in ("ratio", "ratio_low", "ratio_high")}
+    return pd.DataFrame({"candidate": list(candidates), "latency_ms": sizes / 1e6, **ratios})
+
+
 def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_path, monkeypatch):
     start, space = small
-    found = search(start, Limits(size=0.8), tmp_path / "a", **settings(space))
+    monkeypatch.setattr(latency, "paired", by_bytes)
+    monkeypatch.setattr(searching, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    found = search(start, Limits(latency=0.8), tmp_path / "a", **settings(space))
     assert found.reason == "within the limits"
-    assert found.confirmed.set_index("plan").loc[label(found.plan), "size"] < 0.8
+    assert found.confirmed.set_index("plan").loc[label(found.plan), "latency"] < 0.8
     assert label(found.plan) == found.plans.sort_values(["excess", "lost", "latency"], kind="stable").plan.iloc[0]
     assert {"model.onnx", "model.safetensors", "recipe.yaml", "plans.csv", "confirmed.csv", "run.json", "journal.jsonl",
             "evaluations"} == {path.name for path in (tmp_path / "a").iterdir()}
@@ -215,11 +226,11 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
         raise AssertionError("a plan was made again")
 
     monkeypatch.setattr(evaluation.onnx, "export", fails)
-    search(start, Limits(size=0.8), tmp_path / "a", **settings(space))
+    search(start, Limits(latency=0.8), tmp_path / "a", **settings(space))
     assert (tmp_path / "a" / "plans.csv").read_bytes() == before
     assert (tmp_path / "a" / "journal.jsonl").read_text() == journal
     with pytest.raises(ValueError, match=r"is of another search \(its limits is .*\); give another folder"):
-        search(start, Limits(size=0.6), tmp_path / "a", **settings(space))
+        search(start, Limits(latency=0.7), tmp_path / "a", **settings(space))
     monkeypatch.undo()  # and where no plan keeps the limit, what was made being taken over
     shutil.copytree(tmp_path / "a" / "evaluations", tmp_path / "b" / "evaluations")
     found = search(start, Limits(latency=0.01), tmp_path / "b", **settings(space))
