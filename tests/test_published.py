@@ -87,9 +87,10 @@ def test_the_report_that_is_being_written_is_looked_at_first(folder):
     own = folder / ".partial.10_one"
     (own / "tables").mkdir(parents=True)
     pd.DataFrame({"candidate": ["small"], "ratio": [0.9], "low": [0.8], "high": [1.0]}).to_csv(own / "tables" / "times.csv")
-    table = published.beside(FIGURES, told(), [folder], own=own)
-    assert (table.ours[1], table.verdict[1]) == (0.9, "worse")
+    table = published.beside(FIGURES, told(), [folder], written={"10_one": own})
+    assert (table.ours[1], table.verdict[1], table.from_[1]) == (0.9, "worse", "this run/10_one/times")
     assert table.ours[0] == 8.0, "a column that the new table lacks comes from the other"
+    assert published.beside(FIGURES, told(), [folder], written={"11_two": own}).ours[1] == 0.375, "another report's table"
 
 
 def test_the_order_is_told_with_its_interval():

@@ -24,14 +24,15 @@ MARKS = {"better": (BLUE, "o"), "equal": (GREY, "s"), "worse": (RED, "v"), "not 
 NEAR = 0.01  # of a figure without an interval: how far it may lie from the published one and be called equal
 
 
-def beside(articles: pd.DataFrame, places: pd.DataFrame, reports: Iterable[Path], *, own: Path | None = None) -> pd.DataFrame:
+def beside(articles: pd.DataFrame, places: pd.DataFrame, reports: Iterable[Path], *,
+           written: Mapping[str, Path] | None = None) -> pd.DataFrame:
     """One row per published figure: KEY, value, unit, published (as it is compared), ours, low, high, n, from_, verdict, form,
     better, differs.
 
     articles: columns KEY, value, unit, and perhaps baseline, paper. places: as data/published/beside.csv. reports: folders of
-    reports; a table is taken from the first that has it. own: a report that is being written, looked at first. verdict: "better"
-    or "worse" where the interval of ours, or without one ours by more than a hundredth, lies beyond the published figure, "equal"
-    where not; "not comparable" where the form is "shown", "missing" where ours is.
+    reports; a table is taken from the first that has it. written: folders of reports that are being written, by name, looked at
+    first. verdict: "better" or "worse" where the interval of ours, or without one ours by more than a hundredth, lies beyond the
+    published figure, "equal" where not; "not comparable" where the form is "shown", "missing" where ours is.
 
     Raises ValueError for a table that lacks a column, a figure that is told of twice or of which nothing is told, one without a
     value or a source, or an unknown form.
@@ -57,8 +58,8 @@ def beside(articles: pd.DataFrame, places: pd.DataFrame, reports: Iterable[Path]
             raise ValueError(f"{name}: nothing is told of {' / '.join(odd.iloc[0][KEY])}")
     baseline = articles.baseline if "baseline" in articles else pd.Series("", articles.index)
     joined = articles[[*KEY, "value", "unit"]].assign(baseline=baseline).merge(places, on=KEY)
-    folders = [folder for folder in (own, *reports) if folder]
-    return pd.DataFrame([_row(figure, values, folders, own) for figure in joined.itertuples()])
+    folders, written = list(reports), written or {}
+    return pd.DataFrame([_row(figure, values, folders, written) for figure in joined.itertuples()])
 
 
 def counted(table: pd.DataFrame) -> pd.Series:
@@ -175,13 +176,13 @@ def pairs(table: pd.DataFrame, ids: Mapping[str, str], *, title: str = "") -> Ax
     return grid[0]
 
 
-def _row(figure, values: pd.Series, reports: list[Path], own: Path | None) -> dict:
+def _row(figure, values: pd.Series, reports: list[Path], written: Mapping[str, Path]) -> dict:
     if figure.form not in FORMS:
         raise ValueError(f"beside: {figure.id} / {figure.subject} / {figure.metric} has the form {figure.form!r}; expected one "
                          f"of {', '.join(FORMS)}")
     row = {key: getattr(figure, key) for key in KEY} | {"value": figure.value, "unit": figure.unit}
     row |= {"published": _published(figure, values), "ours": None, "low": None, "high": None, "n": None, "from_": ""}
-    found = _ours(figure, reports, own) if figure.form != "none" else None
+    found = _ours(figure, reports, written) if figure.form != "none" else None
     return row | (found or {}) | {"verdict": _verdict(row["published"], found, figure), "form": figure.form,
                            "better": figure.better, "differs": figure.differs}
 
@@ -197,10 +198,10 @@ def _published(figure, values: pd.Series) -> float:
     return figure.value / base if figure.form == "ratio" else figure.value - base
 
 
-def _ours(figure, reports: list[Path], own: Path | None) -> dict | None:
+def _ours(figure, reports: list[Path], written: Mapping[str, Path]) -> dict | None:
     """Ours from the first folder that has the table and the row, with its interval; None where none has."""
-    for folder in reports:
-        report = folder if folder == own else folder / figure.report
+    own = [("this run", written[figure.report])] if figure.report in written else []
+    for where, report in (*own, *((folder.name, folder / figure.report) for folder in reports)):
         paths = report / "tables" / f"{figure.table}.csv", report / f"{figure.table}.csv"
         path = next((path for path in paths if path.exists()), None)
         if path is None:
@@ -215,7 +216,7 @@ def _ours(figure, reports: list[Path], own: Path | None) -> dict | None:
         ends = [row[column] * scale for column in (figure.low, figure.high) if column]
         low, high = sorted(ends) if len(ends) == 2 else (None, None)
         count = row["n"] if "n" in table else None
-        return {"ours": value, "low": low, "high": high, "n": count, "from_": f"{folder.name}/{figure.report}/{figure.table}"}
+        return {"ours": value, "low": low, "high": high, "n": count, "from_": f"{where}/{figure.report}/{figure.table}"}
     return None
 
 
