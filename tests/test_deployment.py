@@ -318,7 +318,9 @@ def test_a_file_whose_nodes_share_a_weight_answers_alike_with_a_copy_for_each(tm
         def forward(self, x):
             return self.layer(self.layer(x).relu())
 
-    path = onnx.export(Twice(), torch.zeros(1, 4), tmp_path / "twice.onnx")
+    twice = Twice().eval()
+    assert nodes.with_own_weights(onnx.export(twice, torch.zeros(1, 4), tmp_path / "float.onnx")) is None, "float is no trouble"
+    path = onnx.export(quantize(twice, [(torch.randn(16, 4), None)]), torch.zeros(1, 4), tmp_path / "twice.onnx")
     alone = tmp_path / "alone.onnx"
     alone.write_bytes(nodes.with_own_weights(path))
     read = [value for node in onnx_library.load(alone).graph.node for value in node.input]

@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from workbench.errors import UnsupportedModelError
 
@@ -28,9 +29,13 @@ def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
     return model, values
 
 
-def with_own_weights(source: Path | bytes) -> bytes:
-    """A file in which no two nodes read the same stored tensor, dequantised or not: later readers have copies of their own."""
-    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+def with_own_weights(source: Path | bytes) -> bytes | None:
+    """The file with a copy of each stored tensor, and of what dequantises it, for every node that reads it; None where it cannot
+    be read, or where nothing that is dequantised is read twice."""
+    try:
+        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    except (DecodeError, OSError):
+        return None
     stored, seen, ordered = {tensor.name: tensor for tensor in model.graph.initializer}, defaultdict(int), []
     widened = {node.output[0]: node for node in model.graph.node
                if node.op_type == "DequantizeLinear" and node.input[0] in stored}
@@ -42,6 +47,8 @@ def with_own_weights(source: Path | bytes) -> bytes:
                 ordered.append(onnx.NodeProto.FromString(widened[value].SerializeToString()))
                 ordered[-1].name, ordered[-1].output[0] = f"{ordered[-1].name}.{seen[value]}", node.input[place]
         ordered.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    if len(ordered) == len(model.graph.node):
+        return None
     for node in ordered:
         for place, value in enumerate(node.input):
             seen[value] += value in stored

@@ -296,10 +296,11 @@ def open_file(source: Path | bytes, name: str, threads: int, fusion: str = "all"
     try:
         try:
             session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except _runtime_errors() as error:
-            if machine.sums_integers() or "replace the existing tensor" not in str(error):
+        except _runtime_errors():
+            copied = None if machine.sums_integers() else nodes.with_own_weights(source)
+            if copied is None:
                 raise
-            source = nodes.with_own_weights(source)  # its careful sums put a weight that two nodes read in place twice
+            source = copied  # with that option ONNX Runtime opens no file in which two nodes read one weight
             session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         disabled = session.get_modelmeta().custom_metadata_map.get(DISABLED)
         if disabled:

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import json
 from pathlib import Path
 
@@ -98,7 +99,11 @@ def _kept(out: Path) -> list[str]:
 
 
 def _render(template: str, **values) -> str:
+    return _templates().get_template(template).render(style=(_TEMPLATES / "style.css").read_text(), **values)
+
+
+@functools.cache
+def _templates():
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(style=(_TEMPLATES / "style.css").read_text(), **values)
+    return Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -245,9 +245,9 @@ def _network(base: str, path: str, stored: dict[str, str], task: Task | None, pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(base, classes, channels, pretrained and not path)
-        answers = answers_of(Path(path), model, classes) if path else classes
-        if answers > classes and task and task.classes == tuple(map(str, range(classes))):  # plain numbers, not all of them seen
-            classes, model = answers, _build(base, answers, channels, False)
+        if path and task and task.classes == tuple(map(str, range(classes))):  # plain numbers, perhaps not all of them seen
+            known = answers_of(Path(path), model, classes)
+            classes, model = (known, _build(base, known, channels, False)) if known > classes else (classes, model)
     model.origin = {"architecture": base, "classes": str(classes), "in_channels": str(channels)}
     if path:
         fill(model, Path(path), base)
