@@ -104,7 +104,7 @@ def test_the_load_of_a_known_model_is_measured_as_it_is(images):
     for clients in (1, 16):
         calls.clear()
         row = latency.under_load(model, images, clients=[clients], seconds=1.2).iloc[0]
-        counted = sum(call > calls[1] + 0.3 for call in calls)  # the first is before the clock, a quarter of it is not counted
+        counted = sum(call > calls[2] + 0.3 for call in calls)  # two are before the clock, a quarter of it is not counted
         assert row.requests == pytest.approx(counted, abs=clients + 3)  # however slow the machine is meanwhile
         assert row.requests_per_s == pytest.approx(counted / 0.9, rel=0.25)
         assert row.requests_per_s <= 202
@@ -115,6 +115,14 @@ def test_what_waits_at_the_end_is_still_served(gate, gated, images):
         answers = [served.submit(image) for image in images[:7]]
         gate.set()
     assert [torch.equal(a.result(timeout=1), i.flatten()) for a, i in zip(answers, images, strict=False)] == [True] * 7
+
+
+def test_a_load_lasts_until_a_slow_model_has_answered(images):
+    def slow(batch):
+        time.sleep(0.1)
+        return torch.zeros(len(batch), 2)
+
+    assert latency.under_load(slow, images, clients=(3,), seconds=0.05).requests[0] > 0
 
 
 def test_load_counts_what_was_answered(images):

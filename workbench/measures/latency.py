@@ -112,8 +112,8 @@ def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[
     Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms, mean_batch, padding,
     requests. examples: a batch, or a list of single ones (1, ...) of different lengths, taken in turn. size, deadline_ms,
     buckets: of the dynamic batches (batching.Batcher); a size of 1 is none. padding: share of what was computed that was padding.
-    The first quarter of the `seconds` is not counted; requests count when they end, waits when they begin. Clients and model
-    share this machine's cores.
+    The first quarter of the time is not counted; requests count when they end, waits when they begin. Clients and model share
+    this machine's cores. seconds: of each level, or longer where a slow model needs it to answer every client twice.
 
     Raises ValueError where a number of clients is below 1, and as Batcher and sessions.open do.
 
@@ -126,12 +126,15 @@ def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[
         with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, buckets=buckets,
                                                threads=threads) as served:
             served.submit(singles[0]).result()
+            asked = time.perf_counter()
+            served.submit(singles[0]).result()
             started = time.perf_counter()
-            opened, ended = started + seconds / 4, started + seconds
+            long = max(seconds, 2 * number * (started - asked))
+            opened, ended = started + long / 4, started + long
             with ThreadPoolExecutor(number) as pool:
                 turns = list(pool.map(lambda k, served=served, end=ended: _client(served, singles, k, end), range(number)))
         every = np.array([turn for turns_of_one in turns for turn in turns_of_one])
-        lines.append({"clients": number, **_served(served, every, opened, ended, deadline_ms)})
+        lines.append({"clients": number, **_served(served, every, opened, ended, deadline_ms, before=2)})
     return pd.DataFrame(lines)[["candidate", "clients", *list(lines[0])[2:]]]
 
 
@@ -184,17 +187,18 @@ def _singles(examples: Inputs | Sequence[Inputs]) -> list[Inputs]:
     return [rows(examples, place) for place in range(count(examples))]
 
 
-def _served(served: batching.Batcher, every: np.ndarray, opened: float, ended: float, deadline_ms: float) -> dict:
-    """A row of what a load gave. every: (requests, 2), when each began and ended."""
+def _served(served: batching.Batcher, every: np.ndarray, opened: float, ended: float, deadline_ms: float,
+            before: int = 1) -> dict:
+    """A row of what a load gave. every: (requests, 2), when each began and ended. before: requests that were sent ahead of it."""
     done = int(((every[:, 1] >= opened) & (every[:, 1] <= ended)).sum())
     started_inside = every[every[:, 0] >= opened]  # to their end, which may come after the others'
     if not done or not len(started_inside):
-        raise ValueError(f"no request ended within {ended - opened:.2g} seconds; give more")
+        raise ValueError(f"no request began and ended within {ended - opened:.2g} seconds; give more")
     waits = 1e3 * (started_inside[:, 1] - started_inside[:, 0])
     p50, p95, p99 = np.percentile(waits, [50, 95, 99])
     return {"candidate": served.session.name, "size": served.size, "deadline_ms": deadline_ms,
             "requests_per_s": done / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99,
-            "mean_batch": float(np.mean(served.batches[1:])), "padding": served.padding, "requests": done}
+            "mean_batch": float(np.mean(served.batches[before:])), "padding": served.padding, "requests": done}
 
 
 def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
