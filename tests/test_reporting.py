@@ -326,18 +326,22 @@ def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
         report.check("c", 1, at_least=0, at_most=2)
 
 
-@pytest.mark.parametrize("name", sorted((path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")), reverse=True))
-def test_a_notebook_of_the_house_holds_its_checks_and_its_pages_need_no_network(name, tmp_path):
-    out = tmp_path / "reports"
-    done = command("report", name, "--profile", "smoke", "--out", out)
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+@pytest.mark.parametrize("ten", sorted({name[0] for name in NOTEBOOKS}, reverse=True))
+def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(ten, tmp_path):
+    out, names = tmp_path / "reports", [name for name in NOTEBOOKS if name[0] == ten]
+    done = command("report", *names, "--profile", "smoke", "--jobs", 1, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     for page in out.rglob("*.html"):
         text = page.read_text()
         assert not re.search(r"(?:src|href)=[\"'](?:https?:)?//", text), page
         assert not re.search(r"<script|@import|url\(http", text), page
-    assert json.loads((out / name / "run.json").read_text())["status"] == "passed"
-    assert list((out / name / "figures").glob("*.png"))
-    assert list((out / name / "tables").glob("*.csv"))
+    for name in names:
+        assert json.loads((out / name / "run.json").read_text())["status"] == "passed"
+        assert list((out / name / "figures").glob("*.png"))
+        assert list((out / name / "tables").glob("*.csv"))
 
 
 def test_compare_judges_two_files_and_names_the_layer(tmp_path, model, task):
@@ -365,3 +369,27 @@ def test_compare_refuses_a_truncated_file_in_one_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("workbench: m.onnx is not an ONNX file")
 
 
+
+
+def test_notebooks_of_a_longer_run_are_copies_of_one_process_and_know_nothing_of_each_other(folder):
+    body = "\n".join([
+        "import os, sys, threading, matplotlib.pyplot as plt, torch",
+        "from workbench.reporting.report import Report",
+        "report = Report('x')",
+        "report.headline('there before', 'transformers' in sys.modules)",
+        "report.headline('left by others', getattr(torch, 'left', None))",
+        "report.headline('threads', torch.get_num_threads())",
+        "report.headline('computes', float((torch.ones(500, 500) @ torch.ones(500, 500)).sum()))",
+        "torch.left = report.folder.name",
+        "axes = plt.plot([1, 2])"])
+    for name in ("01_one", "02_two", "03_three"):
+        write(folder, name, body)
+    done = command("report", "--notebooks", folder, "--jobs", "1", "--out", folder.parent / "reports")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for name in ("01_one", "02_two", "03_three"):
+        left = folder.parent / "reports" / name
+        said = {row["name"]: row["value"] for row in json.loads((left / "run.json").read_text())["headlines"]}
+        assert said == {"there before": True, "left by others": None, "threads": machine.cores(), "computes": 500.0**3}
+        outputs = [output for cell in nbformat.read(left / f"{name}.ipynb", 4).cells for output in cell.get("outputs", [])]
+        assert any("image/png" in output.get("data", {}) for output in outputs), "a plot is shown at the end of its cell"

@@ -1,7 +1,7 @@
 """Run one notebook in this process: `python -m workbench.reporting.execution JOB.json`.
 
-The runner starts one such process a notebook, because papermill launches kernels from threads unsafely (papermill
-issue 239) and because a crash then costs one notebook only.
+Each notebook has such a process, because papermill launches kernels from threads unsafely (papermill issue 239) and because a
+crash then costs one notebook only. The runner of a longer run copies them from one that has imported everything.
 """
 
 import datetime
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from workbench import files, machine
+from workbench.reporting import kernels
 
 sys.modules.setdefault("rfc3987_syntax", None)  # a grammar of addresses: papermill's imports build it, in 1.5 s, and nobody asks
 CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
@@ -38,22 +39,13 @@ class Job:
     folder: str
 
 
-def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int], lock: Path | None = None) -> subprocess.Popen:
+def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int], lock: Path | None = None) -> kernels.Copy:
     """A process that executes `job` on `cores` alone and leaves its report in `out`; it dies with this one.
 
     lock: of a run of several notebooks at a time, the file by which one of them has the machine alone (machine.alone)."""
-    out.mkdir(parents=True)
-    (out / "job.json").write_text(json.dumps(asdict(job)))
-    environment = os.environ | {"WORKBENCH_REPORT": str(out.resolve()), "WORKBENCH_SCRATCH": str(scratch.resolve()),
-                                "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore",
-                                "OMP_NUM_THREADS": str(len(cores))}
-    if lock:
-        environment[machine.RUN] = json.dumps({"runner": os.getpid(), "lock": str(lock.resolve()),
-                                               "processors": machine.processors()})
-    command = [sys.executable, "-m", "workbench.reporting.execution", str((out / "job.json").resolve())]
-    with open(out / ERRORS, "wb") as errors:
-        return subprocess.Popen(command, cwd=job.folder, env=environment, preexec_fn=partial(_settle, cores),
-                                stdout=subprocess.DEVNULL, stderr=errors)
+    path, environment = _written(job, out, scratch, cores)
+    run = {"lock": str(lock.resolve()), "processors": machine.processors()} if lock else None
+    return kernels.copied(_child, path, job.folder, environment, cores, run)
 
 
 def packed(job: Job) -> bytes:
@@ -61,8 +53,12 @@ def packed(job: Job) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / job.name
         here = job if Path(job.folder).is_dir() else replace(job, folder=str(Path.cwd()))  # the worker's own clone
-        process = start(here, out, Path(folder) / "scratch", cores=machine.processors())
-        if process.wait():
+        cores = machine.processors()
+        path, environment = _written(here, out, Path(folder) / "scratch", cores)
+        with open(out / ERRORS, "wb") as errors:
+            done = subprocess.run([sys.executable, "-m", "workbench.reporting.execution", path], cwd=here.folder, env=environment,
+                                  preexec_fn=partial(_settle, cores), stdout=subprocess.DEVNULL, stderr=errors, check=False)
+        if done.returncode:
             raise RuntimeError(reason(out))
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
@@ -70,8 +66,30 @@ def packed(job: Job) -> bytes:
         return archive.getvalue()
 
 
+def _written(job: Job, out: Path, scratch: Path, cores: Sequence[int]) -> tuple[str, dict[str, str]]:
+    """The job file, and the environment in which it is executed."""
+    out.mkdir(parents=True)
+    (out / "job.json").write_text(json.dumps(asdict(job)))
+    return str((out / "job.json").resolve()), os.environ | {
+        "WORKBENCH_REPORT": str(out.resolve()), "WORKBENCH_SCRATCH": str(scratch.resolve()),
+        "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(len(cores))}
+
+
+def _child(path: str, folder: str, environment: dict[str, str], cores: Sequence[int], run: dict | None) -> None:
+    """In a copy: execute the job file. run: what machine.alone needs, where there are several at a time."""
+    _settle(cores)
+    with open(os.devnull, "wb") as nowhere, open(Path(path).parent / ERRORS, "wb") as errors:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+    if run:
+        environment = environment | {machine.RUN: json.dumps(run | {"runner": os.getppid()})}
+    kernels.settle(folder, environment, threads=len(cores))
+    main(path)
+
+
 def execute(job: Job, out: Path) -> None:
     """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells go to run.json."""
+    kernel = kernels.Reserve()
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -81,9 +99,11 @@ def execute(job: Job, out: Path) -> None:
     try:
         with open(out / CELLS, "w") as cells:
             papermill.execute_notebook(source, executed, job.parameters, cwd=job.folder, kernel_name="python3",
-                                       progress_bar={"file": cells})
+                                       progress_bar={"file": cells}, kernel_manager_class=kernel.manager())
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}".strip().splitlines()[0]
+    finally:
+        kernel.end()
     result = {"checks": [], "headlines": []}
     if (out / "result.json").exists():
         result = json.loads((out / "result.json").read_text())
@@ -141,11 +161,10 @@ def _settle(cores: Sequence[int]) -> None:
     machine.end_with_parent()
 
 
-def main() -> None:
-    """Execute the job file named on the command line."""
-    path = Path(sys.argv[1])
-    execute(Job(**json.loads(path.read_text())), path.parent)
+def main(path: str) -> None:
+    """Execute this job file."""
+    execute(Job(**json.loads(Path(path).read_text())), Path(path).parent)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

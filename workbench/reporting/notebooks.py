@@ -10,7 +10,6 @@ import fcntl
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from workbench import machine
-from workbench.reporting import pages
+from workbench.reporting import kernels, pages
 from workbench.reporting.execution import CELLS, INNER, Job, packed, reason, start
 
 
@@ -110,6 +109,7 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
     while it takes times; yield each with the reason, if it left no report."""
     waiting = sorted(jobs, key=lambda job: -len(job.source) if workers > 1 else 0)  # side by side: long ones first
     cores, running = machine.processors(), {}
+    kernels.prepare(warm=len(jobs) > 2)
     free = [cores[k::workers] or [cores[k % len(cores)]] for k in range(workers)]
     lock = out / ".alone" if workers > 1 else None
     if lock:
@@ -134,7 +134,7 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
             process.kill()
 
 
-def _wake(path: Path, processes: Sequence[subprocess.Popen]) -> None:
+def _wake(path: Path, processes: Sequence[kernels.Copy]) -> None:
     """Let those go on that stand still for one which was killed while it had the machine alone."""
     with open(path, "a") as lock:
         try:

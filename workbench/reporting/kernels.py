@@ -1,0 +1,115 @@
+"""Processes that are copied instead of started: a notebook's, and its kernel's, have what they import from the first moment.
+
+Source: multiprocessing's forkserver, which runs nothing else; a kernel is a copy that the notebook's process makes of itself
+before it has threads.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from workbench import machine
+
+
+class Copy:
+    """A copied process, with what subprocess.Popen has of one."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, kind: str, target: Callable, *arguments):
+        of_kind = multiprocessing.get_context(kind).Process  # type: ignore[attr-defined]
+        self._process = of_kind(target=target, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """As `returncode`."""
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        """As `returncode`, once it has ended."""
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+
+
+def copied(target: Callable, *arguments) -> Copy:
+    """A copy of the process that waits for this, running target(*arguments)."""
+    return Copy("forkserver", target, *arguments)
+
+
+def prepare(*, warm: bool) -> None:
+    """Say what that process does before its first copy. warm: import what notebooks import, in 12 s, which two do not earn
+    back."""
+    modules = ["workbench.reporting.nursery", *(["workbench.reporting.warm"] if warm else [])]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+
+
+def settle(folder: str, environment: Mapping[str, str], threads: int | None = None) -> None:
+    """In a copy: the folder, environment and number of threads of a process that would have been started there."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+class Reserve:
+    """A copy of this process that waits to become a notebook's kernel; to be made before this process has threads."""
+
+    def __init__(self) -> None:
+        self._pipe, there = multiprocessing.Pipe()
+        self.copy = Copy("fork", _become, there)
+
+    def manager(self) -> type:
+        """The class of kernel managers whose kernel it is."""
+        from jupyter_client.manager import AsyncKernelManager
+
+        reserve = self
+
+        class Copied(AsyncKernelManager):
+            async def _async_launch_kernel(self, kernel_cmd: list[str], **kw) -> None:
+                given = kernel_cmd[kernel_cmd.index("ipykernel_launcher") + 1:]
+                reserve._pipe.send((given, dict(kw.get("env") or os.environ), str(kw.get("cwd") or Path.cwd())))
+                own = self.provisioner
+                own.process, own.pid, own.pgid = reserve.copy, reserve.copy.pid, None  # type: ignore[union-attr,attr-defined]
+                self._reconcile_connection_info(own.connection_info)  # type: ignore[union-attr]
+
+        return Copied
+
+    def end(self) -> None:
+        """End the kernel where it has not ended itself."""
+        self.copy.kill()
+        self.copy.wait()
+
+
+def _become(pipe) -> None:
+    """In the copy: wait for what a kernel is started with, then be it."""
+    machine.end_with_parent()
+    arguments, environment, folder = pipe.recv()
+    settle(folder, environment)
+    from ipykernel import kernelapp
+
+    sys.argv = ["ipykernel_launcher", *arguments]
+    kernelapp.launch_new_instance(arguments)
