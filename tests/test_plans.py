@@ -1,5 +1,6 @@
 """Recipes: what is read is what was written, each bad one is one line; and the way from a model to a file, killed or not."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_what_a_run_leaves(model, tiny, tmp_path):
     assert all(check["passed"] for check in told["checks"])
 
 
+def test_stages_of_another_model_are_named_and_not_used(model, tiny, tmp_path, capsys):
+    compress(Subject(model, tiny), {"quantize": Quantize(examples=40)}, tmp_path, blocks=5)
+    assert "stale" not in capsys.readouterr().out
+    other = copy.deepcopy(model)
+    other.fc.bias.data += 1.0
+    made = compress(Subject(other, tiny), {"quantize": Quantize(examples=40)}, tmp_path, blocks=5)
+    said = capsys.readouterr().out
+    assert "stale, of another model, recipe, data or state of the code: 0 start-" in said
+    assert "1 quantize-" in said
+    assert made.verdict.passed
+
+
 def test_tuning_keeps_what_brings_the_answers_nearer(model, tiny):
     made = Tune(bits=3, calibrators=["minmax", "mse"], repairs=["descend"], examples=60, judged=40).apply(Subject(model, tiny))
     tried = made.made["tried"].set_index("what")
@@ -199,6 +212,18 @@ def test_a_store_makes_once_and_names_what_is_stale(tmp_path):
         store.kept("scan", {"model": "c"}, lambda folder: 1 / 0)
     assert not store.place("scan", {"model": "c"}).exists()
     assert len(list(tmp_path.glob("scan-*"))) == 1
+
+
+def test_two_results_of_one_hash_and_a_store_that_cannot_be_written_are_refused(tmp_path):
+    store = Store(tmp_path / "store")
+    made = store.kept("scan", {"model": "a", "data": "d"}, lambda folder: None)
+    for damaged in (json.dumps({"model": "b", "data": "d"}), json.dumps({"model": "b", "data": "d"})[:9]):
+        (made / "key.json").write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{made.name} is the result of something else .*model.* remove that folder"):
+            store.kept("scan", {"model": "a", "data": "d"}, lambda folder: None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"results cannot be kept in .*file \(.*\); give a folder that can be written"):
+        Store(tmp_path / "file").kept("scan", {"model": "a"}, lambda folder: None)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

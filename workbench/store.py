@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from workbench import files
 
@@ -28,12 +29,16 @@ class Store:
         self.folder = Path(folder)
 
     def kept(self, name: str, key: Mapping[str, object], make: Callable[[Path], object]) -> Path:
-        """The folder of the result `name` of `key` (what JSON can hold); `make(folder)` fills it where there is none yet."""
+        """The folder of the result `name` of `key` (what JSON can hold); `make(folder)` fills it where there is none yet.
+
+        Raises OSError where the store cannot be written; ValueError where there is a result of that hash which something else
+        made.
+        """
         place = self.place(name, key)
         if (place / "key.json").exists():
+            _refuse_another(place, key)
             return place
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f".{place.name}.lock", "w") as lock:
+        with self._lock(place) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (place / "key.json").exists():
                 with tempfile.TemporaryDirectory(dir=self.folder, prefix=f".{place.name}.") as work:
@@ -46,6 +51,14 @@ class Store:
             (self.folder / f".{place.name}.lock").unlink(missing_ok=True)
         return place
 
+    def _lock(self, place: Path) -> TextIO:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return open(self.folder / f".{place.name}.lock", "w")
+        except OSError as error:
+            why = f"results cannot be kept in {self.folder} ({error.strerror}); give a folder that can be written"
+            raise OSError(why) from error
+
     def place(self, name: str, key: Mapping[str, object]) -> Path:
         """Where the result is, or would be."""
         mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -55,6 +68,19 @@ class Store:
         """Results of the same name that other things made: another model, other data, another state of the code."""
         here = self.place(name, key)
         return [path.parent for path in sorted(self.folder.glob(f"{name}-*/key.json")) if path.parent != here]
+
+
+def _refuse_another(place: Path, key: Mapping[str, object]) -> None:
+    """Two results of one hash: by chance next to never, else a file that was changed or cut short."""
+    try:
+        known = json.loads((place / "key.json").read_text())
+    except json.JSONDecodeError:
+        known = None
+    asked = json.loads(json.dumps(key))
+    if known != asked:
+        parts = [name for name in asked if not isinstance(known, dict) or known.get(name) != asked[name]]
+        raise ValueError(f"{place} is the result of something else than is asked for ({', '.join(parts) or 'more'} differ in its "
+                         "key.json): two results of one hash; remove that folder")
 
 
 def code() -> str:

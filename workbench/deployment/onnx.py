@@ -100,7 +100,7 @@ def _exported(model: nn.Module, example: Inputs, names: list[str], places: Mappi
     free = shapes if kwargs else tuple(shapes.values())
     plain = capture.captured(model, args, kwargs, free)
     translations = {torch.ops.aten.scaled_dot_product_attention.default: attention} | (capture.TRANSLATIONS if plain else {})
-    with capture.remembered_operators():
+    with capture.remembered_operators(), capture.as_typed(plain):
         program = torch.onnx.export(plain or model, args, kwargs=kwargs, dynamo=True, input_names=list(shapes), verbose=False,
                                     output_names=outputs, dynamic_shapes=free, custom_translation_table=translations)
     fixed = [value.name for value in program.model.graph.inputs if isinstance(value.shape[0], int)]

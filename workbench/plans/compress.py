@@ -71,7 +71,14 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stag
         except (UnsupportedModelError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
         made.append((name, place))
+    old = [path.name for name, place in made for path in store.stale(place.name.rpartition("-")[0], _key(place))]
+    if old and stages is None:
+        print(f"stale, of another model, recipe, data or state of the code: {', '.join(old)} in {store.folder}; not used")
     return _told(out, made, subject, test, {"steps": key["steps"], "data": start.task.name}, threads, blocks, seed)
+
+
+def _key(place: Path) -> dict:
+    return json.loads((place / "key.json").read_text())
 
 
 def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | None, test: Split) -> Subject:

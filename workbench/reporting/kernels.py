@@ -12,6 +12,12 @@ from pathlib import Path
 
 from workbench import machine
 
+# what notebooks import; nothing of it may compute or start threads, which copies would not have
+WARM = ["workbench.reporting.execution", "ipykernel.ipkernel", "ipykernel.kernelapp", "matplotlib.pyplot", "nbconvert",
+        "onnxruntime", "onnxscript.rewriter", "pandas", "papermill", "torch._dynamo", "torchvision",
+        "transformers.models.bert.modeling_bert", "workbench.plans.compress", "workbench.plans.search",
+        "workbench.reporting.plots", "workbench.subjects.data", "workbench.subjects.models", "workbench.deployment.warm"]
+
 
 class Copy:
     """A copied process, with what subprocess.Popen has of one."""
@@ -60,8 +66,7 @@ def copied(target: Callable, *arguments) -> Copy:
 def prepare(*, warm: bool) -> None:
     """Say what that process does before its first copy. warm: import what notebooks import, in 12 s, which two do not earn
     back."""
-    modules = ["workbench.reporting.nursery", *(["workbench.reporting.warm"] if warm else [])]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["workbench.reporting.nursery", *(WARM if warm else [])])
 
 
 def settle(folder: str, environment: Mapping[str, str], threads: int | None = None) -> None:
