@@ -369,11 +369,9 @@ def test_compare_refuses_a_truncated_file_in_one_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("workbench: m.onnx is not an ONNX file")
 
 
-
-
 def test_notebooks_of_a_longer_run_are_copies_of_one_process_and_know_nothing_of_each_other(folder):
     body = "\n".join([
-        "import os, sys, threading, matplotlib.pyplot as plt, torch",
+        "import sys, matplotlib.pyplot as plt, torch",
         "from workbench.reporting.report import Report",
         "report = Report('x')",
         "report.headline('there before', 'transformers' in sys.modules)",

@@ -57,7 +57,7 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stag
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
     out, test = Path(out), test or start.task.test
-    store, made = Store(stages or out / "stages"), []
+    store, made, old = Store(stages or out / "stages"), [], []
     key: dict[str, Any] = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task),
                            "judged": len(test), "code": code(), "steps": []}
     subject = start.with_model(start.model, folder=str(out))
@@ -65,20 +65,16 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stag
         if step:
             told = {"type": next(kind for kind, known in STEPS.items() if type(step) is known), **written(step)}
             key = key | {"steps": [*key["steps"], told]}
-        place = store.place(f"{len(made)} {name}", key)
+        numbered = f"{len(made)} {name}"
         try:
-            subject = _stage(store, place.name.rpartition("-")[0], key, subject, step, test)
+            subject = _stage(store, numbered, key, subject, step, test)
         except (UnsupportedModelError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-        made.append((name, place))
-    old = [path.name for name, place in made for path in store.stale(place.name.rpartition("-")[0], _key(place))]
+        made.append((name, store.place(numbered, key)))
+        old += [path.name for path in store.stale(numbered, key)]
     if old and stages is None:
         print(f"stale, of another model, recipe, data or state of the code: {', '.join(old)} in {store.folder}; not used")
     return _told(out, made, subject, test, {"steps": key["steps"], "data": start.task.name}, threads, blocks, seed)
-
-
-def _key(place: Path) -> dict:
-    return json.loads((place / "key.json").read_text())
 
 
 def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | None, test: Split) -> Subject:

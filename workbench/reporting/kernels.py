@@ -30,17 +30,12 @@ class Copy:
         self._process.start()
         self.pid = self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
+    def poll(self) -> int | None:
         """How it ended, None while it runs."""
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        """As `returncode`."""
-        return self._process.exitcode
-
     def wait(self) -> int | None:
-        """As `returncode`, once it has ended."""
+        """How it ended, once it has."""
         self._process.join()
         return self._process.exitcode
 
@@ -74,10 +69,8 @@ def settle(folder: str, environment: Mapping[str, str], threads: int | None = No
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    if threads and "torch" in sys.modules:  # which has read its number from the environment when it was imported
+        sys.modules["torch"].set_num_threads(threads)
 
 
 class Reserve:

@@ -124,7 +124,7 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
                 del running[job]
                 free.append(share)
                 _clear_line()
-                yield job, reason(_partial(out, job)) if process.returncode else None
+                yield job, reason(_partial(out, job)) if process.poll() else None
             if lock:
                 _wake(lock, [process for process, _ in running.values()])
             _show([(job, _partial(out, job)) for job in running])
