@@ -62,7 +62,8 @@ def main() -> None:
         rows.writerow(["concept", "name", "category", "group"])
         rows.writerows((k, name, name.split("/")[0], group) for k, (name, group) in enumerate(zip(names, groups, strict=True)))
     contact_sheet(pictures).save(OUT / "pictures.webp", lossless=True, quality=100, method=6)
-    pd.DataFrame(told, dtype="string").sort_index(axis=1).to_parquet(OUT / "descriptions.parquet", compression="zstd")
+    table = pd.DataFrame(told, dtype="string").sort_index(axis=1)
+    table.to_parquet(OUT / "descriptions.parquet", compression="brotli", compression_level=11, use_dictionary=False)
     clips = [row for language in SPEECH for row in write_speech(language, stems)]
     pd.DataFrame(clips).to_csv(OUT / "clips.csv", index=False)
     for name in KEPT:

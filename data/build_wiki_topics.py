@@ -53,7 +53,7 @@ def main() -> None:
     table = table.astype({"topic": "category", "split": "category"})
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
-    table.to_parquet(OUT / "summaries.parquet", compression="zstd", compression_level=19, index=False)
+    table.to_parquet(OUT / "summaries.parquet", compression="brotli", compression_level=11, use_dictionary=False, index=False)
     (OUT / "LICENCE").write_text(LICENCE)
     sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(OUT.glob("*.*"))]
     (OUT / "SHA256SUMS").write_text("".join(sums))

@@ -38,7 +38,7 @@ def main() -> None:
     rows = [row for kind in ("noun", "verb", "adj", "adv") for row in read(asked.source / f"data.{kind}")]
     table = pd.DataFrame(rows, columns=["topic", "words", "definition"]).sort_values(["topic", "words", "definition"])
     table["topic"] = table.topic.astype("category")
-    table.to_parquet(OUT / "synsets.parquet", compression="zstd", compression_level=19, index=False)
+    table.to_parquet(OUT / "synsets.parquet", compression="brotli", compression_level=11, use_dictionary=False, index=False)
     shutil.copyfile(asked.licence, OUT / "LICENCE")
     sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(OUT.glob("*.*"))]
     (OUT / "SHA256SUMS").write_text("".join(sums))

@@ -1,11 +1,12 @@
 """Training: the same seed gives the same weights, stopped or not; each precision learns; bad runs are refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from workbench.subjects import models, training
+from workbench.subjects import models, states, tasks, training
 
 RECIPE = training.Recipe(epochs=2, batch_size=64, learning_rate=0.05)
 
@@ -80,6 +81,42 @@ def test_a_finished_state_is_not_trained_again(start, tiny, trained, tmp_path):
     assert torch.equal(weights(again), weights(trained))
 
 
+def test_a_finished_training_is_taken_up_where_only_rounding_differs(start, tiny, model, trained, tmp_path, capsys):
+    folder = tmp_path / "trained"
+    training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
+    states.finish(tmp_path / "s", folder / "tiny.safetensors")
+    moved = copy.deepcopy(start)
+    with torch.no_grad():
+        next(moved.parameters()).mul_(1 + 1e-6)
+    calls = []
+    again = training.fit(moved, tiny, recipe=RECIPE, known=folder, after_step=lambda *_: calls.append(1))
+    assert len(calls) == 12  # of another training: with something after each step
+    again = training.fit(moved, tiny, recipe=RECIPE, known=folder)
+    assert "trained before, 12 steps" in capsys.readouterr().out
+    torch.testing.assert_close(weights(again), weights(trained), rtol=1e-3, atol=1e-4)
+    assert again.history.equals(training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s").history)
+    training.fit(model, tiny, recipe=RECIPE, known=folder)
+    training.fit(start, tiny, recipe=replace(RECIPE, learning_rate=0.01), known=folder)
+    assert "trained before" not in capsys.readouterr().out
+
+
+def test_an_unfinished_training_is_not_kept_and_a_damaged_one_is_told(start, tiny, tmp_path):
+    folder = tmp_path / "trained"
+
+    def interrupted(model, step, _steps):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s", after_step=interrupted)
+    with pytest.raises(ValueError, match="is at step 6 of 12; go on with it first"):
+        states.finish(tmp_path / "s", folder / "tiny.safetensors")
+    folder.mkdir()
+    (folder / "cut.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"finished training .*cut.safetensors is damaged"):
+        training.fit(start, tiny, recipe=RECIPE, known=folder)
+
+
 def test_a_state_of_another_run_is_refused(start, tiny, tmp_path):
     training.fit(start, tiny, recipe=replace(RECIPE, epochs=1), state=tmp_path / "s")
     with pytest.raises(ValueError, match="its epochs is 1, here 2"):
@@ -131,6 +168,6 @@ def test_augmented_images_are_shifted_and_mirrored_copies():
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1))[0, 0]
     possible = [padded[r:r + 6, c:c + 6] for r in range(3) for c in range(3)]
     possible += [p.flip(1) for p in possible]
-    made = training.augment(image.expand(200, 1, 6, 6), shift=1, flip=True, generator=torch.Generator().manual_seed(0))
+    made = tasks.augment(image.expand(200, 1, 6, 6), shift=1, flip=True, generator=torch.Generator().manual_seed(0))
     found = {next(i for i, p in enumerate(possible) if torch.equal(p, m[0])) for m in made}
     assert found == set(range(18))

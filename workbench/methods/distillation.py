@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.batches import Batch, Inputs, call
-from workbench.files import fingerprint
 from workbench.graph.layers import evaluating, watch
-from workbench.subjects import data
+from workbench.subjects import data, states
 from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Globs, Subject
 from workbench.subjects.tasks import with_unlabelled
@@ -228,9 +227,9 @@ class _Teaching(nn.Module):
         self.kind, self.temperature, self.alpha, self.weight = kind, temperature, alpha, weight
         self.layers, self.on_features, self.regressors = layers, on_features, regressors
         self.identity = [kind, _told(temperature), _told(alpha), weight, list(layers.items()),
-                         fingerprint(teacher.state_dict().values())]
+                         states.mark(teacher.state_dict().values())]
         if regressors:
-            self.identity.append(fingerprint(regressors.state_dict().values()))
+            self.identity.append(states.mark(regressors.state_dict().values()))
 
     def forward(self, student: nn.Module, batch: Batch, objective: Objective, progress: float) -> Tensor:
         heat, share = (value(progress) if callable(value) else value for value in (self.temperature, self.alpha))
@@ -287,6 +286,7 @@ class Distil:
     unlabelled_examples: Count = 0
     seed: Count = 0
     state: str | None = None
+    known: str | None = None
 
     def __post_init__(self):
         if self.unlabelled and self.kind == "decoupled":
@@ -301,7 +301,7 @@ class Distil:
             more = data.load(self.unlabelled, preprocessing=task.train.prepare).train
             more = more.subset(self.unlabelled_examples, seed=self.seed) if self.unlabelled_examples else more
             task = replace(task, train=with_unlabelled(task.train, more))
-        trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, loss=teaching, state=self.state)
+        trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, loss=teaching, state=self.state, known=self.known)
         return subject.with_model(trained.model, history=trained.history)
 
 

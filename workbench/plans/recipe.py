@@ -55,7 +55,7 @@ ALIASES = {  # the articles' name: ours, their fields' names in ours, what it me
     "low_rank": ("factorize", {"target_layers": "layers"}, {}),
     "distillation": ("distil", {}, {}),
     "reparameterization": ("fuse", {}, {})}
-NOT_WRITTEN = ("teacher", "state")  # fields of steps that are objects, or the runner's own
+NOT_WRITTEN = ("teacher", "state", "known")  # fields of steps that are objects, or the runner's own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ def folder() -> Path:
     return Path(os.environ.get("WORKBENCH_DATA") or Path(__file__).parents[2] / "data")
 
 
-def verified(*names: str) -> Path:
-    """The file of these folders and name, once its SHA-256 is the one in SHA256SUMS beside it.
+def verified(*names: Path | str) -> Path:
+    """The file of these folders and name in the data folder, or of a whole path, once its SHA-256 is that in SHA256SUMS there.
 
     Raises FileNotFoundError where it is missing, ValueError where it is damaged.
 

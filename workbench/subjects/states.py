@@ -1,15 +1,41 @@
-"""A training between two steps as one safetensors file, written whole, taken up only by the same training."""
+"""A training between two steps as one safetensors file, written whole, taken up only by the same training.
 
+A finished one can be kept without what only its steps needed, and committed: `finish` writes it, `finished` finds it again, on
+any processor.
+"""
+
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workbench import files
+from workbench import files, machine
+from workbench.subjects import embedded
+
+TRAINED = ("model", "encoders", "book")  # parts of which a training is, the first of a loop's; others serve its steps
+
+
+def mark(tensors: Iterable[Tensor]) -> dict:
+    """What tells one start, or one set of examples, from another: "exact" to the bit, "about" (mean |x| of each tensor) to the
+    rounding of another processor.
+
+    Example: `states.mark([torch.ones(2)])["about"] == [1.0]`
+    """
+    tensors = list(tensors)
+    return {"exact": files.fingerprint(tensors), "about": [float(tensor.double().abs().mean()) for tensor in tensors]}
+
+
+def told(function: Callable | None) -> list | None:
+    """The name of a function and what `partial` gave it, for an identity; None where there is no function."""
+    if not isinstance(function, functools.partial):
+        return [function.__qualname__] if function else None
+    return [function.func.__qualname__, [*function.args], function.keywords]
 
 
 def save(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict, progress: dict) -> None:
@@ -30,10 +56,11 @@ def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identi
     except SafetensorError as error:
         raise ValueError(f"training state {path} is damaged ({error}); delete it to start anew") from error
     theirs = json.loads(header["identity"])
-    for key, mine in identity.items():
+    for key, mine in json.loads(json.dumps(identity)).items():
         if theirs.get(key) != mine:
-            raise ValueError(f"training state {path} is of another run: its {key} is {theirs.get(key)!r}, here {mine!r}; "
-                             "delete it or give another path")
+            other, own = (value["exact"] if isinstance(value, dict) else value for value in (theirs.get(key), mine))
+            raise ValueError(f"training state {path} is of another run: its {key} is {other!r}, here {own!r}; delete it or give "
+                             "another path")
     for name, part in parts.items():
         part.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")})
     slots: dict[int, dict[str, Tensor]] = {}
@@ -43,3 +70,50 @@ def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identi
             slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
     return json.loads(header["progress"])
+
+
+def finish(state: Path, path: Path) -> None:
+    """Write of the finished training `state` what `finished` takes up: what was trained (matrices and filters as float16, the
+    rest as it is), what the training is, its history and the machine.
+
+    Raises ValueError where its last step is not done.
+    """
+    with safe_open(state, framework="pt") as stored:
+        header, names = stored.metadata(), [k for k in stored.keys() if k.partition(".")[0] in TRAINED]  # noqa: SIM118
+        tensors = {name: stored.get_tensor(name) for name in names}
+    progress, steps = json.loads(header["progress"]), json.loads(header["identity"])["steps"]
+    if progress["step"] < steps:
+        raise ValueError(f"training state {state} is at step {progress['step']} of {steps}; go on with it first")
+    small = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in tensors.items()}
+    with files.atomic(path) as new:
+        save_file(small, new, header | {"machine": machine.describe()})
+
+
+def finished(parts: Mapping, identity: dict, folder: Path | str) -> dict | None:
+    """Fill `parts` from the training of `folder` that is the same one, but for the rounding of its start, and return its
+    progress; None where there is none. Raises ValueError where that file is damaged."""
+    mine = json.loads(json.dumps(identity))
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as stored:
+                header = stored.metadata()
+        except SafetensorError as error:
+            raise ValueError(f"finished training {path} is damaged ({error}); delete it or write it again") from error
+        if _same(json.loads(header["identity"]), mine):
+            tensors = load_file(embedded.verified(path) if (path.parent / "SHA256SUMS").exists() else path)
+            for name in parts.keys() & TRAINED:
+                parts[name].load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            print(f"trained before, {mine['steps']:,} steps, on {header['machine']} ({path.name}); what follows is measured here")
+            return json.loads(header["progress"])
+    return None
+
+
+def _same(theirs: object, mine: object) -> bool:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        if "about" in mine:
+            one, other = theirs.get("about", []), mine["about"]
+            return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-6)
+        return theirs.keys() == mine.keys() and all(_same(theirs[key], mine[key]) for key in mine)
+    if isinstance(theirs, list) and isinstance(mine, list):
+        return len(theirs) == len(mine) and all(map(_same, theirs, mine))
+    return theirs == mine

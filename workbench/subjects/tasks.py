@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.batches import Batch, Inputs, joined, rows, tensors
@@ -237,3 +238,17 @@ def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split
     """Every twelfth example of `train` as a split called `name`: (the rest, those)."""
     aside = torch.arange(len(train)) % every == 0
     return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]), name=name)
+
+
+def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Images uint8 (n, C, H, W), each moved by up to `shift` pixels (zeros enter) and, by an even chance, mirrored."""
+    n, _, high, wide = images.shape
+    if shift:
+        corner = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
+        rows, columns = corner[0] + torch.arange(high), corner[1] + torch.arange(wide)  # (n, H), (n, W)
+        padded = F.pad(images, (shift,) * 4).permute(0, 2, 3, 1)  # (n, H + 2 shift, W + 2 shift, C)
+        images = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        mirrored = torch.rand(n, generator=generator) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images

@@ -16,7 +16,6 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench import files, machine
@@ -24,7 +23,7 @@ from workbench.batches import Batch, call, count, mapped
 from workbench.subjects import states
 from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Subject
-from workbench.subjects.tasks import Split, Task
+from workbench.subjects.tasks import Split, Task, augment
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 SAVE_EVERY_S = 60.0
@@ -114,23 +113,26 @@ class Loop:
                  device: str = "cpu"):
         self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
         self.recipe, self.steps, self.seed, self.device = recipe, steps, seed, device
-        self.identity = identity | asdict(recipe) | {"seed": seed}
+        self.identity = identity | asdict(recipe) | {"seed": seed, "steps": steps}
         self.optimizer = recipe.optimizer_of(parameters)
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.precision == "fp16")
         self.progress: dict = {"step": 0, "rows": []}
 
     def run(self, loss: Callable[[int], Tensor], *, state: Path | str | None = None, title: str = "training",
             before_update: Callable[[], None] = lambda: None, after_update: Callable[[int, float, float], None] | None = None,
-            each: int = 0) -> None:
+            each: int = 0, known: Path | str | None = None) -> None:
         """Take the steps that are left. loss(step) gives the scalar to be lowered; after_update(steps done, loss, seconds).
 
-        state: a file to go on from, saved once a minute, every `each` steps (0: never) and at the end.
+        state: a file to go on from, saved once a minute, every `each` steps (0: never) and at the end. known: a folder of
+        finished trainings; where this one is among them, no step is left.
 
         Raises ValueError where the loss is no longer finite, or `state` is damaged or belongs to another training.
         """
         state = Path(state) if state else None
         if state and state.exists():
             self.restore(state)
+        elif found := states.finished(self.parts, self.identity, known) if known else None:
+            self.progress = found
         bar = files.progress(total=self.steps, title=title, unit="step")
         bar.update(self.progress["step"])
         saved = time.monotonic()
@@ -178,7 +180,8 @@ class Loop:
 
 
 def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: Path | str | None = None,
-        loss: Loss | None = None, after_step: AfterStep | None = None, device: str = "cpu") -> Trained:
+        loss: Loss | None = None, after_step: AfterStep | None = None, known: Path | str | None = None,
+        device: str = "cpu") -> Trained:
     """Train a copy of `model` on task.train and return it as it stands after the last epoch.
 
     loss(model, batch, objective, progress) defaults to the objective's own; progress is the fraction of the steps done. A
@@ -191,6 +194,9 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
     weights that it would have had. A state knows its start weights, examples, recipe and seed, and loss and after_step by
     their attribute `identity`, where they have one.
 
+    known: a folder of finished trainings (`states.finish`); where this one is among them, its weights and history are taken
+    from there. A loss or after_step without an `identity` could be any, so that nothing is taken.
+
     History: epoch, loss (mean), train_right (share that is right, of augmented pictures), validation_METRIC, learning_rate,
     seconds.
 
@@ -199,7 +205,9 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
     Example: `small = training.fit(small, task, recipe=Recipe(epochs=5, learning_rate=0.01)).model`
     """
     run = _Fit(model, task, recipe, seed, loss or own_loss(recipe), after_step, device)
-    run.loop.run(run.loss, state=state, each=run.epoch_steps, before_update=run.before_update, after_update=run.after_update)
+    known = known if all(hasattr(given, "identity") for given in (loss, after_step) if given) else None
+    run.loop.run(run.loss, state=state, each=run.epoch_steps, before_update=run.before_update, after_update=run.after_update,
+                 known=known)
     return Trained(run.model.eval().to("cpu"), pd.DataFrame(run.loop.progress["rows"]))
 
 
@@ -219,7 +227,7 @@ class _Fit:
         targets = task.train.targets
         identity = {"task": task.name, "examples": len(task.train),
                     "targets": files.fingerprint([targets]) if isinstance(targets, Tensor) else len(targets),
-                    "start": files.fingerprint(model.state_dict().values()), "loss": getattr(loss, "identity", None),
+                    "start": states.mark(model.state_dict().values()), "loss": getattr(loss, "identity", None),
                     "after_step": getattr(after_step, "identity", None)}
         parts = {"model": self.model, "loss": self.criterion, "after_step": self.after_step}
         self.loop = Loop(parts, trained, recipe, steps=self.epoch_steps * recipe.epochs, seed=seed, identity=identity,
@@ -293,20 +301,6 @@ class _Fit:
         return float(asked.value(sums, len(split)))
 
 
-def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Images uint8 (n, C, H, W), each moved by up to `shift` pixels (zeros enter) and, by an even chance, mirrored."""
-    n, _, high, wide = images.shape
-    if shift:
-        corner = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-        rows, columns = corner[0] + torch.arange(high), corner[1] + torch.arange(wide)  # (n, H), (n, W)
-        padded = F.pad(images, (shift,) * 4).permute(0, 2, 3, 1)  # (n, H + 2 shift, W + 2 shift, C)
-        images = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if flip:
-        mirrored = torch.rand(n, generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
-
-
 def own_loss(recipe: Recipe) -> Loss:
     """The objective's own loss, with the recipe's label smoothing."""
     def loss(model: nn.Module, batch: Batch, objective: Objective, _progress: float) -> Tensor:
@@ -325,11 +319,13 @@ class Train:
     examples: Count = 0
     seed: Count = 0
     state: str | None = None
+    known: str | None = None
 
     def apply(self, subject: Subject) -> Subject:
         """The subject with its model trained."""
         task = few(subject.task, self.examples, seed=self.seed)
-        return subject.with_model(fit(subject.model, task, recipe=self.recipe, seed=self.seed, state=self.state).model)
+        trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, state=self.state, known=self.known)
+        return subject.with_model(trained.model)
 
 
 def few(task: Task, examples: int, *, validation: int = 0, seed: int = 0) -> Task:
