@@ -391,3 +391,20 @@ def test_notebooks_of_a_longer_run_are_copies_of_one_process_and_know_nothing_of
         assert said == {"there before": True, "left by others": None, "threads": machine.cores(), "computes": 500.0**3}
         outputs = [output for cell in nbformat.read(left / f"{name}.ipynb", 4).cells for output in cell.get("outputs", [])]
         assert any("image/png" in output.get("data", {}) for output in outputs), "a plot is shown at the end of its cell"
+
+
+def test_a_notebook_whose_kernel_died_is_run_once_more(tmp_path):
+    import subprocess
+    import sys
+
+    import nbformat
+
+    dies = ("import os\nfrom pathlib import Path\nmark = Path({!r})\n"
+            "if not mark.exists():\n    mark.touch()\n    os.kill(os.getpid(), 9)")
+    cells = [nbformat.v4.new_code_cell(dies.format(str(tmp_path / "mark")))]
+    python = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), tmp_path / "dies.ipynb")
+    told = [sys.executable, "-m", "workbench", "report", "dies", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]
+    ran = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert "its kernel died; once more" in ran.stdout
+    assert "dies: passed" in ran.stdout

@@ -109,6 +109,7 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
     while it takes times; yield each with the reason, if it left no report."""
     waiting = sorted(jobs, key=lambda job: -len(job.source) if workers > 1 else 0)  # side by side: long ones first
     cores, running = machine.processors(), {}
+    again: set[Job] = set()
     kernels.prepare(warm=len(jobs) > 2)
     free = [cores[k::workers] or [cores[k % len(cores)]] for k in range(workers)]
     lock = out / ".alone" if workers > 1 else None
@@ -124,7 +125,14 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
                 del running[job]
                 free.append(share)
                 _clear_line()
-                yield job, reason(_partial(out, job)) if process.poll() else None
+                why = reason(_partial(out, job)) if process.poll() else None
+                if why and "Kernel died" in why and job not in again:  # copies sometimes do; states stay
+                    print(f"{job.name}: its kernel died; once more", flush=True)
+                    shutil.rmtree(_partial(out, job), ignore_errors=True)
+                    again.add(job)
+                    waiting.insert(0, job)
+                    continue
+                yield job, why
             if lock:
                 _wake(lock, [process for process, _ in running.values()])
             _show([(job, _partial(out, job)) for job in running])
