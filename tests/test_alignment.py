@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,6 +75,10 @@ def test_a_killed_alignment_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         assert torch.equal(one, two)
     with pytest.raises(ValueError, match="of another run: its seed is 0, here 1"):
         encoded(recipe=recipe, seed=1, state=tmp_path / "state")
+    told = {"teacher": {name: torch.ones(len(items.rows), 8) for name, items in TRAIN.items()}, "recipe": recipe}
+    encoded(teaching=partial(distillation.embeddings, temperature=2.0), state=tmp_path / "taught", **told)
+    with pytest.raises(ValueError, match=r"of another run: its teaching is .embeddings .*2.0"):
+        encoded(teaching=partial(distillation.embeddings, temperature=1.0), state=tmp_path / "taught", **told)
 
 
 def test_a_taught_student_comes_nearer_to_its_teacher():

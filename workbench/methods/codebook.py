@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench import files
-from workbench.subjects import states
 from workbench.subjects.training import Loop, Recipe
 
 TILE = 2**18, 2**13  # similarities that a tile of the search holds, and codes at most: a megabyte of float32
@@ -259,8 +258,7 @@ class SharedCodebook(nn.Module):
 
 
 def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, Tensor], *, steps: int = 300, batch: int = 256,
-        learning_rate: float = 1e-3, teaching=None, seed: int = 0, state: Path | str | None = None,
-        known: Path | str | None = None) -> pd.DataFrame:
+        learning_rate: float = 1e-3, teaching=None, seed: int = 0) -> pd.DataFrame:
     """Train `book`, itself, on aligned unit vectors (n_m, width) of each modality and the concept int64 (n_m,) of each; leaves it
     in eval mode and returns step, loss, used (share of the codes chosen in the step).
 
@@ -275,9 +273,7 @@ def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, T
     if len(shared) < 2:
         raise ValueError(f"codebook: {', '.join(vectors)} share {len(shared)} concepts; expected at least 2")
     recipe = Recipe(learning_rate=learning_rate, optimizer="adamw", weight_decay=0.0, precision="fp32")
-    identity = {"book": getattr(book, "settings", None), "start": states.mark(book.state_dict().values()), "batch": batch,
-                "vectors": states.mark(vectors.values()), "teaching": states.told(teaching)}
-    loop = Loop({"book": book}, book.parameters(), recipe, steps=steps, seed=seed, identity=identity)
+    loop = Loop({"book": book}, book.parameters(), recipe, steps=steps, seed=seed, identity={})
     used: list[float] = []
 
     def loss(step: int) -> Tensor:
@@ -294,7 +290,7 @@ def fit(book: nn.Module, vectors: Mapping[str, Tensor], concepts: Mapping[str, T
         loop.progress["rows"].append({"step": step, "loss": value, "used": used[-1]})
 
     book.train()
-    loop.run(loss, title="codebook", after_update=kept, state=state, known=known)
+    loop.run(loss, title="codebook", after_update=kept)
     book.eval()
     return pd.DataFrame(loop.progress["rows"])
 

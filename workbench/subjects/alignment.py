@@ -84,7 +84,7 @@ def contrastive(one: Tensor, other: Tensor, scale: Tensor | float, groups: Tenso
 
 def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups: Tensor, *, recipe: Recipe | None = None,
           teacher: Mapping[str, Tensor] | None = None, teaching=None, seed: int = 0,
-          state: Path | str | None = None, known: Path | str | None = None) -> tuple[nn.ModuleDict, pd.DataFrame]:
+          state: Path | str | None = None) -> tuple[nn.ModuleDict, pd.DataFrame]:
     """Train copies of `encoders` on `items` of the same names (all of them: pass training parts) and return them in eval mode
     after the last step, with a history: step, loss, temperature, seconds.
 
@@ -93,15 +93,14 @@ def align(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], groups:
     teaching(student, teacher) -> scalar, of dicts of the step's vectors of both (row k of one concept in all), is then added
     to the loss (distillation.embeddings): of what all modalities have together, and of each modality alone, for a teacher
     also tells what a single picture or sentence is; with it, one modality will do. Every draw follows from (seed, step), so
-    that a run that is killed and called again with the same `state` goes on to the same weights; known:
-    a folder of finished trainings, as training.fit has it.
+    that a run that is killed and called again with the same `state` goes on to the same weights.
 
     Raises ValueError for names that differ, or a loss that is no longer finite.
 
     Example: `encoders, history = alignment.align({"image": ..., "text": ...}, items, known.meanings, recipe=Recipe(steps=600))`
     """
     run = _Run(encoders, items, groups, recipe or Recipe(), seed, teacher, teaching if teacher else None)
-    run.loop.run(run.loss, state=state, title="alignment", after_update=run.after_update, known=known)
+    run.loop.run(run.loss, state=state, title="alignment", after_update=run.after_update)
     return run.encoders.eval(), pd.DataFrame(run.loop.progress["rows"])
 
 
@@ -123,9 +122,10 @@ class _Run:
         self.concepts = np.unique(np.concatenate([list(places) for places in self.places.values()]))
         self.spoken = {c: sorted({language for name, places in self.places.items() if c in places
                                   for language in self.languages[name][places[c]] if language}) for c in self.concepts}
-        identity = {"modalities": sorted(items), "teacher": states.mark(teacher.values()) if teacher else None,
-                    "items": states.mark(found.values for found in self.items.values()), "teaching": states.told(teaching),
-                    "start": states.mark(self.encoders.state_dict().values())}
+        identity = {"modalities": sorted(items), "teacher": files.fingerprint(teacher.values()) if teacher else None,
+                    "items": files.fingerprint(found.values for found in self.items.values()),
+                    "start": files.fingerprint(self.encoders.state_dict().values()),
+                    "teaching": states.told(teaching) if teaching else None}
         self.loop = training.Loop({"encoders": self.encoders, "scale": self.scale},
                                   [*self.encoders.parameters(), *self.scale.parameters()], recipe, steps=recipe.steps, seed=seed,
                                   identity=identity)

@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench import files, machine
 from workbench.subjects import embedded
-
-TRAINED = ("model", "encoders", "book")  # parts of which a training is, the first of a loop's; others serve its steps
 
 
 def mark(tensors: Iterable[Tensor]) -> dict:
@@ -31,11 +29,14 @@ def mark(tensors: Iterable[Tensor]) -> dict:
     return {"exact": files.fingerprint(tensors), "about": [float(tensor.double().abs().mean()) for tensor in tensors]}
 
 
-def told(function: Callable | None) -> list | None:
-    """The name of a function and what `partial` gave it, for an identity; None where there is no function."""
-    if not isinstance(function, functools.partial):
-        return [function.__qualname__] if function else None
-    return [function.func.__qualname__, [*function.args], function.keywords]
+def told(function: Callable) -> str:
+    """The name of a function and what `partial` gave it, for an identity.
+
+    Example: `states.told(max) == "max"`
+    """
+    if isinstance(function, functools.partial):
+        return f"{told(function.func)} {function.args} {function.keywords}"
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def save(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict, progress: dict) -> None:
@@ -73,13 +74,13 @@ def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identi
 
 
 def finish(state: Path, path: Path) -> None:
-    """Write of the finished training `state` what `finished` takes up: what was trained (matrices and filters as float16, the
-    rest as it is), what the training is, its history and the machine.
+    """Write of the finished training `state` what `finished` takes up: its model (matrices and filters as float16, the rest as it
+    is), what the training is, its history and the machine.
 
     Raises ValueError where its last step is not done.
     """
     with safe_open(state, framework="pt") as stored:
-        header, names = stored.metadata(), [k for k in stored.keys() if k.partition(".")[0] in TRAINED]  # noqa: SIM118
+        header, names = stored.metadata(), [k for k in stored.keys() if k.startswith("model.")]  # noqa: SIM118
         tensors = {name: stored.get_tensor(name) for name in names}
     progress, steps = json.loads(header["progress"]), json.loads(header["identity"])["steps"]
     if progress["step"] < steps:
@@ -89,9 +90,9 @@ def finish(state: Path, path: Path) -> None:
         save_file(small, new, header | {"machine": machine.describe()})
 
 
-def finished(parts: Mapping, identity: dict, folder: Path | str) -> dict | None:
-    """Fill `parts` from the training of `folder` that is the same one, but for the rounding of its start, and return its
-    progress; None where there is none. Raises ValueError where that file is damaged."""
+def finished(model: nn.Module, identity: dict, folder: Path | str) -> dict | None:
+    """Fill `model` from the training of `folder` that is the same one, but for the rounding of its start, and return its
+    progress; None where there is none. Raises ValueError where a file is damaged."""
     mine = json.loads(json.dumps(identity))
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
@@ -101,8 +102,7 @@ def finished(parts: Mapping, identity: dict, folder: Path | str) -> dict | None:
             raise ValueError(f"finished training {path} is damaged ({error}); delete it or write it again") from error
         if _same(json.loads(header["identity"]), mine):
             tensors = load_file(embedded.verified(path) if (path.parent / "SHA256SUMS").exists() else path)
-            for name in parts.keys() & TRAINED:
-                parts[name].load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
             print(f"trained before, {mine['steps']:,} steps, on {header['machine']} ({path.name}); what follows is measured here")
             return json.loads(header["progress"])
     return None

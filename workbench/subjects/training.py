@@ -120,19 +120,16 @@ class Loop:
 
     def run(self, loss: Callable[[int], Tensor], *, state: Path | str | None = None, title: str = "training",
             before_update: Callable[[], None] = lambda: None, after_update: Callable[[int, float, float], None] | None = None,
-            each: int = 0, known: Path | str | None = None) -> None:
+            each: int = 0) -> None:
         """Take the steps that are left. loss(step) gives the scalar to be lowered; after_update(steps done, loss, seconds).
 
-        state: a file to go on from, saved once a minute, every `each` steps (0: never) and at the end. known: a folder of
-        finished trainings; where this one is among them, no step is left.
+        state: a file to go on from, saved once a minute, every `each` steps (0: never) and at the end.
 
         Raises ValueError where the loss is no longer finite, or `state` is damaged or belongs to another training.
         """
         state = Path(state) if state else None
         if state and state.exists():
             self.restore(state)
-        elif found := states.finished(self.parts, self.identity, known) if known else None:
-            self.progress = found
         bar = files.progress(total=self.steps, title=title, unit="step")
         bar.update(self.progress["step"])
         saved = time.monotonic()
@@ -205,9 +202,10 @@ def fit(model: nn.Module, task: Task, *, recipe: Recipe, seed: int = 0, state: P
     Example: `small = training.fit(small, task, recipe=Recipe(epochs=5, learning_rate=0.01)).model`
     """
     run = _Fit(model, task, recipe, seed, loss or own_loss(recipe), after_step, device)
-    known = known if all(hasattr(given, "identity") for given in (loss, after_step) if given) else None
-    run.loop.run(run.loss, state=state, each=run.epoch_steps, before_update=run.before_update, after_update=run.after_update,
-                 known=known)
+    told = all(hasattr(given, "identity") for given in (loss, after_step) if given)
+    if known and told and not (state and Path(state).exists()):
+        run.loop.progress = states.finished(run.model, run.loop.identity, known) or run.loop.progress
+    run.loop.run(run.loss, state=state, each=run.epoch_steps, before_update=run.before_update, after_update=run.after_update)
     return Trained(run.model.eval().to("cpu"), pd.DataFrame(run.loop.progress["rows"]))
 
 
