@@ -25,6 +25,7 @@ from workbench.reporting import kernels
 sys.modules.setdefault("rfc3987_syntax", None)  # a grammar of addresses: papermill's imports build it, in 1.5 s, and nobody asks
 CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
 ERRORS = "errors.txt"
+DEAD = "its kernel died"  # of which reason() tells
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,7 @@ def execute(job: Job, out: Path) -> None:
     """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells go to run.json."""
     kernel = kernels.Reserve()
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     started, clock, error = datetime.datetime.now(datetime.UTC), time.monotonic(), None
@@ -102,6 +104,8 @@ def execute(job: Job, out: Path) -> None:
                                        progress_bar={"file": cells}, kernel_manager_class=kernel.manager())
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}".strip().splitlines()[0]
+    except DeadKernelError as failure:
+        raise RuntimeError(f"{DEAD} (exit code {kernel.copy.poll()})") from failure
     finally:
         kernel.end()
     result = {"checks": [], "headlines": []}

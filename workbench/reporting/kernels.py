@@ -4,6 +4,7 @@ Source: multiprocessing's forkserver, which runs nothing else; a kernel is a cop
 before it has threads.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -105,6 +106,7 @@ class Reserve:
 def _become(pipe) -> None:
     """In the copy: wait for what a kernel is started with, then be it."""
     machine.end_with_parent()
+    faulthandler.enable()  # a fault in compiled code leaves where it happened
     arguments, environment, folder = pipe.recv()
     settle(folder, environment)
     from ipykernel import kernelapp

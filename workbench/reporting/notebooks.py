@@ -20,7 +20,7 @@ import psutil
 
 from workbench import machine
 from workbench.reporting import kernels, pages
-from workbench.reporting.execution import CELLS, INNER, Job, packed, reason, start
+from workbench.reporting.execution import CELLS, DEAD, ERRORS, INNER, Job, packed, reason, start
 
 
 def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | None = None, force: bool = False) -> dict:
@@ -126,10 +126,13 @@ def _here(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, s
                 free.append(share)
                 _clear_line()
                 why = reason(_partial(out, job)) if process.poll() else None
-                if why and "Kernel died" in why and job not in again:  # copies sometimes do; states stay
-                    print(f"{job.name}: its kernel died; once more", flush=True)
-                    shutil.rmtree(_partial(out, job), ignore_errors=True)
+                if why and DEAD in why and job not in again:  # copies sometimes do; states stay
                     again.add(job)
+                    trace = out / ".failed" / f"{job.name}.txt"
+                    trace.parent.mkdir(exist_ok=True)
+                    (_partial(out, job) / ERRORS).replace(trace)
+                    print(f"{job.name}: {why}; once more, what it left stands in {trace}", flush=True)
+                    shutil.rmtree(_partial(out, job), ignore_errors=True)
                     waiting.insert(0, job)
                     continue
                 yield job, why
