@@ -399,12 +399,13 @@ def test_a_notebook_whose_kernel_died_is_run_once_more(tmp_path):
 
     import nbformat
 
-    dies = ("import os\nfrom pathlib import Path\nmark = Path({!r})\n"
-            "if not mark.exists():\n    mark.touch()\n    os.kill(os.getpid(), 9)")
+    dies = ("import ctypes\nfrom pathlib import Path\nmark = Path({!r})\n"
+            "if not mark.exists():\n    mark.touch()\n    ctypes.string_at(0)")
     cells = [nbformat.v4.new_code_cell(dies.format(str(tmp_path / "mark")))]
     python = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), tmp_path / "dies.ipynb")
     told = [sys.executable, "-m", "workbench", "report", "dies", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]
     ran = subprocess.run(told, capture_output=True, text=True, check=False)
-    assert "its kernel died (exit code -9); once more" in ran.stdout
+    assert "its kernel died (exit code -11); once more" in ran.stdout
+    assert "Fatal Python error: Segmentation fault" in (tmp_path / "out" / ".failed" / "dies.txt").read_text()
     assert "dies: passed" in ran.stdout

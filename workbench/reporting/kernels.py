@@ -106,7 +106,7 @@ class Reserve:
 def _become(pipe) -> None:
     """In the copy: wait for what a kernel is started with, then be it."""
     machine.end_with_parent()
-    faulthandler.enable()  # a fault in compiled code leaves where it happened
+    faulthandler.enable(os.fdopen(os.dup(2), "w"))  # a fault leaves where it was; a kernel takes the number 2 for itself
     arguments, environment, folder = pipe.recv()
     settle(folder, environment)
     from ipykernel import kernelapp
