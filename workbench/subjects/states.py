@@ -103,7 +103,7 @@ def finished(model: nn.Module, identity: dict, folder: Path | str) -> dict | Non
         if _same(json.loads(header["identity"]), mine):
             tensors = load_file(embedded.verified(path) if (path.parent / "SHA256SUMS").exists() else path)
             model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
-            print(f"trained before, {mine['steps']:,} steps, on {header['machine']} ({path.name}); what follows is measured here")
+            print(f"{path.stem}: trained before, {mine['steps']:,} steps, on {header['machine'].partition(';')[0]}")
             return json.loads(header["progress"])
     return None
 
