@@ -406,6 +406,6 @@ def test_a_notebook_whose_kernel_died_is_run_once_more(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), tmp_path / "dies.ipynb")
     told = [sys.executable, "-m", "workbench", "report", "dies", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]
     ran = subprocess.run(told, capture_output=True, text=True, check=False)
-    assert "its kernel died (exit code -11); once more" in ran.stdout
+    assert "its kernel died (exit code -11): Kernel died; once more" in ran.stdout
     assert "Fatal Python error: Segmentation fault" in (tmp_path / "out" / ".failed" / "dies.txt").read_text()
     assert "dies: passed" in ran.stdout

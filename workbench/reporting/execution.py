@@ -92,7 +92,6 @@ def execute(job: Job, out: Path) -> None:
     """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells go to run.json."""
     kernel = kernels.Reserve()
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     started, clock, error = datetime.datetime.now(datetime.UTC), time.monotonic(), None
@@ -104,8 +103,10 @@ def execute(job: Job, out: Path) -> None:
                                        progress_bar={"file": cells}, kernel_manager_class=kernel.manager())
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}".strip().splitlines()[0]
-    except DeadKernelError as failure:
-        raise RuntimeError(f"{DEAD} (exit code {kernel.copy.poll()})") from failure
+    except RuntimeError as failure:
+        if kernel.copy.poll() is None:
+            raise
+        raise RuntimeError(f"{DEAD} (exit code {kernel.copy.poll()}): {failure}") from failure
     finally:
         kernel.end()
     result = {"checks": [], "headlines": []}
