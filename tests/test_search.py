@@ -232,6 +232,8 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
     with pytest.raises(ValueError, match=r"is of another search \(its limits is .*\); give another folder"):
         search(start, Limits(latency=0.7), tmp_path / "a", **settings(space))
     monkeypatch.undo()  # and where no plan keeps the limit, what was made being taken over
+    monkeypatch.setattr(latency, "paired", by_bytes)
+    monkeypatch.setattr(searching, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
     shutil.copytree(tmp_path / "a" / "evaluations", tmp_path / "b" / "evaluations")
     found = search(start, Limits(latency=0.01), tmp_path / "b", **settings(space))
     assert found.reason.startswith("no plan of 4 keeps the limits; the nearest has latency 0.")
