@@ -1,6 +1,7 @@
 """The floors of the house, what importing costs, and that the places which pin versions agree."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_the_types_agree():
 def test_importing_the_package_loads_no_torch():
     code = "import workbench, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_onnx_runtime_tells_its_maker_nothing():
+    code = "import workbench, onnxruntime, os, sys; sys.exit(len(os.listdir('/proc/self/task')) - 1)"
+    without = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    quiet = subprocess.run([sys.executable, "-c", code], env=without | {"OPENBLAS_NUM_THREADS": "1"}, check=False)
+    assert quiet.returncode == 0, "ONNX Runtime started a thread when it was imported: its reporter"
 
 
 def test_the_command_line_helps_without_loading_torch_or_papermill():

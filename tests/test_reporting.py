@@ -371,12 +371,14 @@ def test_compare_refuses_a_truncated_file_in_one_line(tmp_path):
 
 def test_notebooks_of_a_longer_run_are_copies_of_one_process_and_know_nothing_of_each_other(folder):
     body = "\n".join([
-        "import sys, matplotlib.pyplot as plt, torch",
+        "import os, sys, matplotlib.pyplot as plt, psutil, torch",
         "from workbench.reporting.report import Report",
         "report = Report('x')",
         "report.headline('there before', 'transformers' in sys.modules)",
         "report.headline('left by others', getattr(torch, 'left', None))",
         "report.headline('threads', torch.get_num_threads())",
+        "report.headline('threads not copied', psutil.Process(os.getppid()).parent().num_threads() - 1)",
+        "report.headline('speaks over', get_ipython().kernel.parent.transport)",
         "report.headline('computes', float((torch.ones(500, 500) @ torch.ones(500, 500)).sum()))",
         "torch.left = report.folder.name",
         "axes = plt.plot([1, 2])"])
@@ -388,7 +390,8 @@ def test_notebooks_of_a_longer_run_are_copies_of_one_process_and_know_nothing_of
     for name in ("01_one", "02_two", "03_three"):
         left = folder.parent / "reports" / name
         said = {row["name"]: row["value"] for row in json.loads((left / "run.json").read_text())["headlines"]}
-        assert said == {"there before": True, "left by others": None, "threads": machine.cores(), "computes": 500.0**3}
+        assert said == {"there before": True, "left by others": None, "threads": machine.cores(), "threads not copied": 0,
+                        "speaks over": "ipc", "computes": 500.0**3}
         outputs = [output for cell in nbformat.read(left / f"{name}.ipynb", 4).cells for output in cell.get("outputs", [])]
         assert any("image/png" in output.get("data", {}) for output in outputs), "a plot is shown at the end of its cell"
 

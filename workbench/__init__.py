@@ -15,6 +15,12 @@ Beneath them stand `batches` (what a model reads and answers), `errors`, `files`
 `machine` (what this computer is). Importing the package imports nothing else; import the rooms that you need:
 
     from workbench.subjects import data, models
+
+Nothing is sent anywhere: ONNX Runtime reports its sessions to its maker from 1.29 on, unless it is told not to, as it is here
+(ORT_DISABLE_TELEMETRY; set it to 0 yourself, and it stays so).
 """
 
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when ONNX Runtime is imported
 __version__ = "0.1.0"

@@ -7,7 +7,9 @@ before it has threads.
 import faulthandler
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -80,14 +82,22 @@ class Reserve:
     def __init__(self) -> None:
         self._pipe, there = multiprocessing.Pipe()
         self.copy = Copy("fork", _become, there)
+        self._folder = tempfile.mkdtemp(prefix="kernel-")  # short: the path of a socket has a hundred letters at most
 
     def manager(self) -> type:
-        """The class of kernel managers whose kernel it is."""
+        """The class of kernel managers whose kernel it is.
+
+        They speak over sockets in a folder of their own: ports are chosen before they are bound, and two kernels that start at
+        the same moment then sometimes choose the same.
+        """
         from jupyter_client.manager import AsyncKernelManager
 
         reserve = self
 
         class Copied(AsyncKernelManager):
+            def __init__(self, **given):
+                super().__init__(transport="ipc", connection_file=f"{reserve._folder}/kernel.json", **given)
+
             async def _async_launch_kernel(self, kernel_cmd: list[str], **kw) -> None:
                 given = kernel_cmd[kernel_cmd.index("ipykernel_launcher") + 1:]
                 reserve._pipe.send((given, dict(kw.get("env") or os.environ), str(kw.get("cwd") or Path.cwd())))
@@ -101,6 +111,7 @@ class Reserve:
         """End the kernel where it has not ended itself."""
         self.copy.kill()
         self.copy.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _become(pipe) -> None:
