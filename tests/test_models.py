@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workbench.measures import accuracy
-from workbench.subjects import data, models
+from workbench.subjects import checkpoints, data, models
 from workbench.subjects.tasks import Preprocessing, Split, Task
 
 
@@ -39,6 +39,27 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path, task, model):
     again = models.load(str(tmp_path / "m.safetensors"), task)
     assert torch.equal(again(task.example), model(task.example))
     assert models.read_header(tmp_path / "m.safetensors")["note"] == "kept"
+
+
+def test_a_checkpoint_in_eight_bits_comes_back_within_half_a_step_of_each_row(tmp_path, task, model):
+    models.save(model, tmp_path / "small.safetensors", eight_bits=True)
+    models.save(model, tmp_path / "whole.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.3 * (tmp_path / "whole.safetensors").stat().st_size
+    again = models.load(str(tmp_path / "small.safetensors"), task)
+    for (name, before), after in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype), name
+        if before.dim() > 1:
+            rows = before.flatten(1)
+            assert ((rows - after.flatten(1)).abs() <= 0.51 * rows.abs().amax(1, keepdim=True) / 127 + 1e-6).all(), name
+        elif not before.is_floating_point():
+            assert torch.equal(before, after), name
+
+
+def test_a_row_of_zeros_and_a_name_that_ends_in_step_come_back_from_eight_bits():
+    given = {"w": torch.tensor([[0.0, 0.0], [1.0, -127.0]]), "lone.step": torch.ones(3), "n": torch.arange(3)}
+    again = checkpoints.from_eight_bits(checkpoints.in_eight_bits(given))
+    assert again.keys() == given.keys()
+    assert all(torch.equal(again[name].float(), value.float()) for name, value in given.items())
 
 
 @pytest.mark.parametrize("name", ["resnet20", "torchvision:mobilenet_v2"])

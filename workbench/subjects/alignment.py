@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench import files
-from workbench.subjects import states, training
+from workbench.subjects import checkpoints, states, training
 
 HOTTEST = math.log(100)  # of the learned scale, 1 / temperature
 
@@ -195,10 +195,9 @@ def _trimmed(values: Tensor) -> Tensor:
 
 
 def save(encoders: nn.ModuleDict, path: Path | str, told: Mapping) -> None:
-    """Write the weights as float16 safetensors, with `told` (recipe, seed, ...) in the header."""
-    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in encoders.state_dict().items()}
+    """Write the weights in 8 bits (`checkpoints.in_eight_bits`), with `told` (recipe, seed, ...) in the header."""
     with files.atomic(path) as new:
-        save_file(tensors, new, {"told": json.dumps(dict(told))})
+        save_file(checkpoints.in_eight_bits(encoders.state_dict()), new, {"told": json.dumps(dict(told))})
 
 
 def load(encoders: nn.ModuleDict, path: Path | str) -> nn.ModuleDict:
@@ -208,8 +207,7 @@ def load(encoders: nn.ModuleDict, path: Path | str) -> nn.ModuleDict:
         with safe_open(path, framework="pt") as stored:
             mine = [key for key in stored.keys() if key.split(".")[0] in encoders]  # noqa: SIM118
             tensors = {key: stored.get_tensor(key) for key in mine}
-        tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-        encoders.load_state_dict(tensors)
+        encoders.load_state_dict(checkpoints.from_eight_bits(tensors))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"checkpoint {path} does not hold these encoders ({str(error).splitlines()[0]})") from error
     return encoders.eval()

@@ -55,6 +55,7 @@ def load(source: str, task: Task | None = None, *, pretrained: bool = True, new_
             torch.manual_seed(seed)
             model = build(kind, config, source if pretrained else None)
             model = understanding.head(model, config.hidden_size, task) if kind == "understanding" else model
+    config.name_or_path = ""  # where it lies on this machine is nobody's concern
     model.origin = getattr(model, "origin", {}) | {"architecture": f"hf:{kind}", "source": source,
                                                    "config": config.to_json_string(use_diff=False)}
     return model
