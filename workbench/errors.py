@@ -1,4 +1,5 @@
-"""What goes wrong with a model: the one error that every room raises for it, and how a library's own error is told."""
+"""What goes wrong with a model: the one error that every room raises for it, and how a library's
+own error is told."""
 
 import contextlib
 import io
@@ -7,7 +8,8 @@ import warnings
 
 
 class UnsupportedModelError(Exception):
-    """A model, or a layer of it, that a method cannot handle; the message names the layer and the way out."""
+    """A model, or a layer of it, that a method cannot handle; the message names the layer and the
+    way out."""
 
 
 def reason(error: Exception) -> str:
@@ -30,11 +32,13 @@ def listed(names, *, most: int = 6) -> str:
 
 @contextlib.contextmanager
 def quietly():
-    """torch's exporters narrate, warn of their own internals and log whole graphs; what matters is checked by who calls them."""
+    """torch's exporters narrate, warn of their own internals and log whole graphs; what matters is
+    checked by who calls them."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(
+            io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it onto `path` when the block ends, remove it when it raises.
+    """Yield a temporary path beside `path`; rename it onto `path` when the block ends, remove it
+    when it raises.
 
     Raises OSError where the folder cannot be written or the disk is full; `path` is then as it was.
 
@@ -41,7 +42,8 @@ def sha256(path: Path | str) -> str:
 
 
 def fingerprint(tensors: Iterable) -> str:
-    """Hexadecimal SHA-256 of tensors' bytes, shapes left out: what tells one start or one set of images from another.
+    """Hexadecimal SHA-256 of tensors' bytes, shapes left out: what tells one start or one set of
+    images from another.
 
     Example: `fingerprint([torch.ones(2)]) == fingerprint([torch.ones(2)])`
     """
@@ -51,13 +53,16 @@ def fingerprint(tensors: Iterable) -> str:
     return digest.hexdigest()
 
 
-def progress(items: Iterable | None = None, *, total: int | None = None, title: str = "", unit: str = "it") -> tqdm:
-    """A progress bar; in a batch run it goes to the file named by WORKBENCH_PROGRESS, which the runner shows.
+def progress(items: Iterable | None = None, *, total: int | None = None, title: str = "",
+             unit: str = "it") -> tqdm:
+    """A progress bar; in a batch run it goes to the file named by WORKBENCH_PROGRESS, which the
+    runner shows.
 
     Example: `sum(files.progress([1, 2, 3], title="adding")) == 6`
     """
     target = os.environ.get("WORKBENCH_PROGRESS")
-    return tqdm(items, total=total, desc=title, unit=unit, leave=False, mininterval=0.5, file=_opened(target) if target else None)
+    return tqdm(items, total=total, desc=title, unit=unit, leave=False, mininterval=0.5,
+                file=_opened(target) if target else None)
 
 
 @functools.cache

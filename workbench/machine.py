@@ -1,8 +1,8 @@
-"""What this computer is: the processor, its cores and number formats, memory, the versions of what runs on it; and how to
-have it alone while a time is taken.
+"""What this computer is: the processor, its cores and number formats, memory, the versions of what
+runs on it; and how to have it alone while a time is taken.
 
-Notebooks that run side by side have a core each. Where one of them times something, the others stand still (SIGSTOP) and it has
-all cores, so that its figures are those of a quiet machine.
+Notebooks that run side by side have a core each. Where one of them times something, the others
+stand still (SIGSTOP) and it has all cores, so that its figures are those of a quiet machine.
 """
 
 import contextlib
@@ -23,15 +23,19 @@ from typing import Any, TextIO
 
 import psutil
 
-RUN = "WORKBENCH_RUN"  # what a notebook knows of the run that it is part of: the runner's process, its lock, its processors
+# what a notebook knows of the run that it is part of: the runner's process, its lock, its
+# processors
+RUN = "WORKBENCH_RUN"
 
 _FORMATS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GiB, and the number formats that decide int8 and bf16 speed."""
+    """Processor, cores this process may use, memory in GiB, and the number formats that decide int8
+    and bf16 speed."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
+    fields = {key.strip(): value.strip()
+              for key, _, value in (line.partition(":") for line in info.splitlines())}
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     return {
         "processor": fields.get("model name", platform.processor() or platform.machine()),
@@ -48,20 +52,26 @@ def _formats() -> frozenset[str]:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; where it does not, bfloat16 is slower than float32."""
-    return bool({"avx512_bf16", "amx_bf16"} & _formats()) or platform.machine() in ("arm64", "aarch64")
+    """Whether the processor multiplies bfloat16 in hardware; where it does not, bfloat16 is slower
+    than float32."""
+    return (bool({"avx512_bf16", "amx_bf16"} & _formats())
+            or platform.machine() in ("arm64", "aarch64"))
 
 
 def sums_integers() -> bool:
-    """Whether the processor adds products of 8-bit integers without saturating at 16 bits (VNNI, AMX, Arm)."""
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & _formats()) or platform.machine() in ("arm64", "aarch64")
+    """Whether the processor adds products of 8-bit integers without saturating at 16 bits (VNNI,
+    AMX, Arm)."""
+    return (bool({"avx512_vnni", "avx_vnni", "amx_int8"} & _formats())
+            or platform.machine() in ("arm64", "aarch64"))
 
 
 def processors() -> list[int]:
-    """The processors that this process may run on, by number; of a notebook that runs beside others, those of the whole run."""
+    """The processors that this process may run on, by number; of a notebook that runs beside
+    others, those of the whole run."""
     if RUN in os.environ:
         return json.loads(os.environ[RUN])["processors"]
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(psutil.cpu_count() or 1))
+    return (sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+            else list(range(psutil.cpu_count() or 1)))
 
 
 def cores() -> int:
@@ -71,9 +81,11 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """While this is open, the notebooks that run beside this one stand still, and it may use all processors of the run.
+    """While this is open, the notebooks that run beside this one stand still, and it may use all
+    processors of the run.
 
-    For what is timed. One at a time: who comes second waits. Outside such a run, or inside another `alone`, it does nothing.
+    For what is timed. One at a time: who comes second waits. Outside such a run, or inside another
+    `alone`, it does nothing.
 
     Example: `with machine.alone(): started = time.perf_counter(); ...`
     """
@@ -87,7 +99,8 @@ def alone() -> Iterator[None]:
         end_of_alone(lock)
         me = psutil.Process()
         mine = {me.pid, *(parent.pid for parent in me.parents())}
-        others = [other.pid for other in psutil.Process(run["runner"]).children() if other.pid not in mine]
+        others = [other.pid for other in psutil.Process(run["runner"]).children()
+                  if other.pid not in mine]
         _is_alone = True
         lock.write(f"{me.pid} {time.perf_counter()}")
         lock.flush()
@@ -105,7 +118,8 @@ def alone() -> Iterator[None]:
 
 
 def end_of_alone(lock: TextIO) -> None:
-    """Write into the lock of the run, which the caller holds, that who was alone is so no longer, be it by being killed."""
+    """Write into the lock of the run, which the caller holds, that who was alone is so no longer,
+    be it by being killed."""
     written = Path(lock.name).read_text()
     if written and not written.endswith("\n"):
         lock.write(f" {time.perf_counter()}\n")
@@ -113,14 +127,16 @@ def end_of_alone(lock: TextIO) -> None:
 
 
 def clock() -> float:
-    """Seconds on a clock that stands still while this process does, for another that is `alone`; for what takes long."""
+    """Seconds on a clock that stands still while this process does, for another that is `alone`;
+    for what takes long."""
     if RUN not in os.environ:
         return time.perf_counter()
     path, said = Path(json.loads(os.environ[RUN])["lock"]), None
     while said != (said := path.read_text()):  # until nobody was alone in between
         now = time.perf_counter()
     times = [line.split() for line in said.splitlines()]
-    return now - sum(float(ended) - float(began) for process, began, *ends in times for ended in ends
+    return now - sum(float(ended) - float(began) for process, began, *ends in times
+                     for ended in ends
                      if process != str(os.getpid()))
 
 
@@ -143,7 +159,8 @@ def go_on(process: int) -> None:
 
 
 def end_with_parent() -> None:
-    """On Linux: have this process killed when the one that started it ends, also while it stands still."""
+    """On Linux: have this process killed when the one that started it ends, also while it stands
+    still."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -164,7 +181,8 @@ def resident() -> float:
 
 
 def peak() -> float:
-    """The most memory of this process that lay in RAM so far, in MB; of the process itself, not of what it was forked from.
+    """The most memory of this process that lay in RAM so far, in MB; of the process itself, not of
+    what it was forked from.
 
     Raises RuntimeError on systems without /proc.
     """
@@ -175,7 +193,8 @@ def peak() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what the package requires, its extras included; those not installed are left out."""
+    """Versions of Python and of what the package requires, its extras included; those not installed
+    are left out."""
     found = {"python": platform.python_version()}
     for requirement in importlib.metadata.requires("workbench") or []:
         name = re.match(r"[\w.-]+", requirement).group()
@@ -193,5 +212,6 @@ def describe() -> str:
     """
     has, runs = hardware(), versions()
     formats = ", ".join(has["formats"]) or "no vector formats known"
-    libraries = ", ".join(f"{name} {runs[name]}" for name in ("torch", "onnxruntime") if name in runs)
+    libraries = ", ".join(f"{name} {runs[name]}" for name in ("torch", "onnxruntime")
+                          if name in runs)
     return f"{has['processor']}, {has['cores']} cores ({formats}); {libraries}"

@@ -1,14 +1,18 @@
-"""Attention as ONNX operators, whatever the number of axes: the exporter's own translation knows four only."""
+"""Attention as ONNX operators, whatever the number of axes: the exporter's own translation knows
+four only."""
 
 import math
 
 from onnxscript import opset18 as op
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """softmax(Q K^T scale + mask) V over the last two axes, as torch.nn.functional.scaled_dot_product_attention in eval mode.
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """softmax(Q K^T scale + mask) V over the last two axes, as
+    torch.nn.functional.scaled_dot_product_attention in eval mode.
 
-    Raises ValueError where the width of a head, or with grouped queries the number of heads, is not known.
+    Raises ValueError where the width of a head, or with grouped queries the number of heads, is not
+    known.
     """
     width, axes = query.shape[-1], len(key.shape)
     if not isinstance(width, int):
@@ -16,7 +20,9 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if enable_gqa:
         key, value = (_repeated(part, query.shape[-3]) for part in (key, value))
     swapped = op.Transpose(key, perm=[*range(axes - 2), axes - 1, axes - 2])
-    scores = op.MatMul(op.Mul(query, op.CastLike(op.Constant(value_float=scale or 1 / math.sqrt(width)), query)), swapped)
+    scores = op.MatMul(op.Mul(query,
+                              op.CastLike(op.Constant(value_float=scale or 1 / math.sqrt(width)),
+                                          query)), swapped)
     if is_causal:
         size = op.Concat(op.Shape(query, start=-2, end=-1), op.Shape(key, start=-2, end=-1), axis=0)
         attn_mask = op.Cast(op.Trilu(op.Expand(op.Constant(value_float=1.0), size), upper=0), to=9)
@@ -31,6 +37,7 @@ def _repeated(part, heads: int):
     """Keys or values (..., few heads, places, width), each for the queries that share it."""
     few = part.shape[-3]
     if not (isinstance(few, int) and isinstance(heads, int)):
-        raise ValueError("attention with grouped queries whose heads are not counted cannot be exported")
+        raise ValueError("attention with grouped queries whose heads are not counted cannot be "
+                         "exported")
     places = [group for group in range(few) for _ in range(heads // few)]
     return op.Gather(part, op.Constant(value_ints=places), axis=len(part.shape) - 3)

@@ -1,11 +1,13 @@
-"""A decoder with its cache: a file that reads a prompt, or one more token, beside the keys and values of all before it.
+"""A decoder with its cache: a file that reads a prompt, or one more token, beside the keys and
+values of all before it.
 
-The cache holds, of each layer, keys and values (n, heads, seen, width): its bytes are 2 layers heads width seen b, b = 4 in
-float32, and in int8 b = 1 and four bytes more for the scale of each vector. Queries that share a head's keys are multiplied with
-them in one product, so that no key is copied.
+The cache holds, of each layer, keys and values (n, heads, seen, width): its bytes are 2 layers
+heads width seen b, b = 4 in float32, and in int8 b = 1 and four bytes more for the scale of each
+vector. Queries that share a head's keys are multiplied with them in one product, so that no key is
+copied.
 
-Sources: grouped queries Ainslie et al. 2023 (arXiv 2305.13245); a scale for each token's vector as in KVQuant, Hooper et al. 2024
-(arXiv 2401.18079), there by channel for keys.
+Sources: grouped queries Ainslie et al. 2023 (arXiv 2305.13245); a scale for each token's vector as
+in KVQuant, Hooper et al. 2024 (arXiv 2401.18079), there by channel for keys.
 """
 
 import copy
@@ -29,21 +31,26 @@ LONGEST = "workbench.longest"  # under which a file tells for how many tokens it
 
 
 class Cached(nn.Module):
-    """A causal language model of transformers that is given its cache and gives it back, longer by the tokens read.
+    """A causal language model of transformers that is given its cache and gives it back, longer by
+    the tokens read.
 
-    bits: 32 keeps keys and values as they are, 8 as integers with a float32 scale for each vector. layers: rounded layers, by
-    name, that stand in the place of its own (`quantization.rounded`).
+    bits: 32 keeps keys and values as they are, 8 as integers with a float32 scale for each vector.
+    layers: rounded layers, by name, that stand in the place of its own (`quantization.rounded`).
 
-    Raises ValueError for other bits, UnsupportedModelError for a model whose attention takes no cache like this.
+    Raises ValueError for other bits, UnsupportedModelError for a model whose attention takes no
+    cache like this.
     """
 
-    def __init__(self, model: nn.Module, *, bits: int = 32, layers: Mapping[str, nn.Module] | None = None):
+    def __init__(self, model: nn.Module, *, bits: int = 32,
+                 layers: Mapping[str, nn.Module] | None = None):
         super().__init__()
         if bits not in BITS:
             raise ValueError(f"a cache of {bits} bits; expected one of {', '.join(map(str, BITS))}")
-        if not hasattr(getattr(model, "config", None), "num_hidden_layers") or not hasattr(model, "lm_head"):
-            raise UnsupportedModelError(f"{type(model).__name__} is no causal language model of transformers; load one by "
-                                        "models.load('hf:...', task) for a task of plain text")
+        if (not hasattr(getattr(model, "config", None), "num_hidden_layers")
+            or not hasattr(model, "lm_head")):
+            raise UnsupportedModelError(f"{type(model).__name__} is no causal language model of "
+                                        "transformers; load one by models.load('hf:...', task) for "
+                                        "a task of plain text")
         _register()
         self.model, self.bits = copy.deepcopy(model).eval(), bits
         for name, layer in (layers or {}).items():
@@ -52,37 +59,49 @@ class Cached(nn.Module):
         config._attn_implementation = "grouped"
         self.longest = config.max_position_embeddings
         self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.parts = ("key", "value") if bits == 32 else ("key", "key_scale", "value", "value_scale")
+        self.width = (getattr(config, "head_dim", None)
+                      or config.hidden_size // config.num_attention_heads)
+        self.parts = ("key", "value") if bits == 32 else ("key", "key_scale", "value",
+                                                          "value_scale")
         self.layers = config.num_hidden_layers
 
     def empty(self, count: int, seen: int = 0) -> dict[str, Tensor]:
         """The cache of `count` sentences by input name: nothing yet, or zeros for `seen` tokens."""
         kind = torch.int8 if self.bits == 8 else torch.float32
         parts = {part: torch.zeros(count, self.heads, seen, 1) if part.endswith("scale") else
-                 torch.zeros(count, self.heads, seen, self.width, dtype=kind) for part in self.parts}
-        return {f"past_{layer}_{part}": value for layer in range(self.layers) for part, value in parts.items()}
+                 torch.zeros(count, self.heads, seen, self.width, dtype=kind)
+                 for part in self.parts}
+        return {f"past_{layer}_{part}": value for layer in range(self.layers)
+                for part, value in parts.items()}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, asked: Tensor, **past: Tensor) -> dict[str, Tensor]:
-        """input_ids int64 (n, T), attention_mask int64 (n, seen + T), the cache by name -> logits (n, K, vocabulary) and the
-        cache, longer by T. asked: which of the T tokens are answered, int64 (n, K), the same in each row."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, asked: Tensor,
+                **past: Tensor) -> dict[str, Tensor]:
+        """input_ids int64 (n, T), attention_mask int64 (n, seen + T), the cache by name -> logits
+        (n, K, vocabulary) and the cache, longer by T. asked: which of the T tokens are answered,
+        int64 (n, K), the same in each row."""
         from transformers import Cache
 
-        layers = [_layer_class()(*(past[f"past_{at}_{part}"] for part in self.parts)) for at in range(self.layers)]
-        places = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, attention_mask.shape[1] - input_ids.shape[1]:]
-        made = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places, use_cache=True,
-                          cache=Cache(layers=layers), logits_to_keep=asked[0])
-        return {"logits": made.logits} | {f"present_{at}_{part}": value for at, layer in enumerate(layers)
-                                          for part, value in zip(self.parts, layer.state, strict=True)}
+        layers = [_layer_class()(*(past[f"past_{at}_{part}"] for part in self.parts))
+                  for at in range(self.layers)]
+        places = (attention_mask.cumsum(1) - 1).clamp_min(0)[:, attention_mask.shape[1]
+                                                             - input_ids.shape[1]:]
+        made = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places,
+                          use_cache=True, cache=Cache(layers=layers), logits_to_keep=asked[0])
+        return {"logits": made.logits} | {f"present_{at}_{part}": value
+                                          for at, layer in enumerate(layers)
+                                          for part, value in zip(self.parts, layer.state,
+                                                                 strict=True)}
 
 
 @cache
 def _layer_class() -> type:
-    """What transformers asks for the keys and values of a layer; made when it is needed, as transformers is slow to import."""
+    """What transformers asks for the keys and values of a layer; made when it is needed, as
+    transformers is slow to import."""
     from transformers.cache_utils import DynamicLayer
 
     class Layer(DynamicLayer):
-        """state: keys and values of the tokens before, with their scales where they are integers."""
+        """state: keys and values of the tokens before, with their scales where they are
+        integers."""
 
         def __init__(self, *state: Tensor):
             super().__init__()
@@ -105,14 +124,16 @@ def _layer_class() -> type:
 
 
 def _rounded(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (..., width) as int8 of the same shape and their scales (..., 1): the largest of each becomes 127."""
+    """Vectors (..., width) as int8 of the same shape and their scales (..., 1): the largest of each
+    becomes 127."""
     scale = vectors.abs().amax(-1, keepdim=True).clamp_min(LEAST) / 127
     return (vectors / scale).round().to(torch.int8), scale
 
 
-def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-             **_more) -> tuple[Tensor, None]:
-    """softmax(Q K^T scaling) V of (n, heads, T, width), the queries that share keys one below the other in one product."""
+def _grouped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+             attention_mask: Tensor | None, scaling: float, **_more) -> tuple[Tensor, None]:
+    """softmax(Q K^T scaling) V of (n, heads, T, width), the queries that share keys one below the
+    other in one product."""
     count, heads, tokens, width = query.shape
     few = key.shape[1]
     stacked = query.reshape(count, few, -1, width) * scaling
@@ -131,7 +152,8 @@ def _register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("grouped", _grouped)
-    def mask(*given, **named) -> Tensor:  # float32 (n, 1, T, seen), 0 where a token sees another, once for all layers
+    # float32 (n, 1, T, seen), 0 where a token sees another, once for all layers
+    def mask(*given, **named) -> Tensor:
         seen = sdpa_mask(*given, **named | {"allow_is_causal_skip": False})
         return (seen.to(torch.float32) - 1) * -LOWEST
 
@@ -139,10 +161,12 @@ def _register() -> None:
 
 
 def export(decoder: Cached, path: Path | str, *, tolerance: float | None = None) -> Path:
-    """Write a decoder with its cache as one ONNX file, for prompts and single tokens alike; return its path.
+    """Write a decoder with its cache as one ONNX file, for prompts and single tokens alike; return
+    its path.
 
-    Inputs: input_ids, attention_mask, asked, past_LAYER_key and past_LAYER_value (with past_LAYER_key_scale and so on in int8);
-    outputs: logits, present_LAYER_key and so on. Raises as onnx.export does.
+    Inputs: input_ids, attention_mask, asked, past_LAYER_key and past_LAYER_value (with
+    past_LAYER_key_scale and so on in int8); outputs: logits, present_LAYER_key and so on. Raises as
+    onnx.export does.
 
     Example: `decoding.export(decoding.Cached(model, bits=8), "decoder.onnx")`
     """
@@ -151,15 +175,19 @@ def export(decoder: Cached, path: Path | str, *, tolerance: float | None = None)
     mask, asked = torch.ones_like(ids), torch.tensor([[1, 2], [1, 2]])
     with torch.inference_mode():
         before = decoder(ids[:, :5], mask[:, :5], asked, **decoder.empty(2))
-    past = {name.replace("present", "past"): value.clone() for name, value in before.items() if name != "logits"}
+    past = {name.replace("present", "past"): value.clone() for name, value in before.items()
+            if name != "logits"}
     example = {"input_ids": ids[:, 5:], "attention_mask": mask, "asked": asked, **past}
-    free = {name: {2: "seen"} for name in past} | {"attention_mask": {1: "seen and read"}, "asked": {1: "asked"}}
-    return onnx.export(decoder, example, path, dynamic=free, tolerance=tolerance, told={LONGEST: str(decoder.longest)})
+    free = ({name: {2: "seen"} for name in past}
+            | {"attention_mask": {1: "seen and read"}, "asked": {1: "asked"}})
+    return onnx.export(decoder, example, path, dynamic=free, tolerance=tolerance,
+                       told={LONGEST: str(decoder.longest)})
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated: tokens int64 (n, new), seconds for the prompt and for each token behind it, bytes of the cache."""
+    """What was generated: tokens int64 (n, new), seconds for the prompt and for each token behind
+    it, bytes of the cache."""
 
     tokens: Tensor
     prompt_s: float
@@ -173,30 +201,36 @@ class Generated:
 
 
 class Decoder:
-    """A file of `export`, or a `Cached` module, opened to generate. threads: as sessions.open has it. longest: for how many
-    tokens it has positions, and width: of a head, where a file of others (optimum, onnxruntime-genai) does not tell.
+    """A file of `export`, or a `Cached` module, opened to generate. threads: as sessions.open has
+    it. longest: for how many tokens it has positions, and width: of a head, where a file of others
+    (optimum, onnxruntime-genai) does not tell.
 
     Raises ValueError for a file that takes no cache.
 
     Example: `decoding.Decoder("decoder.onnx").generate(ids, new=20).tokens`
     """
 
-    def __init__(self, source: Cached | Path | str, *, threads: int | None = None, longest: int | None = None,
-                 width: int | None = None):
-        self.session = cast(sessions.OnnxSession | sessions.TorchSession, sessions.open(source, threads=threads))
-        self.name, self.threads, module = self.session.name, self.session.threads, getattr(self.session, "model", None)
+    def __init__(self, source: Cached | Path | str, *, threads: int | None = None,
+                 longest: int | None = None, width: int | None = None):
+        self.session = cast(sessions.OnnxSession | sessions.TorchSession,
+                            sessions.open(source, threads=threads))
+        self.name, self.threads, module = (self.session.name, self.session.threads,
+                                           getattr(self.session, "model", None))
         self.asks = isinstance(module, Cached) or "asked" in getattr(self.session, "inputs", {})
         if isinstance(module, Cached):
-            self.longest, self.shapes = module.longest, {name: (tuple(value.shape[1:]), value.dtype) for name, value in
+            self.longest, self.shapes = module.longest, {name: (tuple(value.shape[1:]), value.dtype)
+                                                         for name, value in
                                                          module.empty(1).items()}
             return
         inputs = getattr(self.session, "inputs", {})
-        self.shapes = {name: ((value.shape[1], 0, width or value.shape[3]), torch.int8 if "int8" in value.type else torch.float32)
+        self.shapes = {name: ((value.shape[1], 0, width or value.shape[3]),
+                              torch.int8 if "int8" in value.type else torch.float32)
                        for name, value in inputs.items() if name.startswith("past_")}
         told = self.session.session.get_modelmeta().custom_metadata_map if inputs else {}
         if not self.shapes or not (longest or LONGEST in told):
-            raise ValueError(f"{self.name} takes no cache, or does not tell for how many tokens; write it by "
-                             "decoding.export(decoding.Cached(model), path), or give longest=")
+            raise ValueError(f"{self.name} takes no cache, or does not tell for how many tokens; "
+                             "write it by decoding.export(decoding.Cached(model), path), or give "
+                             "longest=")
         self.longest = longest or int(told[LONGEST])
 
     @property
@@ -207,25 +241,30 @@ class Decoder:
 
     def bytes_of(self, count: int, seen: int) -> int:
         """Bytes of the cache of `count` sentences of `seen` tokens, by the formula above."""
-        return sum(count * seen * shape[0] * shape[2] * kind.itemsize for shape, kind in self.shapes.values())
+        return sum(count * seen * shape[0] * shape[2] * kind.itemsize
+                   for shape, kind in self.shapes.values())
 
-    def generate(self, ids: Tensor, *, new: int, mask: Tensor | None = None, cache: bool = True) -> Generated:
+    def generate(self, ids: Tensor, *, new: int, mask: Tensor | None = None,
+                 cache: bool = True) -> Generated:
         """The most likely tokens behind each prompt, one after the other (greedy).
 
-        ids: int64 (n, T); shorter prompts are filled up at their front, with 0 in `mask` (n, T). cache: false reads everything
-        anew for each token.
+        ids: int64 (n, T); shorter prompts are filled up at their front, with 0 in `mask` (n, T).
+        cache: false reads everything anew for each token.
 
-        Raises ValueError for a prompt of no tokens, no new tokens, or more in all than the model has positions for.
+        Raises ValueError for a prompt of no tokens, no new tokens, or more in all than the model
+        has positions for.
         """
         if ids.dim() != 2 or not ids.numel() or new < 1:
-            raise ValueError(f"generate: a prompt of shape {tuple(ids.shape)} and {new} new tokens; expected (n, T) and at least "
-                             "one token of each")
+            raise ValueError(f"generate: a prompt of shape {tuple(ids.shape)} and {new} new "
+                             "tokens; expected (n, T) and at least one token of each")
         if ids.shape[1] + new > self.longest:
-            raise ValueError(f"generate: {ids.shape[1]} tokens and {new} new ones are more than the {self.longest} positions "
-                             f"that {self.name} knows; shorten the prompt")
+            raise ValueError(f"generate: {ids.shape[1]} tokens and {new} new ones are more than "
+                             f"the {self.longest} positions that {self.name} knows; shorten the "
+                             "prompt")
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.shape != ids.shape or not mask[:, -1].all():
-            raise ValueError("generate: the mask must have the shape of the ids, and end in 1: fill prompts up at their front")
+            raise ValueError("generate: the mask must have the shape of the ids, and end in 1: "
+                             "fill prompts up at their front")
         start, state, read, made, took = self._empty(len(ids)), None, ids, [], []
         for _ in range(new):
             began = time.perf_counter()
@@ -234,28 +273,31 @@ class Decoder:
             made.append(logits[:, -1].argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(made[-1])], 1)
             read = made[-1] if cache else torch.cat([ids, *made], 1)
-        return Generated(torch.cat(made, 1), took[0], tuple(took[1:]), self.bytes_of(len(ids), mask.shape[1] - 1))
+        return Generated(torch.cat(made, 1), took[0], tuple(took[1:]),
+                         self.bytes_of(len(ids), mask.shape[1] - 1))
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What is most likely behind each token of whole sentences, (n, T, vocabulary)."""
         return self._run(input_ids, attention_mask, self._empty(len(input_ids)), every=True)[0]
 
     def step(self, count: int, *, seen: int, read: int = 1) -> Callable[..., Tensor]:
-        """A function that reads `read` tokens of `count` sentences beside a cache of `seen` tokens, again and again: to be timed.
-        What it is called with is not looked at.
+        """A function that reads `read` tokens of `count` sentences beside a cache of `seen` tokens,
+        again and again: to be timed. What it is called with is not looked at.
 
         Raises ValueError for more tokens than the model has positions for.
         """
         if seen + read > self.longest:
-            raise ValueError(f"step: {seen} tokens and {read} more are beyond the {self.longest} positions that {self.name} "
-                             "knows")
-        ids, mask = torch.ones(count, read, dtype=torch.int64), torch.ones(count, seen + read, dtype=torch.int64)
+            raise ValueError(f"step: {seen} tokens and {read} more are beyond the {self.longest} "
+                             f"positions that {self.name} knows")
+        ids, mask = torch.ones(count, read, dtype=torch.int64), torch.ones(count, seen + read,
+                                                                           dtype=torch.int64)
         state = self._values({name: torch.ones(count, shape[0], seen, shape[2], dtype=kind)
                               for name, (shape, kind) in self.shapes.items()})
         return lambda *_given, **_named: self._run(ids, mask, state)[0]
 
     def _empty(self, count: int):
-        return self._values({name: torch.zeros(count, *shape, dtype=kind) for name, (shape, kind) in self.shapes.items()})
+        return self._values({name: torch.zeros(count, *shape, dtype=kind)
+                             for name, (shape, kind) in self.shapes.items()})
 
     def _values(self, cache: dict[str, Tensor]):
         """A cache as the runtime keeps it."""
@@ -266,12 +308,16 @@ class Decoder:
         return {name: OrtValue.ortvalue_from_numpy(value.numpy()) for name, value in cache.items()}
 
     def _run(self, ids: Tensor, mask: Tensor, state, *, every: bool = False):
-        """Logits, of the last token or of `every` one, and the cache behind these tokens, which stays with the runtime."""
+        """Logits, of the last token or of `every` one, and the cache behind these tokens, which
+        stays with the runtime."""
         asked = torch.arange(0 if every else ids.shape[1] - 1, ids.shape[1]).expand(len(ids), -1)
-        given = {"input_ids": ids, "attention_mask": mask} | ({"asked": asked.contiguous()} if self.asks else {})
+        given = ({"input_ids": ids, "attention_mask": mask}
+                 | ({"asked": asked.contiguous()} if self.asks else {}))
         if isinstance(self.session, sessions.TorchSession):
             made = self.session.outputs({**given, **state})
             return made.pop("logits"), dict(zip(self.shapes, made.values(), strict=True))
         own, names = self.session.session, self.session.output_names
-        made = dict(zip(names, own.run_with_ort_values(names, state | self._values(given)), strict=True))
-        return torch.from_numpy(made.pop("logits").numpy()), dict(zip(self.shapes, made.values(), strict=True))
+        made = dict(zip(names, own.run_with_ort_values(names, state | self._values(given)),
+                        strict=True))
+        return torch.from_numpy(made.pop("logits").numpy()), dict(zip(self.shapes, made.values(),
+                                                                      strict=True))

@@ -1,9 +1,11 @@
-"""A chain that listens: samples through a ring buffer, a gate of speech, a network that spots words, events with their times.
+"""A chain that listens: samples through a ring buffer, a gate of speech, a network that spots
+words, events with their times.
 
     ring = Ring(seconds=2); ring.write(samples)          one thread, as samples come
     listener.hear(ring.read(listener.hop))               another, hop by hop
 
-Everything that a listener remembers can be saved and taken up again, so that whoever stops it loses what was not saved yet.
+Everything that a listener remembers can be saved and taken up again, so that whoever stops it loses
+what was not saved yet.
 """
 
 import array
@@ -31,7 +33,8 @@ AT_ONCE = 2  # hops that are worked on with each hop until these are made up for
 
 @dataclass(frozen=True)
 class Event:
-    """Something heard: at so many seconds, a word with its probability; meaning: what it stands for."""
+    """Something heard: at so many seconds, a word with its probability; meaning: what it stands
+    for."""
 
     at_s: float
     word: str
@@ -40,7 +43,8 @@ class Event:
 
 
 class Ring:
-    """Samples between a thread that writes and one that reads; what finds no room is counted, never lost in silence.
+    """Samples between a thread that writes and one that reads; what finds no room is counted, never
+    lost in silence.
 
     dropped: samples that found no room.
     """
@@ -48,7 +52,8 @@ class Ring:
     def __init__(self, seconds: float = 2.0, *, rate: int = 8_000):
         if seconds <= 0:
             raise ValueError(f"a ring buffer of {seconds} seconds; expected more than 0")
-        self.samples, self.begin, self.end = np.zeros(max(round(seconds * rate), 1), np.float32), 0, 0
+        self.samples, self.begin, self.end = np.zeros(max(round(seconds * rate), 1),
+                                                      np.float32), 0, 0
         self.dropped, self.closed, self._changed = 0, False, threading.Condition()
 
     def write(self, samples: np.ndarray) -> int:
@@ -85,17 +90,20 @@ class Doubled:
     def __init__(self, taps: int = 32):
         places = np.arange(2 * taps) - taps + 0.5
         kernel = np.sinc(places / 2) * np.hamming(2 * taps)
-        self.phases = np.stack([part / part.sum() for part in (kernel[1::2], kernel[::2])], 1).astype(np.float32)
+        self.phases = np.stack([part / part.sum() for part in (kernel[1::2], kernel[::2])],
+                               1).astype(np.float32)
         self.kept = np.zeros(taps - 1, np.float32)
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         whole = np.concatenate([self.kept, samples])
         self.kept = whole[len(samples):]
-        return (np.lib.stride_tricks.sliding_window_view(whole, len(self.phases)) @ self.phases).reshape(-1)
+        return (np.lib.stride_tricks.sliding_window_view(whole, len(self.phases))
+                @ self.phases).reshape(-1)
 
 
 class Gate:
-    """Is there speech? A stream at 16 kHz asked chunk by chunk, samples at 8 kHz given in hops of any length.
+    """Is there speech? A stream at 16 kHz asked chunk by chunk, samples at 8 kHz given in hops of
+    any length.
 
     threshold: the probability from which on there is. speaking: the last answer.
     """
@@ -109,32 +117,40 @@ class Gate:
         self.waiting = np.concatenate([self.waiting, self.doubled(samples)])
         while len(self.waiting) >= self.stream.hop:
             chunk, self.waiting = self.waiting[:self.stream.hop], self.waiting[self.stream.hop:]
-            self.speaking = float(self.stream(torch.from_numpy(chunk)[None]).flatten()[-1]) >= self.threshold
+            self.speaking = (float(self.stream(torch.from_numpy(chunk)[None]).flatten()[-1])
+                             >= self.threshold)
         return self.speaking
 
     def state(self) -> dict[str, Tensor]:
         """What it remembers."""
-        own = {"kept": torch.from_numpy(self.doubled.kept.copy()), "waiting": torch.from_numpy(self.waiting.copy()),
+        own = {"kept": torch.from_numpy(self.doubled.kept.copy()),
+               "waiting": torch.from_numpy(self.waiting.copy()),
                "speaking": torch.tensor([self.speaking])}
         return own | {f"stream.{name}": value for name, value in (self.stream.now or {}).items()}
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state. Raises ValueError for that of another gate."""
-        known = {name.removeprefix("stream."): value for name, value in state.items() if name.startswith("stream.")}
+        known = {name.removeprefix("stream."): value for name, value in state.items()
+                 if name.startswith("stream.")}
         self.stream.resume(known) if known else self.stream.reset()
-        self.doubled.kept, self.waiting = state["kept"].numpy().copy(), state["waiting"].numpy().copy()
+        self.doubled.kept, self.waiting = (state["kept"].numpy().copy(),
+                                           state["waiting"].numpy().copy())
         self.speaking = bool(state["speaking"][0])
 
 
 class Drift:
-    """Level and noise of what is heard, in dB of full scale, and whether they have left what they were in the first seconds.
+    """Level and noise of what is heard, in dB of full scale, and whether they have left what they
+    were in the first seconds.
 
-    The level is an exponential moving average of the hops' power, the noise one of their least in each second; a `shift` of so
-    many dB against the mean of the first `settle_s` seconds is told once, and again when it is over.
+    The level is an exponential moving average of the hops' power, the noise one of their least in
+    each second; a `shift` of so many dB against the mean of the first `settle_s` seconds is told
+    once, and again when it is over.
     """
 
-    def __init__(self, hop: int, *, rate: int = 8_000, settle_s: float = 5.0, shift: float = 12.0, decay: float = 0.98):
-        self.second, self.settle, self.shift, self.decay = rate // hop, round(settle_s), shift, decay
+    def __init__(self, hop: int, *, rate: int = 8_000, settle_s: float = 5.0, shift: float = 12.0,
+                 decay: float = 0.98):
+        self.second, self.settle, self.shift, self.decay = (rate // hop, round(settle_s), shift,
+                                                            decay)
         self.level, self.least, self.hops, self.seconds = 0.0, np.inf, 0, 0
         self.noise, self.first, self.silent, self.off = 0.0, 0.0, 0, False
 
@@ -156,7 +172,8 @@ class Drift:
         if self.silent == 1:
             told = "no signal"
         elif off != self.off:
-            told = (f"noise at {self.noise:.0f} dB, {self.first:.0f} dB at first; level {_db(self.level):.0f} dB" if off else
+            told = (f"noise at {self.noise:.0f} dB, {self.first:.0f} dB at first; level "
+                    f"{_db(self.level):.0f} dB" if off else
                     "noise as at first again")
         self.off = off
         return told
@@ -165,14 +182,17 @@ class Drift:
 class Listener:
     """The chain behind the ring buffer. Called hop by hop with `hear`, it gives the events of each.
 
-    spotter: a stream from samples to logits (n, classes, steps); classes: their names, the last for none. threshold: the
-    averaged probability from which on a word is heard. gate: without one the spotter never rests. meaning: what a word stands
-    for. worked: hops on which the spotter ran, of all that were heard: `hops`.
+    spotter: a stream from samples to logits (n, classes, steps); classes: their names, the last for
+    none. threshold: the averaged probability from which on a word is heard. gate: without one the
+    spotter never rests. meaning: what a word stands for. worked: hops on which the spotter ran, of
+    all that were heard: `hops`.
     """
 
-    def __init__(self, spotter: Stream, classes: Sequence[str], *, gate: Gate | None = None, threshold: float = 0.8,
-                 meaning: Callable[[str], str] | None = None, rate: int = 8_000):
-        self.spotter, self.classes, self.gate, self.threshold = spotter, list(classes), gate, threshold
+    def __init__(self, spotter: Stream, classes: Sequence[str], *, gate: Gate | None = None,
+                 threshold: float = 0.8, meaning: Callable[[str], str] | None = None,
+                 rate: int = 8_000):
+        self.spotter, self.classes, self.gate, self.threshold = (spotter, list(classes), gate,
+                                                                 threshold)
         self.meaning, self.rate, self.hop = meaning, rate, spotter.hop
         self.drift, self.hops, self.worked = Drift(spotter.hop, rate=rate), 0, 0
         self.open_until, self.quiet_until = -1, -1  # hops
@@ -180,9 +200,11 @@ class Listener:
         self.scores: list[np.ndarray] = []
 
     def hear(self, samples: np.ndarray) -> list[Event]:
-        """The events of the next hop. Raises ValueError for samples that are no numbers, and as `decide` does."""
+        """The events of the next hop. Raises ValueError for samples that are no numbers, and as
+        `decide` does."""
         if not np.isfinite(samples).all():
-            raise ValueError(f"the samples at {self.hops * self.hop / self.rate:.2f} s are no numbers")
+            raise ValueError(f"the samples at {self.hops * self.hop / self.rate:.2f} s are no "
+                             "numbers")
         told = self.drift.hear(samples)
         found = [Event(self.hops * self.hop / self.rate, "drift", 1.0, told)] if told else []
         self.queue.append(samples)
@@ -200,7 +222,8 @@ class Listener:
         if self.gate is None:
             return True
         if self.gate.hear(samples):
-            if self.hops > self.open_until:  # it was closed: what the spotter remembers is of long ago
+            # it was closed: what the spotter remembers is of long ago
+            if self.hops > self.open_until:
                 self.spotter.reset()
                 self.scores.clear()
             self.open_until = self.hops + round(HELD_S * self.rate / self.hop)
@@ -208,16 +231,18 @@ class Listener:
 
     def _spot(self, samples: np.ndarray, *, behind: int) -> list[Event]:
         self.worked += 1
-        return self.decide(self.spotter(torch.from_numpy(samples)[None])[0].softmax(0).T.numpy(), behind=behind)
+        return self.decide(self.spotter(torch.from_numpy(samples)[None])[0].softmax(0).T.numpy(),
+                           behind=behind)
 
     def decide(self, scores: np.ndarray, *, behind: int = 0) -> list[Event]:
-        """The events of a hop's probabilities (steps, classes), with those before it; behind: how many hops ago it was.
+        """The events of a hop's probabilities (steps, classes), with those before it; behind: how
+        many hops ago it was.
 
         Raises ValueError where these are not as many as the classes.
         """
         if scores.shape[1] != len(self.classes):
-            raise ValueError(f"{self.spotter.session.name} gives {scores.shape[1]} probabilities, for {len(self.classes)} "
-                             f"classes: {listed(self.classes)}")
+            raise ValueError(f"{self.spotter.session.name} gives {scores.shape[1]} probabilities, "
+                             f"for {len(self.classes)} classes: {listed(self.classes)}")
         self.scores = (self.scores + list(scores))[-AVERAGED:]
         if self.hops < self.quiet_until:
             return []
@@ -237,13 +262,17 @@ class Listener:
         from safetensors.torch import save_file
 
         numbers = [self.hops, self.worked, self.open_until, self.quiet_until]
-        drift = [self.drift.level, self.drift.least, self.drift.hops, self.drift.seconds, self.drift.noise, self.drift.first,
-                 self.drift.silent, self.drift.off]
-        state = {"numbers": torch.tensor(numbers), "drift": torch.tensor(drift, dtype=torch.float64),
+        drift = [self.drift.level, self.drift.least, self.drift.hops, self.drift.seconds,
+                 self.drift.noise, self.drift.first, self.drift.silent, self.drift.off]
+        state = {"numbers": torch.tensor(numbers), 
+                 "drift": torch.tensor(drift, dtype=torch.float64),
                  "queue": torch.from_numpy(np.array(self.queue, np.float32).reshape(-1, self.hop)),
-                 "scores": torch.from_numpy(np.array(self.scores, np.float32).reshape(-1, len(self.classes)))}
-        state |= {f"spotter.{name}": value.contiguous() for name, value in (self.spotter.now or {}).items()}
-        state |= {f"gate.{name}": value.contiguous() for name, value in (self.gate.state() if self.gate else {}).items()}
+                 "scores": torch.from_numpy(np.array(self.scores, np.float32)
+                                            .reshape(-1, len(self.classes)))}
+        state |= {f"spotter.{name}": value.contiguous()
+                  for name, value in (self.spotter.now or {}).items()}
+        state |= {f"gate.{name}": value.contiguous()
+                  for name, value in (self.gate.state() if self.gate else {}).items()}
         with files.atomic(Path(path)) as new:
             save_file(state, new)
 
@@ -259,28 +288,37 @@ class Listener:
             state = load_file(path)
             numbers, drift = state["numbers"].tolist(), state["drift"].tolist()
         except (SafetensorError, KeyError, OSError) as error:
-            raise ValueError(f"{path} is no state of a listener ({reason(error)}); remove it to begin anew") from error
-        if ("gate.kept" in state) != (self.gate is not None) or state["scores"].shape[1] != len(self.classes):
-            raise ValueError(f"{path} is the state of another listener; it knows {state['scores'].shape[1]} answers and has "
-                             f"{'a' if 'gate.kept' in state else 'no'} gate; this one knows {listed(self.classes)}")
-        known = {name.removeprefix("spotter."): value for name, value in state.items() if name.startswith("spotter.")}
+            raise ValueError(f"{path} is no state of a listener ({reason(error)}); remove it to "
+                             "begin anew") from error
+        if ("gate.kept" in state) != (self.gate
+                                      is not None) or state["scores"].shape[1] != len(self.classes):
+            raise ValueError(f"{path} is the state of another listener; it knows "
+                             f"{state['scores'].shape[1]} answers and has "
+                             f"{'a' if 'gate.kept' in state else 'no'} gate; this one knows "
+                             f"{listed(self.classes)}")
+        known = {name.removeprefix("spotter."): value for name, value in state.items()
+                 if name.startswith("spotter.")}
         self.spotter.resume(known) if known else self.spotter.reset()
         if self.gate:
-            self.gate.resume({name.removeprefix("gate."): value for name, value in state.items() if name.startswith("gate.")})
+            self.gate.resume({name.removeprefix("gate."): value for name, value in state.items()
+                              if name.startswith("gate.")})
         self.hops, self.worked, self.open_until, self.quiet_until = numbers
         self.queue, self.scores = list(state["queue"].numpy()), list(state["scores"].numpy())
         own = self.drift
         own.level, own.least, own.noise, own.first = drift[0], drift[1], drift[4], drift[5]
-        own.hops, own.seconds, own.silent, own.off = *(int(drift[k]) for k in (2, 3, 6)), bool(drift[7])
+        own.hops, own.seconds, own.silent, own.off = (*(int(drift[k]) for k in (2, 3, 6)),
+                                                      bool(drift[7]))
         return self.hops * self.hop / self.rate
 
 
 def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | None = None,
-           told: Callable[[Event], None] = lambda event: None, state: Path | None = None) -> dict[str, Any]:
-    """Let one thread write samples (`source` is given the ring) while this one listens until it is closed.
+           told: Callable[[Event], None] = lambda event: None,
+           state: Path | None = None) -> dict[str, Any]:
+    """Let one thread write samples (`source` is given the ring) while this one listens until it is
+    closed.
 
-    state: a file in which each second is remembered. Returns milliseconds, how long each hop took, and dropped, the samples for
-    which the ring had no room. What `source` raises is raised here.
+    state: a file in which each second is remembered. Returns milliseconds, how long each hop took,
+    and dropped, the samples for which the ring had no room. What `source` raises is raised here.
     """
     ring, took, failed = ring or Ring(rate=listener.rate), array.array("d"), []
 
@@ -308,9 +346,10 @@ def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | N
     return {"milliseconds": np.array(took), "dropped": ring.dropped}
 
 
-def paced(samples: np.ndarray, *, hop: int, rate: int = 8_000, pace: float | None = 1.0) -> Callable[[Ring], None]:
-    """A source for `listen` that writes samples hop by hop as they would come: `pace` times real time; None as fast as they are
-    read."""
+def paced(samples: np.ndarray, *, hop: int, rate: int = 8_000,
+          pace: float | None = 1.0) -> Callable[[Ring], None]:
+    """A source for `listen` that writes samples hop by hop as they would come: `pace` times real
+    time; None as fast as they are read."""
     def source(ring: Ring) -> None:
         began = time.perf_counter()
         for at in range(0, len(samples), hop):

@@ -8,14 +8,17 @@ from google.protobuf.message import DecodeError
 
 from workbench.errors import UnsupportedModelError
 
-_PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape")  # nodes through which a weight keeps its name
+# nodes through which a weight keeps its name
+_PASSED_ON = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape")
 
 
 def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """The model of an ONNX file with every weighted layer's value among its outputs, and those values by layer name.
+    """The model of an ONNX file with every weighted layer's value among its outputs, and those
+    values by layer name.
 
-    A layer is a Conv, ConvTranspose, Gemm or MatMul node whose weight is a stored tensor called "LAYER.weight"; where
-    a BatchNormalization, or the addition of a stored bias, directly follows, its output is the one that counts.
+    A layer is a Conv, ConvTranspose, Gemm or MatMul node whose weight is a stored tensor called
+    "LAYER.weight"; where a BatchNormalization, or the addition of a stored bias, directly follows,
+    its output is the one that counts.
     """
     model = onnx.load(path)
     values: dict[str, str] = {}
@@ -25,18 +28,20 @@ def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
         biased = len(behind) == 1 and behind[0].op_type == "Add" and set(behind[0].input) & stored
         values[layer] = (behind[0] if normed or biased else node).output[0]
     present = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values() if value not in present)
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values.values()
+                              if value not in present)
     return model, values
 
 
 def with_own_weights(source: Path | bytes) -> bytes | None:
-    """The file with a copy of each stored tensor, and of what dequantises it, for every node that reads it; None where it cannot
-    be read, or where nothing that is dequantised is read twice."""
+    """The file with a copy of each stored tensor, and of what dequantises it, for every node that
+    reads it; None where it cannot be read, or where nothing that is dequantised is read twice."""
     try:
         model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     except (DecodeError, OSError):
         return None
-    stored, seen, ordered = {tensor.name: tensor for tensor in model.graph.initializer}, defaultdict(int), []
+    stored, seen, ordered = {tensor.name: tensor
+                             for tensor in model.graph.initializer}, defaultdict(int), []
     widened = {node.output[0]: node for node in model.graph.node
                if node.op_type == "DequantizeLinear" and node.input[0] in stored}
     for node in model.graph.node:
@@ -45,7 +50,8 @@ def with_own_weights(source: Path | bytes) -> bytes | None:
             if seen[value] > 1:
                 node.input[place] = f"{value}.{seen[value]}"
                 ordered.append(onnx.NodeProto.FromString(widened[value].SerializeToString()))
-                ordered[-1].name, ordered[-1].output[0] = f"{ordered[-1].name}.{seen[value]}", node.input[place]
+                ordered[-1].name, ordered[-1].output[
+                    0] = f"{ordered[-1].name}.{seen[value]}", node.input[place]
         ordered.append(onnx.NodeProto.FromString(node.SerializeToString()))
     if len(ordered) == len(model.graph.node):
         return None
@@ -62,7 +68,8 @@ def with_own_weights(source: Path | bytes) -> bytes | None:
 
 
 def _layers_of(model, path: str) -> list[tuple]:
-    """Name, node and readers of each weighted layer of an ONNX model. Raises UnsupportedModelError where none has a name."""
+    """Name, node and readers of each weighted layer of an ONNX model. Raises UnsupportedModelError
+    where none has a name."""
     made_by = {value: node for node in model.graph.node for value in node.output}
     stored = {tensor.name for tensor in model.graph.initializer}
     readers: dict[str, list] = defaultdict(list)
@@ -70,20 +77,23 @@ def _layers_of(model, path: str) -> list[tuple]:
         for value in node.input:
             readers[value].append(node)
     named = [(_layer_name(node, made_by, stored), node, readers[node.output[0]])
-             for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+             for node in model.graph.node
+             if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
     found = [entry for entry in named if entry[0]]
     if not found:
-        raise UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its layers have no names")
+        raise UnsupportedModelError(f"{path}: no node has a weight called LAYER.weight, so its "
+                                    "layers have no names")
     return found
 
 
 def with_layer_names(path: str) -> onnx.ModelProto:
-    """The model of an ONNX file in which "layer=NAME=" stands in the names of each layer's node and of what it and the ReLU
-    behind it put out: the runtime names its own nodes after either."""
+    """The model of an ONNX file in which "layer=NAME=" stands in the names of each layer's node and
+    of what it and the ReLU behind it put out: the runtime names its own nodes after either."""
     model = onnx.load(path)
     fixed, new = {output.name for output in model.graph.output}, {}
     for layer, node, behind in _layers_of(model, path):
-        chain = [node, *(behind if len(behind) == 1 and behind[0].op_type in ("Relu", "Clip") else [])]
+        chain = [node,
+                 *(behind if len(behind) == 1 and behind[0].op_type in ("Relu", "Clip") else [])]
         for k, link in enumerate(chain):
             link.name = f"layer={layer}={k}"
             new |= {link.output[0]: link.name} if link.output[0] not in fixed else {}

@@ -1,6 +1,8 @@
-"""Other runtimes with the face of a `Session`: OpenVINO, MNN, torch compiled, torch in bfloat16. Each is optional.
+"""Other runtimes with the face of a `Session`: OpenVINO, MNN, torch compiled, torch in bfloat16.
+Each is optional.
 
-All open what onnx.export wrote, except the two of torch, which take modules. `available` says which are installed.
+All open what onnx.export wrote, except the two of torch, which take modules. `available` says which
+are installed.
 """
 
 import importlib.metadata
@@ -21,12 +23,14 @@ from workbench.batches import Inputs, tensors
 from workbench.deployment import sessions
 from workbench.errors import UnsupportedModelError
 
-PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino bfloat16": "openvino", "mnn": "MNN",
+PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino bfloat16": "openvino",
+            "mnn": "MNN",
             "torch": "torch", "torch compiled": "torch", "torch bfloat16": "torch"}
 
 
 def available() -> pd.DataFrame:
-    """One row per runtime: runtime, package, version (None where it is missing), note (what to do then)."""
+    """One row per runtime: runtime, package, version (None where it is missing), note (what to do
+    then)."""
     rows = []
     for runtime, package in PACKAGES.items():
         try:
@@ -39,22 +43,27 @@ def available() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def open(source, runtime: str, *, threads: int | None = None, name: str | None = None) -> sessions.Session:  # noqa: A001
-    """A `Session` of `source` on `runtime`, one of those that `available` lists: an ONNX file, or for torch a module.
+def open(source, runtime: str, *, threads: int | None = None,  # noqa: A001
+         name: str | None = None) -> sessions.Session:
+    """A `Session` of `source` on `runtime`, one of those that `available` lists: an ONNX file, or
+    for torch a module.
 
-    Raises ValueError for an unknown runtime, one that is not installed, a source that it does not take, or more threads
-    than cores; UnsupportedModelError for an operator that it does not know.
+    Raises ValueError for an unknown runtime, one that is not installed, a source that it does not
+    take, or more threads than cores; UnsupportedModelError for an operator that it does not know.
 
     Example: `runtimes.open("model.onnx", "openvino", threads=1)`
     """
     if runtime not in PACKAGES:
         raise ValueError(f"unknown runtime {runtime!r}; expected one of {', '.join(PACKAGES)}")
     if importlib.util.find_spec(PACKAGES[runtime]) is None:
-        raise ValueError(f"runtime {runtime} is not installed; pip install 'workbench[runtimes]' or {PACKAGES[runtime]}")
+        raise ValueError(f"runtime {runtime} is not installed; pip install 'workbench[runtimes]' "
+                         f"or {PACKAGES[runtime]}")
     if isinstance(source, nn.Module) != runtime.startswith("torch"):
-        raise ValueError(f"runtime {runtime} takes {'a module' if runtime.startswith('torch') else 'an ONNX file'}, "
-                         f"found {source!r:.60}")
-    plain = sessions.open(source, threads=threads, name=name)  # checks the threads and that the file is whole
+        raise ValueError(f"runtime {runtime} takes "
+                         f"{'a module' if runtime.startswith('torch') else 'an ONNX file'}, found "
+                         f"{source!r:.60}")
+    # checks the threads and that the file is whole
+    plain = sessions.open(source, threads=threads, name=name)
     if runtime in ("onnxruntime", "torch"):
         return plain
     make = {"openvino": OpenVinoSession, "openvino bfloat16": OpenVinoSession, "mnn": MnnSession,
@@ -63,7 +72,8 @@ def open(source, runtime: str, *, threads: int | None = None, name: str | None =
 
 
 class OpenVinoSession(sessions.Session):
-    """An ONNX file on OpenVINO's CPU plugin, float32 products unless `runtime` says bfloat16; integers as the file has them."""
+    """An ONNX file on OpenVINO's CPU plugin, float32 products unless `runtime` says bfloat16;
+    integers as the file has them."""
 
     def __init__(self, source: Path | str, *, runtime: str, name: str, threads: int):
         import openvino
@@ -73,9 +83,11 @@ class OpenVinoSession(sessions.Session):
         try:
             core = openvino.Core()
             compiled = core.compile_model(core.read_model(str(source)), "CPU", {
-                "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision})
+                "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": precision})
         except RuntimeError as error:
-            raise UnsupportedModelError(f"{name} cannot be opened by OpenVINO: {_reason(error)}") from error
+            raise UnsupportedModelError(f"{name} cannot be opened by OpenVINO: "
+                                        f"{_reason(error)}") from error
         self.request = compiled.create_infer_request()
         super().__init__(self._run, name=name, threads=threads)
 
@@ -99,13 +111,18 @@ class MnnSession(sessions.Session):
         self.mnn, self.numpy = MNN, MNN.numpy
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.mnn"
-            convert = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"  # the tool itself, without the report it sends
-            command = [sys.executable, "-c", convert, "-f", "ONNX", "--modelFile", str(Path(source).resolve()),
-                       "--MNNModel", str(path), "--bizCode", "workbench"]
-            found = subprocess.run(command, capture_output=True, text=True, cwd=folder)  # it leaves files about
+            # the tool itself, without the report it sends
+            convert = "import sys, MNN, _tools; _tools.mnnconvert(sys.argv)"
+            command = [sys.executable, "-c", convert, "-f", "ONNX", "--modelFile",
+                       str(Path(source).resolve()), "--MNNModel", str(path), "--bizCode",
+                       "workbench"]
+            # it leaves files about
+            found = subprocess.run(command, capture_output=True, text=True, cwd=folder)
             if not path.exists():
-                raise UnsupportedModelError(f"{name} cannot be converted to MNN: {_reason(found.stderr or found.stdout)}")
-            manager = MNN.nn.create_runtime_manager(({"backend": 0, "numThread": threads, "precision": 1},))
+                raise UnsupportedModelError(f"{name} cannot be converted to MNN: "
+                                            f"{_reason(found.stderr or found.stdout)}")
+            manager = MNN.nn.create_runtime_manager(({"backend": 0, "numThread": threads,
+                                                      "precision": 1},))
             self.module = MNN.nn.load_module_from_file(str(path), [], [], runtime_manager=manager)
         super().__init__(self._run, name=name, threads=threads)
 
@@ -114,7 +131,8 @@ class MnnSession(sessions.Session):
 
     def prepare(self, images: Tensor) -> Callable[[], np.ndarray]:
         if not isinstance(images, Tensor):
-            raise ValueError("MNN is wrapped for one tensor here; open this file on another runtime")
+            raise ValueError("MNN is wrapped for one tensor here; open this file on another "
+                             "runtime")
         value = self.mnn.expr.placeholder(list(images.shape), self.mnn.expr.NCHW)
         value.write(np.ascontiguousarray(images.numpy()))
 

@@ -1,6 +1,8 @@
-"""Any model as a callable with the same face: a torch module, an ONNX file, an ONNX Runtime session, a function.
+"""Any model as a callable with the same face: a torch module, an ONNX file, an ONNX Runtime
+session, a function.
 
-Inputs are a tensor, a tuple or named tensors; a session answers with one tensor, or with all its outputs by name.
+Inputs are a tensor, a tuple or named tensors; a session answers with one tensor, or with all its
+outputs by name.
 """
 
 import copy
@@ -15,20 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from workbench import machine
-from workbench.batches import ANSWERS, Inputs, answer, call, check, count, named, outputs_by_name, tensors
+from workbench.batches import (
+    ANSWERS,
+    Inputs,
+    answer,
+    call,
+    check,
+    count,
+    named,
+    outputs_by_name,
+    tensors,
+)
 from workbench.deployment import integers, nodes
 from workbench.errors import UnsupportedModelError, listed, reason
 from workbench.graph.layers import capture
 
-FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
-DISABLED = "disabled_optimizers"  # in a file's metadata: what ONNX Runtime is not to do with it, by commas
+FUSIONS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC",
+           "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+# in a file's metadata: what ONNX Runtime is not to do with it, by commas
+DISABLED = "disabled_optimizers"
 
 
 class Session:
     """A model that maps a batch of n examples to its answer, float32 (n, ...), on a stated runtime.
 
-    Called, it checks the batch and returns the answer; `outputs` gives all outputs by name. `prepare` separates what a timing
-    must leave out.
+    Called, it checks the batch and returns the answer; `outputs` gives all outputs by name.
+    `prepare` separates what a timing must leave out.
     """
 
     runtime = "callable"
@@ -37,7 +51,8 @@ class Session:
         self.function, self.name, self.threads = function, name, threads
 
     def prepare(self, inputs: Inputs) -> Callable[[], object]:
-        """A call without arguments that runs the model on `inputs`, already in the runtime's own layout."""
+        """A call without arguments that runs the model on `inputs`, already in the runtime's own
+        layout."""
         return lambda: call(self.function, inputs)
 
     def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -50,33 +65,42 @@ class Session:
         return outputs_by_name(torch.from_numpy(made) if isinstance(made, np.ndarray) else made)
 
     def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs by name, for whoever asks a thousand times a second: what is wrong is looked for once it goes wrong."""
+        """All outputs by name, for whoever asks a thousand times a second: what is wrong is looked
+        for once it goes wrong."""
         return self.outputs(inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """The answer, float32 (n, ...), to a batch. Raises ValueError where the model refuses the batch."""
+        """The answer, float32 (n, ...), to a batch. Raises ValueError where the model refuses the
+        batch."""
         made = self.outputs(inputs)
         found = answer(made) if made else None
         if found is None or found.shape[:1] != (count(inputs),):
-            raise ValueError(f"{self.name} put out {getattr(found, 'shape', 'no tensor')} for {count(inputs)} examples; expected "
-                             "a tensor (n, ...)")
+            raise ValueError(f"{self.name} put out {getattr(found, 'shape', 'no tensor')} for "
+                             f"{count(inputs)} examples; expected a tensor (n, ...)")
         return found.float()
 
     def activations(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Each weighted layer's output, with the batch norm behind it, by name in order of execution."""
-        raise UnsupportedModelError(f"{self.name}: a plain function shows no layers; give a module or an ONNX file")
+        """Each weighted layer's output, with the batch norm behind it, by name in order of
+        execution."""
+        raise UnsupportedModelError(f"{self.name}: a plain function shows no layers; give a module "
+                                    "or an ONNX file")
 
     def _refusal(self, inputs: Inputs, error: Exception) -> str:
         """What is said where the runtime refuses a batch."""
-        shapes = ", ".join(f"{name}{tuple(value.shape)} of type {value.dtype}" for name, value in _labelled(inputs).items())
-        shape = f"a batch of shape {shapes}" if isinstance(inputs, Tensor) else f"the inputs {shapes}"
-        said = " ".join(str(error).split("\n", 3)[:3]) if self.runtime == "onnxruntime" else reason(error)  # it tells which axis
+        shapes = ", ".join(f"{name}{tuple(value.shape)} of type {value.dtype}"
+                           for name, value in _labelled(inputs).items())
+        shape = (f"a batch of shape {shapes}" if isinstance(inputs, Tensor)
+                 else f"the inputs {shapes}")
+        # it tells which axis
+        said = (" ".join(str(error).split("\n", 3)[:3]) if self.runtime == "onnxruntime"
+                else reason(error))
         return f"{self.name} refuses {shape}: {said}"
 
 
 class TorchSession(Session):
-    """A module in eval mode; one that is training is copied first. A quantised one computes as integer kernels do, so that it
-    answers as its ONNX file will; where `whole` is false, in floats, whose sums round."""
+    """A module in eval mode; one that is training is copied first. A quantised one computes as
+    integer kernels do, so that it answers as its ONNX file will; where `whole` is false, in floats,
+    whose sums round."""
 
     runtime = "torch"
 
@@ -84,7 +108,8 @@ class TorchSession(Session):
         if any(module.training for module in model.modules()):
             model = copy.deepcopy(model).eval()
         self.model = model
-        super().__init__(integers.exact(model) if whole and integers.is_quantised(model) else model, name=name, threads=threads)
+        super().__init__(integers.exact(model) if whole and integers.is_quantised(model) else model,
+                         name=name, threads=threads)
 
     def prepare(self, inputs: Inputs) -> Callable[[], object]:
         return lambda: self._run(inputs)
@@ -101,7 +126,8 @@ class TorchSession(Session):
                 torch.set_num_threads(before)
 
     def activations(self, inputs: Inputs) -> dict[str, Tensor]:
-        floats = TorchSession(self.model, name=self.name, threads=self.threads, whole=False)  # its layers have their names
+        # its layers have their names
+        floats = TorchSession(self.model, name=self.name, threads=self.threads, whole=False)
         with capture(self.model) as outputs:
             floats(inputs)
         return dict(outputs)
@@ -109,10 +135,11 @@ class TorchSession(Session):
     def _refusal(self, inputs: Inputs, error: Exception) -> str:
         tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
         if isinstance(error, IndexError) and tables:
-            largest = max(int(value.max()) for value in tensors(inputs) if not value.is_floating_point() and value.numel())
+            largest = max(int(value.max()) for value in tensors(inputs)
+                          if not value.is_floating_point() and value.numel())
             rows = max(table.num_embeddings for table in tables)
-            return (f"{self.name} refuses the inputs: the largest id is {largest}, its vocabulary has {rows} entries; use the "
-                    "model's own tokenizer")
+            return (f"{self.name} refuses the inputs: the largest id is {largest}, its vocabulary "
+                    f"has {rows} entries; use the model's own tokenizer")
         try:
             named(self.model, inputs)
         except ValueError as wrong:
@@ -121,10 +148,11 @@ class TorchSession(Session):
 
 
 class OnnxSession(Session):
-    """An ONNX file on ONNX Runtime's CPU provider; inputs go in by name, a tensor or tuple in the file's order.
+    """An ONNX file on ONNX Runtime's CPU provider; inputs go in by name, a tensor or tuple in the
+    file's order.
 
-    Its threads stop spinning as soon as a run ends (session.force_spinning_stop); otherwise two sessions side by side
-    starve each other.
+    Its threads stop spinning as soon as a run ends (session.force_spinning_stop); otherwise two
+    sessions side by side starve each other.
     """
 
     runtime = "onnxruntime"
@@ -132,7 +160,8 @@ class OnnxSession(Session):
     def __init__(self, source, *, name: str, threads: int, fusion: str = "all"):
         import onnxruntime
 
-        if isinstance(source, onnxruntime.InferenceSession):  # opened elsewhere: it keeps its own threads
+        # opened elsewhere: it keeps its own threads
+        if isinstance(source, onnxruntime.InferenceSession):
             threads = source.get_session_options().intra_op_num_threads or machine.cores()
         else:
             source = open_file(source, name, threads, fusion)
@@ -143,9 +172,11 @@ class OnnxSession(Session):
         super().__init__(self.session.run, name=name, threads=threads)
 
     def feed(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """The inputs as ONNX Runtime wants them. Raises ValueError for a name that the file lacks, or one that is missing."""
+        """The inputs as ONNX Runtime wants them. Raises ValueError for a name that the file lacks,
+        or one that is missing."""
         if isinstance(inputs, Mapping):
-            odd = [name for name in (*inputs, *self.inputs) if name not in self.inputs or name not in inputs]
+            odd = [name for name in (*inputs, *self.inputs) if name not in self.inputs
+                   or name not in inputs]
             if odd:
                 lacks = "is missing" if odd[0] in self.inputs else "is not among its inputs"
                 raise ValueError(f"input {odd[0]!r} {lacks}; it takes {listed(self.inputs)}")
@@ -153,7 +184,8 @@ class OnnxSession(Session):
         else:
             values = tensors(inputs)
             if len(values) != len(self.inputs):
-                raise ValueError(f"it takes {len(self.inputs)} inputs ({listed(self.inputs)}), found {len(values)}")
+                raise ValueError(f"it takes {len(self.inputs)} inputs ({listed(self.inputs)}), "
+                                 f"found {len(values)}")
             pairs = zip(self.inputs, values, strict=True)
         return {name: np.ascontiguousarray(value.numpy()) for name, value in pairs}
 
@@ -168,11 +200,13 @@ class OnnxSession(Session):
             made = self.session.run(None, self.feed(inputs))
         except (RuntimeError, ValueError) + _runtime_errors() as error:
             raise ValueError(self._refusal(inputs, error)) from error
-        return {name: torch.from_numpy(value) for name, value in zip(self.output_names, made, strict=True)}
+        return {name: torch.from_numpy(value)
+                for name, value in zip(self.output_names, made, strict=True)}
 
     def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            made = self.session.run(self.output_names, {name: value.numpy() for name, value in inputs.items()})
+            made = self.session.run(self.output_names,
+                                    {name: value.numpy() for name, value in inputs.items()})
         except (RuntimeError, ValueError) + _runtime_errors():
             return self.outputs(inputs)  # which says what is wrong
         return dict(zip(self.output_names, map(torch.from_numpy, made), strict=True))
@@ -187,27 +221,33 @@ class OnnxSession(Session):
     def _watch(self):
         path = self.session._model_path
         if not path:
-            raise UnsupportedModelError(f"{self.name}: a session made from bytes shows no layers; open its file")
+            raise UnsupportedModelError(f"{self.name}: a session made from bytes shows no layers; "
+                                        "open its file")
         model, values = nodes.with_layer_outputs(path)
         return open_file(model.SerializeToString(), self.name, self.threads), values
 
 
 class Stateful:
-    """A session whose state is fed back: called with a step's inputs, it gives the answer and keeps the state for the next.
+    """A session whose state is fed back: called with a step's inputs, it gives the answer and keeps
+    the state for the next.
 
-    state: which output goes into which input, such as {"hidden_out": "hidden"}, or "present.0.key": "past.0.key". start: the
-    state before the first step, by input name.
+    state: which output goes into which input, such as {"hidden_out": "hidden"}, or "present.0.key":
+    "past.0.key". start: the state before the first step, by input name.
 
     Raises ValueError for names that the model lacks.
 
-    Example: `stream = sessions.Stateful("gru.onnx", {"new_state": "state"}, start={"state": torch.zeros(1, 64)}); stream(frame)`
+    Example: `stream = sessions.Stateful("gru.onnx", {"new_state": "state"}, start={"state":
+    torch.zeros(1, 64)}); stream(frame)`
     """
 
-    def __init__(self, model, state: Mapping[str, str], *, start: Mapping[str, Tensor], threads: int | None = None):
-        self.session, self.state, self.start = open(model, threads=threads), dict(state), dict(start)
+    def __init__(self, model, state: Mapping[str, str], *, start: Mapping[str, Tensor],
+                 threads: int | None = None):
+        self.session, self.state, self.start = open(model,
+                                                    threads=threads), dict(state), dict(start)
         missing = [name for name in self.state.values() if name not in self.start]
         if missing:
-            raise ValueError(f"stateful: no start is given for {missing[0]!r}; there are {listed(self.start)}")
+            raise ValueError(f"stateful: no start is given for {missing[0]!r}; there are "
+                             f"{listed(self.start)}")
         self.now = dict(self.start)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -217,9 +257,11 @@ class Stateful:
         """All outputs of a step by name, but for the state."""
         made = self.session.step({**inputs, **self.now})
         try:
-            self.now = {**self.now, **{name: made.pop(output) for output, name in self.state.items()}}
+            self.now = {**self.now,
+                        **{name: made.pop(output) for output, name in self.state.items()}}
         except KeyError as error:
-            raise ValueError(f"{self.session.name} has no output {error} to feed back; it has {listed(made)}") from error
+            raise ValueError(f"{self.session.name} has no output {error} to feed back; it has "
+                             f"{listed(made)}") from error
         return made
 
     def reset(self) -> None:
@@ -229,41 +271,51 @@ class Stateful:
 
 def open(source, *, threads: int | None = None, name: str | None = None, fusion: str = "all",
          whole: bool = True) -> Session:  # noqa: A001  (reads sessions.open)
-    """A `Session` of a module, a path to an ONNX file, an onnxruntime.InferenceSession, a function, or a `Session`.
+    """A `Session` of a module, a path to an ONNX file, an onnxruntime.InferenceSession, a function,
+    or a `Session`.
 
-    threads: processors that one run may use; by default as many as torch would (all, or OMP_NUM_THREADS). fusion: how far
-    ONNX Runtime may rewrite a file's graph: "none", "basic" (constants, batch norms), "extended" (activations fused,
-    integer kernels) or "all" (layouts too). whole: whether a module of quantization.quantize computes with whole numbers, as
-    its file does (`integers.exact`), or else in floats.
+    threads: processors that one run may use; by default as many as torch would (all, or
+    OMP_NUM_THREADS). fusion: how far ONNX Runtime may rewrite a file's graph: "none", "basic"
+    (constants, batch norms), "extended" (activations fused, integer kernels) or "all" (layouts
+    too). whole: whether a module of quantization.quantize computes with whole numbers, as its file
+    does (`integers.exact`), or else in floats.
 
-    Raises TypeError for anything else, FileNotFoundError or ValueError for a missing or damaged file.
+    Raises TypeError for anything else, FileNotFoundError or ValueError for a missing or damaged
+    file.
 
     Example: `sessions.open("model.onnx", threads=1)(task.example)`
     """
     if threads is not None and not 1 <= threads <= machine.cores():
-        raise ValueError(f"threads is {threads}, expected 1 to {machine.cores()}, the cores of this machine")
+        raise ValueError(f"threads is {threads}, expected 1 to {machine.cores()}, the cores of "
+                         "this machine")
     if fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}; expected one of {', '.join(FUSIONS)}")
     threads = threads or min(machine.cores(), torch.get_num_threads())
     if isinstance(source, Session):
         return source
     if isinstance(source, nn.Module):
-        return TorchSession(source, name=name or type(source).__name__, threads=threads, whole=whole)
+        return TorchSession(source, name=name or type(source).__name__, threads=threads,
+                            whole=whole)
     if isinstance(source, str | Path):
-        return OnnxSession(Path(source), name=name or Path(source).name, threads=threads, fusion=fusion)
+        return OnnxSession(Path(source), name=name or Path(source).name, threads=threads,
+                           fusion=fusion)
     if type(source).__name__ == "InferenceSession":
         return OnnxSession(source, name=name or "session", threads=threads)
     if callable(source):
-        return Session(source, name=name or getattr(source, "__name__", "function"), threads=threads)
-    raise TypeError(f"{source!r} is no model; expected a module, an ONNX file, an ONNX Runtime session or a function")
+        return Session(source, name=name or getattr(source, "__name__", "function"),
+                       threads=threads)
+    raise TypeError(f"{source!r} is no model; expected a module, an ONNX file, an ONNX Runtime "
+                    "session or a function")
 
 
 def times(path: Path | str, inputs: Inputs, *, threads: int, runs: int) -> dict[str, float]:
-    """Milliseconds of each weighted layer in ONNX Runtime's own profile, by name, with the ReLU that its kernel computes;
-    under "" all that is no layer's. The sum over a layer's nodes of their medians over `runs`, behind five that warm up."""
+    """Milliseconds of each weighted layer in ONNX Runtime's own profile, by name, with the ReLU
+    that its kernel computes; under "" all that is no layer's. The sum over a layer's nodes of their
+    medians over `runs`, behind five that warm up."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        session = open_file(nodes.with_layer_names(str(path)).SerializeToString(), str(path), threads, profile=f"{folder}/run")
+        session = open_file(nodes.with_layer_names(str(path)).SerializeToString(), str(path),
+                            threads, profile=f"{folder}/run")
         feed = OnnxSession(session, name=str(path), threads=threads).feed(inputs)
         for _ in range(5 + runs):
             session.run(None, feed)
@@ -278,8 +330,10 @@ def times(path: Path | str, inputs: Inputs, *, threads: int, runs: int) -> dict[
     return total
 
 
-def open_file(source: Path | bytes, name: str, threads: int, fusion: str = "all", profile: str | None = None):
-    """An ONNX Runtime session of a file or of its bytes, its time profiled into files that begin with `profile`."""
+def open_file(source: Path | bytes, name: str, threads: int, fusion: str = "all",
+              profile: str | None = None):
+    """An ONNX Runtime session of a file or of its bytes, its time profiled into files that begin
+    with `profile`."""
     import onnxruntime
 
     if isinstance(source, Path) and not source.exists():
@@ -295,32 +349,39 @@ def open_file(source: Path | bytes, name: str, threads: int, fusion: str = "all"
         options.enable_profiling, options.profile_file_prefix = True, profile
     try:
         try:
-            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(source, options,
+                                                   providers=["CPUExecutionProvider"])
         except _runtime_errors():
             copied = None if machine.sums_integers() else nodes.with_own_weights(source)
             if copied is None:
                 raise
-            source = copied  # with that option ONNX Runtime opens no file in which two nodes read one weight
-            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            # with that option ONNX Runtime opens no file in which two nodes read one weight
+            source = copied
+            session = onnxruntime.InferenceSession(source, options,
+                                                   providers=["CPUExecutionProvider"])
         disabled = session.get_modelmeta().custom_metadata_map.get(DISABLED)
         if disabled:
             del session  # its profile, if it has one, is closed before the next is opened
-            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"],
+            session = onnxruntime.InferenceSession(source, options,
+                                                   providers=["CPUExecutionProvider"],
                                                    disabled_optimizers=disabled.split(","))
         return session
     except _runtime_errors() as error:
         said = re.sub(r"/onnxruntime_src.*\) ", "", reason(error))  # without its C++ signature
-        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({said}); export it again") from error
+        raise ValueError(f"{name} is not an ONNX file that ONNX Runtime can open ({said}); export "
+                         "it again") from error
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.NoSuchFile
+    return (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+            state.NotImplemented, state.NoSuchFile)
 
 
 def _labelled(inputs: Inputs) -> dict[str, Tensor]:
     """Inputs for a message: by name, or with their place."""
     if isinstance(inputs, Tensor):
         return {"": inputs}
-    return dict(inputs) if isinstance(inputs, Mapping) else {f"{place}: ": value for place, value in enumerate(inputs)}
+    return (dict(inputs) if isinstance(inputs, Mapping)
+            else {f"{place}: ": value for place, value in enumerate(inputs)})

@@ -1,6 +1,8 @@
-"""What is changed in an exported ONNX graph so that ONNX Runtime finds its integer kernels, and layers keep their names.
+"""What is changed in an exported ONNX graph so that ONNX Runtime finds its integer kernels, and
+layers keep their names.
 
-Each function changes a model of onnx_ir, itself. Padding is folded, and metadata cleared, by onnxscript and onnx_ir.
+Each function changes a model of onnx_ir, itself. Padding is folded, and metadata cleared, by
+onnxscript and onnx_ir.
 """
 
 import ast
@@ -21,7 +23,8 @@ from workbench.errors import UnsupportedModelError
 
 PACKED = 512  # integers below which a Cast costs more bytes than it saves
 BLOCKS = (16, 32, 64, 128, 256)  # inputs that share a scale in ONNX Runtime's kernel of groups
-Grouped = tuple[Tensor, Tensor, Tensor | None, int]  # integers (rows, inputs), scales, zero points (None: in the middle), bits
+# integers (rows, inputs), scales, zero points (None: in the middle), bits
+Grouped = tuple[Tensor, Tensor, Tensor | None, int]
 
 
 def finish(model: ir.Model, packed: Mapping[str, Grouped], *, quantised: bool) -> ir.Model:
@@ -48,8 +51,8 @@ def finish(model: ir.Model, packed: Mapping[str, Grouped], *, quantised: bool) -
 
 
 def _plain_recurrence(model: ir.Model) -> None:
-    """Take out what the exporter writes around an LSTM or GRU of one layer in one direction for the case that it has more: a
-    shape computed anew at each run, and slices of all there is."""
+    """Take out what the exporter writes around an LSTM or GRU of one layer in one direction for the
+    case that it has more: a shape computed anew at each run, and slices of all there is."""
     for cell in _nodes(model, "LSTM", "GRU"):
         if "direction" in cell.attributes and cell.attributes.get_string("direction") != "forward":
             continue
@@ -58,15 +61,17 @@ def _plain_recurrence(model: ir.Model) -> None:
             if cut and cut.inputs[0].shape is not None and cut.inputs[0].shape[0] == 1:
                 replace(model, cut, ir.node("Identity", [cut.inputs[0]]))
         turned = [use.node for use in cell.outputs[0].uses() if use.node.op_type == "Transpose"]
-        if len(turned) == 1 == len(cell.outputs[0].uses()) and list(turned[0].attributes.get_ints("perm")) == [0, 2, 1, 3]:
-            for flat in [use.node for use in turned[0].outputs[0].uses() if use.node.op_type == "Reshape"]:
+        if (len(turned) == 1 == len(cell.outputs[0].uses())
+            and list(turned[0].attributes.get_ints("perm")) == [0, 2, 1, 3]):
+            for flat in [use.node for use in turned[0].outputs[0].uses()
+                         if use.node.op_type == "Reshape"]:
                 axis = _stored(model, f"{flat.outputs[0].name}_axis", np.array([1], np.int64))
                 replace(model, flat, ir.node("Squeeze", [cell.outputs[0], axis]))
 
 
 def _fuse_norms(model: ir.Model) -> None:
-    """Root mean square norms behind a sum as the runtime's one operator for both; the others as they were, in operators that ONNX
-    knows."""
+    """Root mean square norms behind a sum as the runtime's one operator for both; the others as
+    they were, in operators that ONNX knows."""
     if not any(_nodes(model, "Pow")):
         return
     fuse_rms_normalization(model)
@@ -76,7 +81,8 @@ def _fuse_norms(model: ir.Model) -> None:
         square = ir.node("Mul", [values, values])
         last = _stored(model, f"{weight.name}_axis", np.array([-1], np.int64))
         mean = ir.node("ReduceMean", [square.outputs[0], last], attributes={"keepdims": 1})
-        least = _stored(model, f"{weight.name}_epsilon", np.array(norm.attributes.get_float("epsilon", 1e-5), np.float32))
+        least = _stored(model, f"{weight.name}_epsilon",
+                        np.array(norm.attributes.get_float("epsilon", 1e-5), np.float32))
         above = ir.node("Add", [mean.outputs[0], least])
         root = ir.node("Sqrt", [above.outputs[0]])
         scaled = ir.node("Div", [values, root.outputs[0]])
@@ -97,7 +103,8 @@ def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
 
 def _number(value: ir.Value | None) -> np.ndarray | None:
     """The array of a stored value, None for one that is computed."""
-    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+    return (value.const_value.numpy() if value is not None and value.const_value is not None
+            else None)
 
 
 def _stored(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
@@ -109,14 +116,15 @@ def _stored(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
 
 
 def _name_weights(model: ir.Model) -> None:
-    """Call the stored weight of a layer LAYER.weight, by the modules that the exporter tells of; constants that it folded and
-    integers have other names."""
+    """Call the stored weight of a layer LAYER.weight, by the modules that the exporter tells of;
+    constants that it folded and integers have other names."""
     for node in _nodes(model, "Conv", "Gemm", "MatMul"):
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         value = node.inputs[1]
         while _maker(value, "DequantizeLinear") or _maker(value, "Transpose"):
             value = value.producer().inputs[0]
-        if not scopes or value.name not in model.graph.initializers or value.name.endswith(".weight"):
+        if (not scopes or value.name not in model.graph.initializers
+            or value.name.endswith(".weight")):
             continue
         name = f"{ast.literal_eval(scopes)[-2]}.weight"
         if name != ".weight" and name not in model.graph.initializers:
@@ -126,26 +134,33 @@ def _name_weights(model: ir.Model) -> None:
 
 
 def _grouped_bits(model: ir.Model, packed: Mapping[str, Grouped]) -> None:
-    """Put MatMulNBits in the place of these layers' products: of 4 bits two weights a byte, the first in the lower half."""
+    """Put MatMulNBits in the place of these layers' products: of 4 bits two weights a byte, the
+    first in the lower half."""
     sums: dict[str, ir.Value] = {}
     for layer, (integers, scale, zero, bits) in packed.items():
-        node = next((node for node in _nodes(model, "Gemm", "MatMul") if node.inputs[1].name == f"{layer}.weight"), None)
+        node = next((node for node in _nodes(model, "Gemm", "MatMul")
+                     if node.inputs[1].name == f"{layer}.weight"), None)
         if node is None:
-            raise UnsupportedModelError(f"layer {layer} did not become a Gemm or MatMul node, which groups need; "
-                                        "use granularity 'channel'")
+            raise UnsupportedModelError(f"layer {layer} did not become a Gemm or MatMul node, "
+                                        "which groups need; use granularity 'channel'")
         rows, inputs = integers.shape
         block = integers.numel() // len(scale)
-        middle = 2 ** (bits - 1) if zero is None else 0  # where the kernel has its zero if it is not told one
+        # where the kernel has its zero if it is not told one
+        middle = 2 ** (bits - 1) if zero is None else 0
         blocks = _bytes((integers + middle).reshape(rows, -1, block), bits)
         parts, rest = {"integers": blocks, "scale": scale.reshape(rows, -1).numpy()}, None
         if zero is not None:
             whole = zero.round().clamp(0, 2**bits - 1)
             parts["zero"] = _bytes(whole.reshape(rows, -1), bits)
-            rest = ((whole - zero) * scale).reshape(rows, -1)  # what a group's zero point leaves, the same for all its weights
+            # what a group's zero point leaves, the same for all its weights
+            rest = ((whole - zero) * scale).reshape(rows, -1)
         stored = [_stored(model, f"{layer}.weight_{name}", part) for name, part in parts.items()]
-        bias = [None] * (4 - len(stored)) + [node.inputs[2]] if node.op_type == "Gemm" and len(node.inputs) == 3 else []
-        new = ir.node("MatMulNBits", [node.inputs[0], *stored, *bias], domain="com.microsoft", name=node.name, version=1,
-                      attributes={"K": inputs, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4})
+        bias = ([None] * (4 - len(stored)) + [node.inputs[2]] if node.op_type == "Gemm"
+                and len(node.inputs) == 3 else [])
+        new = ir.node("MatMulNBits", [node.inputs[0], *stored, *bias], domain="com.microsoft",
+                      name=node.name, version=1,
+                      attributes={"K": inputs, "N": rows, "bits": bits, "block_size": block,
+                                  "accuracy_level": 4})
         if rest is not None and rest.any():
             made = _with_sums(model, node, new, rest, sums, layer, block)
             model.graph.insert_before(node, new)
@@ -156,10 +171,11 @@ def _grouped_bits(model: ir.Model, packed: Mapping[str, Grouped]) -> None:
         model.graph.opset_imports["com.microsoft"] = 1
 
 
-def _with_sums(model: ir.Model, before: ir.Node, product: ir.Node, rest: Tensor, sums: dict[str, ir.Value], layer: str,
-               block: int) -> ir.Node:
-    """The node that adds to a product of groups what their zero points leave: rest (rows, groups) times the sum of each group's
-    inputs. sums: those that are there already, by the name of what is summed."""
+def _with_sums(model: ir.Model, before: ir.Node, product: ir.Node, rest: Tensor,
+               sums: dict[str, ir.Value], layer: str, block: int) -> ir.Node:
+    """The node that adds to a product of groups what their zero points leave: rest (rows, groups)
+    times the sum of each group's inputs. sums: those that are there already, by the name of what is
+    summed."""
     source = product.inputs[0]
     if source.name not in sums:
         axes = len(source.shape) - 1 if source.shape is not None else 2
@@ -197,11 +213,15 @@ def replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
 
 
 def _look_up_integers(model: ir.Model) -> None:
-    """Look up integers in a table, and then make those found float: the runtime would make the whole table float in every run."""
+    """Look up integers in a table, and then make those found float: the runtime would make the
+    whole table float in every run."""
     for look in _nodes(model, "Gather"):
         source = _maker(look.inputs[0], "DequantizeLinear")
-        integers, scale, zero = (_number(value) for value in source.inputs[:3]) if source is not None else [None] * 3
-        if integers is None or zero is None or scale.ndim != 1 or zero.any() or look.attributes.get_int("axis", 0):
+        integers, scale, zero = (_number(value)
+                                 for value in source.inputs[:3]) if source is not None else [
+                                     None] * 3
+        if (integers is None or zero is None or scale.ndim != 1 or zero.any()
+            or look.attributes.get_int("axis", 0)):
             continue
         name = f"{source.inputs[0].name}_scale"  # of a table that is looked up twice there is one
         column = model.graph.initializers.get(name) or _stored(model, name, scale[:, None])
@@ -213,17 +233,19 @@ def _look_up_integers(model: ir.Model) -> None:
 
 
 def _own_zeros(model: ir.Model) -> None:
-    """Give each layer's integers a zero point of their own: the exporter lets layers share one, and ONNX Runtime, where it makes
-    weights unsigned for processors that would saturate, replaces each only once."""
+    """Give each layer's integers a zero point of their own: the exporter lets layers share one, and
+    ONNX Runtime, where it makes weights unsigned for processors that would saturate, replaces each
+    only once."""
     for node in _nodes(model, "DequantizeLinear"):
         zero = _number(node.inputs[2]) if len(node.inputs) > 2 else None
-        if zero is not None and _number(node.inputs[0]) is not None and len(node.inputs[2].uses()) > 1:
+        if (zero is not None and _number(node.inputs[0]) is not None
+            and len(node.inputs[2].uses()) > 1):
             node.replace_input_with(2, _stored(model, f"{node.inputs[0].name}_zero", zero))
 
 
 def _reshape_integers(model: ir.Model) -> None:
-    """Flatten integers, not what they stand for: a linear layer that does not find them next to it has its weights made float
-    anew in every run."""
+    """Flatten integers, not what they stand for: a linear layer that does not find them next to it
+    has its weights made float anew in every run."""
     for view in _nodes(model, "Reshape", "Flatten"):
         source = _maker(view.inputs[0], "DequantizeLinear")
         if (source is None or len(view.inputs[0].uses()) > 1 or _number(source.inputs[1]) is None
@@ -236,7 +258,8 @@ def _reshape_integers(model: ir.Model) -> None:
 
 
 def _transpose_integers(model: ir.Model) -> None:
-    """Store the integers of a matrix product the way round that it wants them, for the same reason."""
+    """Store the integers of a matrix product the way round that it wants them, for the same
+    reason."""
     for turn in _nodes(model, "Transpose"):
         source = _maker(turn.inputs[0], "DequantizeLinear")
         integers = _number(source.inputs[0]) if source is not None else None
@@ -248,13 +271,16 @@ def _transpose_integers(model: ir.Model) -> None:
         value.name = f"{name}_as_trained"
         turned = _stored(model, name, integers.T)
         axis = 1 if _number(source.inputs[1]).ndim else 0
-        replace(model, turn, ir.node("DequantizeLinear", [turned, *source.inputs[1:]], attributes={"axis": axis}))
+        replace(model, turn,
+                ir.node("DequantizeLinear", [turned, *source.inputs[1:]],
+                        attributes={"axis": axis}))
         if not source.outputs[0].uses():
             model.graph.remove(source, safe=True)
 
 
 def _integer_biases(model: ir.Model) -> None:
-    """Store biases as int32 at the scale of the products that they join, as integer kernels want them."""
+    """Store biases as int32 at the scale of the products that they join, as integer kernels want
+    them."""
     found = []
     for node in _nodes(model, "Conv", "Gemm"):
         bias = _number(node.inputs[2]) if len(node.inputs) == 3 else None
@@ -266,10 +292,12 @@ def _integer_biases(model: ir.Model) -> None:
         found.append((node, bias, step, sources[1]))
     for place, (node, bias, step, weights) in enumerate(found):
         scale = (step * _number(weights.inputs[1])).astype(np.float32)
-        parts = {"integers": np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32), "scale": scale,
+        parts = {"integers": np.rint(bias / scale).clip(-(2**31) + 1, 2**31 - 1).astype(np.int32),
+                 "scale": scale,
                  "zero": np.zeros_like(scale, np.int32)}
         name = node.inputs[2].name
-        if f"{name}_integers" in model.graph.initializers:  # a layer used again, on inputs of another scale
+        # a layer used again, on inputs of another scale
+        if f"{name}_integers" in model.graph.initializers:
             name = f"{name}_{place}"
         stored = [_stored(model, f"{name}_{kind}", part) for kind, part in parts.items()]
         made = ir.node("DequantizeLinear", stored, attributes={"axis": 0})
@@ -282,24 +310,29 @@ def _integer_biases(model: ir.Model) -> None:
 
 
 def _hold_bias(model: ir.Model, weights: ir.Node, least: np.ndarray) -> None:
-    """Raise the scale of channels whose weights are next to nothing, so that their biases fit 32 bits at that scale."""
+    """Raise the scale of channels whose weights are next to nothing, so that their biases fit 32
+    bits at that scale."""
     integers, old, zero = (_number(value) for value in weights.inputs)
     new = np.maximum(old, least if old.ndim else least.max()).astype(np.float32)
     if (new <= old).all():
         return
     shape, zero = (-1, *[1] * (integers.ndim - 1)) if old.ndim else (), zero.astype(np.int32)
-    rounded = np.rint((integers - zero.reshape(shape)) * (old / new).reshape(shape)) + zero.reshape(shape)
+    rounded = (np.rint((integers - zero.reshape(shape)) * (old / new).reshape(shape))
+               + zero.reshape(shape))
     for value, array in zip(weights.inputs, (rounded.astype(integers.dtype), new), strict=False):
         value.const_value = ir.tensor(array, name=value.name)
 
 
 def _fold_clips(model: ir.Model) -> None:
-    """Leave out a ReLU or ReLU6 whose result is only quantised, to a range that does not go beyond it: the integers end where it
-    would cut. ONNX Runtime does so too, but not where 255 * scale is 6 and a rounding error more."""
+    """Leave out a ReLU or ReLU6 whose result is only quantised, to a range that does not go beyond
+    it: the integers end where it would cut. ONNX Runtime does so too, but not where 255 * scale is
+    6 and a rounding error more."""
     for clip in _nodes(model, "Relu", "Clip"):
         after = [use.node for use in clip.outputs[0].uses()]
-        ends = [_number(value) for value in clip.inputs[1:3]] if clip.op_type == "Clip" else [np.zeros(1), np.full(1, np.inf)]
-        if len(after) != 1 or after[0].op_type != "QuantizeLinear" or len(ends) < 2 or any(end is None for end in ends):
+        ends = ([_number(value) for value in clip.inputs[1:3]] if clip.op_type == "Clip"
+                else [np.zeros(1), np.full(1, np.inf)])
+        if (len(after) != 1 or after[0].op_type != "QuantizeLinear" or len(ends) < 2
+            or any(end is None for end in ends)):
             continue
         scale, zero = (_number(value) for value in after[0].inputs[1:3])
         if scale is None or zero is None:
@@ -312,19 +345,22 @@ def _fold_clips(model: ir.Model) -> None:
 
 
 def _pack_integers(model: ir.Model) -> None:
-    """Store integers of four bits or fewer as such; the runtime unpacks them by a Cast when it opens the file, and its kernels
-    are those of 8 bits."""
+    """Store integers of four bits or fewer as such; the runtime unpacks them by a Cast when it
+    opens the file, and its kernels are those of 8 bits."""
     for node in _nodes(model, "DequantizeLinear"):
         value, integers = node.inputs[0], _number(node.inputs[0])
-        if (integers is None or integers.dtype != np.int8 or integers.size < PACKED or integers.min() < -8 or integers.max() > 7
+        if (integers is None or integers.dtype != np.int8 or integers.size < PACKED
+            or integers.min() < -8 or integers.max() > 7
                 or len(value.uses()) > 1):
             continue
         name = value.name
         model.graph.initializers.pop(name)
         value.name = f"{name}_in_8_bits"
-        cast = ir.node("Cast", [_stored(model, name, integers.astype(ml_dtypes.int4))], attributes={"to": ir.DataType.INT8})
+        cast = ir.node("Cast", [_stored(model, name, integers.astype(ml_dtypes.int4))],
+                       attributes={"to": ir.DataType.INT8})
         model.graph.insert_before(node, cast)
         cast.outputs[0].name = f"{name}_unpacked"
         node.replace_input_with(0, cast.outputs[0])
-        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], 21)  # the first with integers of four bits
+        # the first with integers of four bits
+        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], 21)
         model.ir_version = max(model.ir_version, 10)

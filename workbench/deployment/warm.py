@@ -1,4 +1,5 @@
-"""Imported by name where a process is to be ready to export: the exporter, and the table of operators that it builds."""
+"""Imported by name where a process is to be ready to export: the exporter, and the table of
+operators that it builds."""
 
 import torch.onnx._internal.exporter._core  # noqa: F401
 

@@ -1,4 +1,5 @@
-"""A traced model that runs once per batch, and from wherever a change begins once more to the end."""
+"""A traced model that runs once per batch, and from wherever a change begins once more to the
+end."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,27 +11,33 @@ from workbench.graph.fusing import fusions
 from workbench.graph.layers import Masked
 from workbench.graph.running import Runner
 
-NEAR = 16  # two logits may tie where they lie closer than this many times the error of the fused kernels
+# two logits may tie where they lie closer than this many times the error of the fused kernels
+NEAR = 16
 
 
 class Branching:
-    """A traced model that runs once per batch and branches wherever a change begins, `changes` being modules by name.
+    """A traced model that runs once per batch and branches wherever a change begins, `changes`
+    being modules by name.
 
-    fused: convolutions in a branch are computed with what follows them (`fusing`), which rounds otherwise than the model does.
-    recount: a branch with an answer so near to a tie that rounding could decide it is then computed again as the model does:
-    where the two largest logits lie closer than `NEAR` times the largest error seen, relative to the largest logit.
+    fused: convolutions in a branch are computed with what follows them (`fusing`), which rounds
+    otherwise than the model does. recount: a branch with an answer so near to a tie that rounding
+    could decide it is then computed again as the model does: where the two largest logits lie
+    closer than `NEAR` times the largest error seen, relative to the largest logit.
     """
 
-    def __init__(self, model: nn.Module, example: Inputs, *, fused: bool = False, recount: bool = True):
+    def __init__(self, model: nn.Module, example: Inputs, *, fused: bool = False,
+                 recount: bool = True):
         self.graph = Runner(model, example)
         self.fused = fusions(self.graph) if fused else {}
         self.recount, self.error, self.again = recount and bool(self.fused), 0.0, 0
 
-    def __call__(self, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, inputs: Inputs,
+                 changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
         """The unchanged model's answer (n, ...), and that with each change."""
         feed, last = self.graph.feed(inputs), len(self.graph.nodes) - 1
         if self.recount and not self.error:
-            self._learn(self.graph.finish(0, {}, feed, {}), self.graph.finish(0, {}, feed, {}, self.fused))
+            self._learn(self.graph.finish(0, {}, feed, {}),
+                        self.graph.finish(0, {}, feed, {}, self.fused))
         starts = [min(map(self._place, modules), default=last) for modules in changes]
         waiting: dict[int, list[int]] = {}
         for index, start in enumerate(starts):
@@ -45,8 +52,10 @@ class Branching:
                 outputs[index] = self._branch(i, before, values, feed, changes[index])
         return self.graph.output(values), outputs
 
-    def _branch(self, i: int, before: Mapping, after: Mapping, feed: Mapping, modules: Mapping[str, nn.Module]) -> Tensor:
-        """The answer with some modules replaced, the first at node i; the values before that node and behind it are known."""
+    def _branch(self, i: int, before: Mapping, after: Mapping, feed: Mapping,
+                modules: Mapping[str, nn.Module]) -> Tensor:
+        """The answer with some modules replaced, the first at node i; the values before that node
+        and behind it are known."""
         node = self.graph.nodes[i]
         changed = modules.get(node.target)
         masked = isinstance(changed, Masked)  # what it computes is there already
@@ -68,11 +77,12 @@ class Branching:
 
     def _learn(self, wanted: Tensor, got: Tensor) -> None:
         """Keep the largest error relative to an example's largest logit."""
-        error = ((got - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-30)).nan_to_num().max().item()
+        error = ((got - wanted).abs().amax(-1)
+                 / wanted.abs().amax(-1).clamp_min(1e-30)).nan_to_num().max().item()
         self.error = max(self.error, error, 1e-8)
 
     def _place(self, name: str) -> int:
         if name not in self.graph.place:
-            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so nothing can branch there; "
-                                        "use mode 'plain'")
+            raise UnsupportedModelError(f"layer {name} is not called as a module of its own, so "
+                                        "nothing can branch there; use mode 'plain'")
         return self.graph.place[name]

@@ -1,12 +1,13 @@
-"""Which channels of a network can only go together: those that an addition, a grouped convolution or the heads of an attention
-couple.
+"""Which channels of a network can only go together: those that an addition, a grouped convolution
+or the heads of an attention couple.
 
-The traced graph runs on labels: each output channel of a layer has one, operations that move values move the labels, an
-addition makes those that meet one, and a layer that reads them notes at which of its inputs. What an operation does that is
-not known here keeps the channels that reach it.
+The traced graph runs on labels: each output channel of a layer has one, operations that move values
+move the labels, an addition makes those that meet one, and a layer that reads them notes at which
+of its inputs. What an operation does that is not known here keeps the channels that reach it.
 
-Source: the grouping is that of the dependency graph of Fang et al. 2023 (DepGraph, arXiv 2301.12900), here by channel instead
-of by layer, so that concatenations, splits and shuffles need no rules of their own.
+Source: the grouping is that of the dependency graph of Fang et al. 2023 (DepGraph, arXiv
+2301.12900), here by channel instead of by layer, so that concatenations, splits and shuffles need
+no rules of their own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,25 +26,31 @@ from workbench.graph.kinds import BATCHNORM
 from workbench.graph.layers import WEIGHTED, evaluating
 from workbench.graph.running import Runner
 
-NOTHING, FIXED = -1, 0  # labels of what has no channels to remove, and of channels that are no layer's: inputs, parameters
+# labels of what has no channels to remove, and of channels that are no layer's: inputs, parameters
+NOTHING, FIXED = -1, 0
 PARTS = (2, 3, 4, 8)  # that a split may have to keep equal
 
-_SAME = {"relu", "relu6", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "clamp", "clamp_min",
-         "clamp_max", "leaky_relu", "elu", "selu", "mish", "softplus", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "square",
-         "reciprocal", "erf", "_to_copy", "to", "type_as", "dropout", "clone", "contiguous", "detach", "alias"}
-_JOINING = {"add", "sub", "mul", "div", "maximum", "minimum", "where", "pow", "rsub", "addcmul", "lerp"}
-_MOVING = {"permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "cat", "stack", "flip", "repeat", "pad",
-           "constant_pad_nd", "movedim", "getitem"}
-_REGROUPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "slice", "select", "narrow", "split",
-               "split_with_sizes", "chunk", "unbind", "roll", "index_select", "pixel_shuffle", "pixel_unshuffle",
-               "channel_shuffle"}  # whose sizes the forward may have fixed
-_POOLING = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-            "adaptive_max_pool1d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"}
+_SAME = {"relu", "relu6", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh",
+         "clamp", "clamp_min", "clamp_max", "leaky_relu", "elu", "selu", "mish", "softplus", "exp",
+         "log", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal", "erf", "_to_copy", "to",
+         "type_as", "dropout", "clone", "contiguous", "detach", "alias"}
+_JOINING = {"add", "sub", "mul", "div", "maximum", "minimum", "where", "pow", "rsub", "addcmul",
+            "lerp"}
+_MOVING = {"permute", "transpose", "t", "squeeze", "unsqueeze", "expand", "cat", "stack", "flip",
+           "repeat", "pad", "constant_pad_nd", "movedim", "getitem"}
+# whose sizes the forward may have fixed
+_REGROUPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "slice", "select",
+               "narrow", "split", "split_with_sizes", "chunk", "unbind", "roll", "index_select",
+               "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
+_POOLING = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
+            "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+            "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"}
 _REDUCING = {"mean", "sum", "amax", "amin", "var", "linalg_vector_norm"}
 
 
 def groups(model: nn.Module, example: Inputs) -> list[Group]:
-    """The groups of `model` in order of definition, those that cannot be cut among them, with the reason.
+    """The groups of `model` in order of definition, those that cannot be cut among them, with the
+    reason.
 
     Raises UnsupportedModelError where the model cannot be traced.
 
@@ -55,28 +62,34 @@ def groups(model: nn.Module, example: Inputs) -> list[Group]:
     found = labels.groups([name for name in labels.made if name not in by_layer])
     known = [_of_heads(head) for head in heads] + list(found)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    doubtful = [group for group in known if not group.kept and found.get(group, group.channels > 1)]  # also where heads can go
+    # also where heads can go
+    doubtful = [group for group in known if not group.kept and found.get(group, group.channels > 1)]
     settled = dict(zip(doubtful, _tried(model, example, doubtful), strict=True))
-    return sorted((settled.get(group, group) for group in known), key=lambda group: order[group.layer])
+    return sorted((settled.get(group, group) for group in known),
+                  key=lambda group: order[group.layer])
 
 
 def _of_heads(head: Heads) -> Group:
-    return Group(head.layer, head.count, head.made_by, {}, head.read_by, Kept.SPLIT if head.fixed else None, "head", head.numbers)
+    return Group(head.layer, head.count, head.made_by, {}, head.read_by,
+                 Kept.SPLIT if head.fixed else None, "head", head.numbers)
 
 
 def _tried(model: nn.Module, example: Inputs, doubtful: Sequence[Group]) -> list[Group]:
-    """The groups in the first form in which half of each can be taken out and the rest computes the same: channels one by one,
-    or one of each of several parts that a split keeps equal; else kept."""
+    """The groups in the first form in which half of each can be taken out and the rest computes the
+    same: channels one by one, or one of each of several parts that a split keeps equal; else
+    kept."""
     if _works(model, example, doubtful):
         return list(doubtful)
     forms = {group: [group] if group.unit == "head" else group.forms(PARTS) for group in doubtful}
-    return [next((form for form in forms[group] if form.channels > 1 and _works(model, example, [form])),
-                 replace(group, kept=Kept.FIXED)) for group in doubtful]
+    return [next((form for form in forms[group] if form.channels > 1
+                  and _works(model, example, [form])), replace(group, kept=Kept.FIXED))
+            for group in doubtful]
 
 
 def _works(model: nn.Module, example: Inputs, tried: Sequence[Group]) -> bool:
     known = {group.layer: group for group in tried}
-    removed = {group.layer: range(group.channels // 2) for group in tried}  # the first half: uneven where a split wants even
+    # the first half: uneven where a split wants even
+    removed = {group.layer: range(group.channels // 2) for group in tried}
     try:
         cutting.verified(model, cutting.without(model, removed, known), removed, known, example)
     except Exception:  # of the model's own forward, which may raise anything
@@ -85,16 +98,19 @@ def _works(model: nn.Module, example: Inputs, tried: Sequence[Group]) -> bool:
 
 
 class _Labels:
-    """The labels of all channels of a model: who makes, norms and reads them, which are one, and why some must stay.
+    """The labels of all channels of a model: who makes, norms and reads them, which are one, and
+    why some must stay.
 
-    A label tensor has the dimensions of its value, of size 1 where the labels are the same all along.
+    A label tensor has the dimensions of its value, of size 1 where the labels are the same all
+    along.
     """
 
     def __init__(self, model: nn.Module, example: Inputs):
         self.graph, self.parent = Runner(model, example), [FIXED]
         self.reasons: dict[int, set[Kept]] = {}
         self.regrouped: set[int] = set()
-        self.made, self.normed, self.read = {}, {}, {}  # by layer: labels of outputs, of what a norm or its inputs see
+        # by layer: labels of outputs, of what a norm or its inputs see
+        self.made, self.normed, self.read = {}, {}, {}
         self.labels: dict[fx.Node, Any] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         example = rows(example, slice(0, 1))
@@ -112,22 +128,26 @@ class _Labels:
                 self._keep(self.labels[node], Kept.OUTPUT)
 
     def groups(self, layers: Sequence[str]) -> dict[Group, bool]:
-        """The groups that these layers make, each with whether an operation that may fix sizes regroups it."""
+        """The groups that these layers make, each with whether an operation that may fix sizes
+        regroups it."""
         root = torch.tensor([self._find(label) for label in range(len(self.parent))])
         reasons, regrouped = {}, {self._find(label) for label in self.regrouped}
         for label, why in self.reasons.items():
             reasons.setdefault(self._find(label), set()).update(why)
-        at = {kind: {name: _places(root[labels.clamp_min(0)].where(labels >= 0, NOTHING)) for name, labels in part.items()}
+        at = {kind: {name: _places(root[labels.clamp_min(0)].where(labels >= 0, NOTHING))
+                     for name, labels in part.items()}
               for kind, part in (("made", self.made), ("normed", self.normed), ("read", self.read))}
         found = {}
         for names in _connected({name: at["made"][name] for name in layers}):
             channels = list(dict.fromkeys(label for name in names for label in at["made"][name]))
             made, normed, read = ({name: table for name, places in at[kind].items()
-                                   if (table := _table(places, channels)) is not None} for kind in ("made", "normed", "read"))
-            why = set().union(*(reasons.get(label, set()) for label in channels)) | (set() if read else {Kept.OUTPUT})
+                                   if (table := _table(places, channels)) is not None}
+                                  for kind in ("made", "normed", "read"))
+            why = (set().union(*(reasons.get(label, set()) for label in channels))
+                   | (set() if read else {Kept.OUTPUT}))
             unit = "neuron" if isinstance(self.graph.modules[names[0]], nn.Linear) else "channel"
-            group = Group(names[0], len(channels), {name: made[name] for name in names}, normed, read,
-                          next((reason for reason in Kept if reason in why), None), unit)
+            group = Group(names[0], len(channels), {name: made[name] for name in names}, normed,
+                          read, next((reason for reason in Kept if reason in why), None), unit)
             found[group] = not regrouped.isdisjoint(channels)
         return found
 
@@ -140,12 +160,14 @@ class _Labels:
         if node.op == "call_module":
             return self._layer(node, self.graph.modules[node.target], value)
         name = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
-        given = [part for part in node.all_input_nodes if self.shapes[part] or isinstance(self.labels.get(part), list | tuple)]
+        given = [part for part in node.all_input_nodes if self.shapes[part]
+                 or isinstance(self.labels.get(part), list | tuple)]
         if not isinstance(value, Tensor | list | tuple) or not given:
             return self._of_shape(value, NOTHING) if isinstance(value, Tensor) else value
         first = self.labels[given[0]]
         if name in _JOINING:
-            return self._together([part for part in given if isinstance(self.labels[part], Tensor)], value)
+            return self._together([part for part in given if isinstance(self.labels[part], Tensor)],
+                                  value)
         if name in _SAME or (name in _POOLING and not any(size > 1 for size in first.shape[2:])):
             return first
         if name in _REDUCING:
@@ -166,7 +188,8 @@ class _Labels:
             self._keep(seen, Kept.NORMED)
             return seen
         if not isinstance(module, WEIGHTED):
-            same = value.shape == self.shapes[source] and not any(True for _ in module.parameters(recurse=False))
+            same = (value.shape == self.shapes[source]
+                    and not any(True for _ in module.parameters(recurse=False)))
             if not same:
                 self._keep(seen, Kept.OTHER)
             return seen if same else self._of_shape(value, FIXED)
@@ -185,7 +208,8 @@ class _Labels:
             self._keep(columns, Kept.GROUPED)
             self._keep(mine, Kept.GROUPED)
         else:
-            for labels in (columns, mine) if parts > 1 else ():  # groups keep equal sizes: one of each goes
+            # groups keep equal sizes: one of each goes
+            for labels in (columns, mine) if parts > 1 else ():
                 self._join(labels.view(parts, -1), labels.view(parts, -1)[:1])
             self._note(self.read, name, columns.view(parts, -1)[0])
         shape = [1] * value.dim()
@@ -193,10 +217,13 @@ class _Labels:
         return mine.view(shape)
 
     def _together(self, parts: Sequence[fx.Node], value: Tensor) -> Tensor:
-        """The labels where several values meet, number by number; one that is stretched over the others' channels has none."""
+        """The labels where several values meet, number by number; one that is stretched over the
+        others' channels has none."""
         size = value.dim()
-        given = [(self.labels[part].view([1] * (size - self.labels[part].dim()) + list(self.labels[part].shape)),
-                  [1] * (size - len(self.shapes[part])) + list(self.shapes[part])) for part in parts]
+        given = [(self.labels[part].view([1] * (size - self.labels[part].dim())
+                                         + list(self.labels[part].shape)),
+                  [1] * (size - len(self.shapes[part])) + list(self.shapes[part]))
+                 for part in parts]
         varying = [d for d in range(size) if any(labels.shape[d] > 1 for labels, _ in given)]
         met = None
         for labels, shape in given:
@@ -219,13 +246,15 @@ class _Labels:
             self._keep(labels, Kept.NORMED)
             return self._of_shape(value, NOTHING)
         kept = value.dim() == labels.dim()
-        return labels if kept else labels.reshape([size for d, size in enumerate(labels.shape) if d not in axes])
+        return (labels if kept
+                else labels.reshape([size for d, size in enumerate(labels.shape) if d not in axes]))
 
     def _moved(self, node: fx.Node, name: str, value):
         """The labels behind an operation that moves values: the same, done to the labels."""
         def whole(part: fx.Node):
             labels = self.labels[part]
-            return labels.expand(self.shapes[part]).contiguous() if isinstance(labels, Tensor) else labels
+            return (labels.expand(self.shapes[part]).contiguous() if isinstance(labels, Tensor)
+                    else labels)
 
         if name in _REGROUPING:
             for part in node.all_input_nodes:
@@ -240,7 +269,8 @@ class _Labels:
             self._keep(source, Kept.PADDED)
             return _narrow(F.pad(whole(node.args[0]), sides, value=NOTHING))
         moved = node.target(*args, **kwargs)
-        return [_narrow(part) for part in moved] if isinstance(moved, list | tuple) else _narrow(moved)
+        return ([_narrow(part) for part in moved] if isinstance(moved, list | tuple)
+                else _narrow(moved))
 
     def _of_shape(self, value, label: int):
         if isinstance(value, list | tuple):
@@ -248,7 +278,8 @@ class _Labels:
         return torch.full([1] * value.dim(), label) if isinstance(value, Tensor) else value
 
     def _along(self, labels: Tensor, axis: int, size: int) -> Tensor:
-        """The labels of the channels along an axis, (size,); where they vary along others too, they must stay."""
+        """The labels of the channels along an axis, (size,); where they vary along others too, they
+        must stay."""
         if labels.numel() != labels.shape[axis]:
             self._keep(labels, Kept.SPLIT)
             return torch.full([size], FIXED)
@@ -263,7 +294,8 @@ class _Labels:
 
     def _join(self, one: Tensor, other: Tensor) -> None:
         """Make labels that meet one; those that meet what is fixed must stay."""
-        pairs = torch.stack([part.flatten() for part in torch.broadcast_tensors(one, other)], dim=1).unique(dim=0)
+        pairs = torch.stack([part.flatten() for part in torch.broadcast_tensors(one, other)],
+                            dim=1).unique(dim=0)
         for a, b in pairs.tolist():
             if a > FIXED and b > FIXED:
                 self.parent[self._find(a)] = self._find(b)
@@ -300,7 +332,8 @@ def _places(labels: Tensor) -> dict[int, list[int]]:
 
 
 def _table(places: Mapping[int, list[int]], channels: Iterable[int]) -> Tensor | None:
-    """The places of these channels, int64 (channels, places), -1 where one has fewer; None where there are none."""
+    """The places of these channels, int64 (channels, places), -1 where one has fewer; None where
+    there are none."""
     lines = [places.get(channel, []) for channel in channels]
     most = max(map(len, lines))
     return torch.tensor([line + [-1] * (most - len(line)) for line in lines]) if most else None

@@ -1,4 +1,5 @@
-"""How much each output channel of a layer matters by its weights, or by what a loss says of them."""
+"""How much each output channel of a layer matters by its weights, or by what a loss says of
+them."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -15,10 +16,12 @@ def each(scores: Tensor, at: Tensor) -> Tensor:
     return (scores[at.clamp_min(0)] * (at >= 0)).sum(1)
 
 
-def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:  # -> (out channels,)
+# -> (out channels,)
+def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:
     """The score of each filter of a layer by its weights; of taylor what its gradient gave."""
     weight = layer.weight.detach()
-    filters = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(1)
+    filters = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d)
+               else weight).flatten(1)
     if criterion == "l1":
         return filters.abs().sum(1)
     if criterion == "l2":
@@ -28,8 +31,10 @@ def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Ten
     return gradient
 
 
-def gradients(model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> dict[str, Tensor]:
-    """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over the batches."""
+def gradients(model: nn.Module, batches: Iterable[Batch],
+              loss: Callable[[nn.Module, Batch], Tensor]) -> dict[str, Tensor]:
+    """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over
+    the batches."""
     work, seen = copy.deepcopy(model).eval(), 0
     for batch in pairs(batches):
         size = count(batch[0])
@@ -38,4 +43,5 @@ def gradients(model: nn.Module, batches: Iterable[Batch], loss: Callable[[nn.Mod
     if not seen:
         raise ValueError("criterion 'taylor' found no examples in its batches")
     return {name: (layer.weight.detach() * layer.weight.grad / seen).abs().flatten(1).sum(1)
-            for name, layer in work.named_modules() if isinstance(layer, WEIGHTED) and layer.weight.grad is not None}
+            for name, layer in work.named_modules() if isinstance(layer, WEIGHTED)
+            and layer.weight.grad is not None}

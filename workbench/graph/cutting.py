@@ -1,4 +1,5 @@
-"""A network without some of its channels: in a copy that is smaller, or in one of the same shape that computes the same."""
+"""A network without some of its channels: in a copy that is smaller, or in one of the same shape
+that computes the same."""
 
 import copy
 import json
@@ -13,7 +14,9 @@ from workbench.errors import UnsupportedModelError, listed, reason
 from workbench.graph.group import Group
 from workbench.graph.layers import WEIGHTED, evaluating, own_macs
 
-BLOCK = 16  # channels that ONNX Runtime's convolutions take at a time (8 without AVX-512); what is no multiple goes a slow way
+# channels that ONNX Runtime's convolutions take at a time (8 without AVX-512); what is no multiple
+# goes a slow way
+BLOCK = 16
 
 
 def kept_width(width: int, share: float, *, multiple: int | None = None) -> int:
@@ -26,15 +29,16 @@ def kept_width(width: int, share: float, *, multiple: int | None = None) -> int:
 
 
 def blocks(width: int, *, parts: int = 2) -> int:
-    """The multiple that the runtime likes in a group of `width` channels: 16, or where that is more than one of `parts` of it,
-    the largest power of two that is not.
+    """The multiple that the runtime likes in a group of `width` channels: 16, or where that is more
+    than one of `parts` of it, the largest power of two that is not.
 
     Example: `[blocks(width) for width in (16, 24, 320)] == [8, 8, 16]`
     """
     return min(BLOCK, 2 ** int(math.log2(max(width // parts, 1))))
 
 
-def without(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> nn.Module:
+def without(model: nn.Module, removed: Mapping[str, Sequence[int]],
+            known: Mapping[str, Group]) -> nn.Module:
     """A copy without these channels."""
     _check(removed, known)
     new = copy.deepcopy(model).eval()
@@ -45,19 +49,22 @@ def without(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mappi
     return new.to(memory_format=torch.channels_last)
 
 
-def verified(model: nn.Module, new: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group],
-              example: Inputs) -> nn.Module:
+def verified(model: nn.Module, new: nn.Module, removed: Mapping[str, Sequence[int]],
+             known: Mapping[str, Group], example: Inputs) -> nn.Module:
     """`new`, once it is seen to compute what `model` computes with the channels silenced."""
     expected = put_in(model, silenced(model, removed, known))
     try:
         with evaluating(expected), evaluating(new):
             a, b = (answer(call(candidate, example)) for candidate in (expected, new))
     except Exception as error:  # of the model's own forward, which may raise anything
-        raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of {listed(removed)}: "
-                                    f"{reason(error)}; keep that layer") from error
-    if a.shape != b.shape or not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):  # so that NaN does not pass
-        raise UnsupportedModelError(f"{type(model).__name__} without channels of {listed(removed)} computes something "
-                                    f"else than with them silenced; keep these layers")
+        raise UnsupportedModelError(f"{type(model).__name__} cannot run without these channels of "
+                                    f"{listed(removed)}: {reason(error)}; keep that "
+                                    "layer") from error
+    # so that NaN does not pass
+    if a.shape != b.shape or not (a - b).norm() <= 1e-4 * a.norm().clamp_min(1e-6):
+        raise UnsupportedModelError(f"{type(model).__name__} without channels of {listed(removed)} "
+                                    "computes something else than with them silenced; keep these "
+                                    "layers")
     return new
 
 
@@ -69,8 +76,10 @@ def put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     return new
 
 
-def silenced(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> dict[str, nn.Module]:
-    """New layers, by name, for all that read a removed channel, with the weights that read it zero."""
+def silenced(model: nn.Module, removed: Mapping[str, Sequence[int]],
+             known: Mapping[str, Group]) -> dict[str, nn.Module]:
+    """New layers, by name, for all that read a removed channel, with the weights that read it
+    zero."""
     _check(removed, known)
     new: dict[str, nn.Module] = {}
     for layer, places in removed.items():
@@ -88,20 +97,25 @@ def _check(removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> 
             raise ValueError(f"no group of channels is called {layer!r}; there are {listed(known)}")
         group = known[layer]
         if group.kept and places:
-            raise UnsupportedModelError(f"channels of layer {layer} cannot be removed: {group.kept}")
-        if any(not 0 <= place < group.channels for place in places) or len(set(places)) >= group.channels:
-            raise ValueError(f"layer {layer} has channels 0 to {group.channels - 1}, of which one must stay; "
-                             f"found {list(places)}")
+            raise UnsupportedModelError(f"channels of layer {layer} cannot be removed: "
+                                        f"{group.kept}")
+        if (any(not 0 <= place < group.channels for place in places)
+            or len(set(places)) >= group.channels):
+            raise ValueError(f"layer {layer} has channels 0 to {group.channels - 1}, of which one "
+                             f"must stay; found {list(places)}")
 
 
 def cut(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, int]:
-    """Take channels, by group, out of `model` itself. Returns the attributes of modules that were set, by dotted name."""
-    rows, norms, columns, numbers = {}, {}, {}, {}  # what goes, by layer: places of outputs, of norms, of inputs
+    """Take channels, by group, out of `model` itself. Returns the attributes of modules that were
+    set, by dotted name."""
+    # what goes, by layer: places of outputs, of norms, of inputs
+    rows, norms, columns, numbers = {}, {}, {}, {}
     for group, places in removed:
         for gone, kind in ((rows, "made_by"), (norms, "normed_by"), (columns, "read_by")):
             for name in getattr(group, kind):
                 gone.setdefault(name, []).append(group.places(kind, name, places))
-        numbers |= {name: size // group.channels * (group.channels - len(places)) for name, size in group.numbers.items()}
+        numbers |= {name: size // group.channels * (group.channels - len(places))
+                    for name, size in group.numbers.items()}
     for name, gone in rows.items():
         _without_outputs(model.get_submodule(name), torch.cat(gone))
     for name, gone in norms.items():
@@ -114,12 +128,15 @@ def cut(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dic
     return numbers
 
 
-def shares(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, tuple[float, float]]:
-    """Which fractions of its outputs and of its inputs each layer and norm keeps, by name; those left whole are not named."""
+def shares(model: nn.Module,
+           removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, tuple[float, float]]:
+    """Which fractions of its outputs and of its inputs each layer and norm keeps, by name; those
+    left whole are not named."""
     outputs: dict[str, float] = {}
     inputs: dict[str, float] = {}
     for group, places in removed:
-        for kind, axis, kept in (("made_by", 0, outputs), ("normed_by", 0, outputs), ("read_by", 1, inputs)):
+        for kind, axis, kept in (("made_by", 0, outputs), ("normed_by", 0, outputs),
+                                 ("read_by", 1, inputs)):
             for name in getattr(group, kind):
                 width = model.get_submodule(name).weight.shape[axis]
                 kept[name] = kept.get(name, 1.0) - len(group.places(kind, name, places)) / width
@@ -129,8 +146,8 @@ def shares(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> 
 
 
 def costs(model: nn.Module, example: Inputs, *, of_macs: bool) -> dict[str, tuple[float, float]]:
-    """By module what of its parameters or multiply-accumulates goes with its outputs alone, and what with outputs and inputs
-    alike: with `shares`, the cost of a network before it is cut."""
+    """By module what of its parameters or multiply-accumulates goes with its outputs alone, and
+    what with outputs and inputs alike: with `shares`, the cost of a network before it is cut."""
     if of_macs:
         return {name: (0.0, macs) for name, macs in own_macs(model, example).items()}
     counts, seen = {}, set()
@@ -152,7 +169,9 @@ def _chosen(module: nn.Module, key: str, index: Tensor, axis: int) -> None:
     old = getattr(module, key)
     if old is not None:
         new = old.detach().index_select(axis, index.to(old.device)).clone()
-        setattr(module, key, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        setattr(module, key,
+                nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter)
+                else new)
 
 
 def _without_outputs(layer: nn.Module, gone: Tensor) -> None:

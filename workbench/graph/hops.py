@@ -1,4 +1,5 @@
-"""Where a value stands in time, and the graph that keeps what a stream has to remember from hop to hop."""
+"""Where a value stands in time, and the graph that keeps what a stream has to remember from hop to
+hop."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,17 +8,19 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-SEEN, UNTIL = "past_seen", "past_until"  # samples that came before this hop; samples of the whole recording
+# samples that came before this hop; samples of the whole recording
+SEEN, UNTIL = "past_seen", "past_until"
 ENDLESS = 2**40  # samples, where its end is not known yet
 
 
 @dataclass(frozen=True)
 class Track:
-    """The place of a value in time. axis: of time, from the end, None where one value stands for all that was heard; every:
-    samples a step; late: by how many steps it comes late.
+    """The place of a value in time. axis: of time, from the end, None where one value stands for
+    all that was heard; every: samples a step; late: by how many steps it comes late.
 
-    lengths: (added, stride) of the layers on the way, of which its length follows; reach: of how many samples a step is made,
-    infinite behind a recurrent layer; zero: whether steps outside of the recording are zeros.
+    lengths: (added, stride) of the layers on the way, of which its length follows; reach: of how
+    many samples a step is made, infinite behind a recurrent layer; zero: whether steps outside of
+    the recording are zeros.
     """
 
     axis: int | None = -1
@@ -36,8 +39,9 @@ class Track:
 
 @dataclass(frozen=True)
 class Timing:
-    """What is known of a streaming network. hop: samples that it takes, along `axis` of the input called `source`; start: its
-    state before the first sample, of one recording, by input name; tracks: of its outputs, by name."""
+    """What is known of a streaming network. hop: samples that it takes, along `axis` of the input
+    called `source`; start: its state before the first sample, of one recording, by input name;
+    tracks: of its outputs, by name."""
 
     hop: int
     axis: int
@@ -47,7 +51,8 @@ class Timing:
 
 
 class HopGraph(fx.Graph):
-    """A graph of one hop. inputs: of its state, by name; start: the state before the first sample; behind: that behind a hop."""
+    """A graph of one hop. inputs: of its state, by name; start: the state before the first sample;
+    behind: that behind a hop."""
 
     def __init__(self, hop: int):
         super().__init__()
@@ -91,7 +96,8 @@ class HopGraph(fx.Graph):
 
     def heard(self, track: Track) -> fx.Node:
         """How many steps of the recording there are up to the end of this hop, int64 (n,)."""
-        passed = self._divided(self.call_function(aten.add.Tensor, (self.seen(), self.hop)), track.every)
+        passed = self._divided(self.call_function(aten.add.Tensor, (self.seen(), self.hop)),
+                               track.every)
         late = self.call_function(aten.sub.Tensor, (passed, track.late))
         return self.call_function(aten.minimum.default, (late, self.length(track)))
 
@@ -104,31 +110,39 @@ class HopGraph(fx.Graph):
             places = call(aten.add.Tensor, (call(aten.reshape.default, (first, [-1, 1])), slots))
             length = call(aten.reshape.default, (self.length(track), [-1, 1]))
             self._masks[key] = call(aten.logical_and.default, (call(aten.ge.Scalar, (places, 0)),
-                                                               call(aten.lt.Tensor, (places, length))))
+                                                               call(aten.lt.Tensor,
+                                                                    (places, length))))
         shape = [-1] + [1] * (dims - 1)
         shape[track.axis] = self.steps(track)
-        return call(aten.where.ScalarOther, (call(aten.reshape.default, (self._masks[key], shape)), value, fill))
+        return call(aten.where.ScalarOther,
+                    (call(aten.reshape.default, (self._masks[key], shape)), value, fill))
 
-    def joined(self, value: fx.Node, track: Track, kept: int, like: Mapping, name: str, fill: float = 0.0) -> fx.Node:
-        """The steps of this hop behind the last `kept` ones before it; like: shape and dtype of the value."""
+    def joined(self, value: fx.Node, track: Track, kept: int, like: Mapping, name: str,
+               fill: float = 0.0) -> fx.Node:
+        """The steps of this hop behind the last `kept` ones before it; like: shape and dtype of the
+        value."""
         if kept <= 0:
             return value
         sizes = [1 if size is None else size for size in like["shape"]]
         sizes[0], sizes[track.axis] = 1, kept
         before = self.state(f"past_{name}", torch.full(sizes, fill, dtype=like.get("dtype")))
         whole = self.call_function(aten.cat.default, ([before, value], track.axis))
-        self.behind[before.target] = self.cut(whole, track.axis, self.steps(track), self.steps(track) + kept)
+        self.behind[before.target] = self.cut(whole, track.axis, self.steps(track),
+                                              self.steps(track) + kept)
         return whole
 
-    def delayed(self, value: fx.Node, track: Track, steps: int, like: Mapping, name: str) -> tuple[fx.Node, Track]:
+    def delayed(self, value: fx.Node, track: Track, steps: int, like: Mapping,
+                name: str) -> tuple[fx.Node, Track]:
         """The value, so many steps later."""
         if not steps:
             return value, track
         whole = self.joined(value, track, steps, like, name)
-        return self.cut(whole, track.axis, 0, self.steps(track)), replace(track, late=track.late + steps)
+        return self.cut(whole, track.axis, 0, self.steps(track)), replace(track,
+                                                                          late=track.late + steps)
 
     def _divided(self, value: fx.Node, by: int) -> fx.Node:
-        return self.call_function(aten.div.Tensor_mode, (value, by), {"rounding_mode": "trunc"}) if by > 1 else value
+        return (self.call_function(aten.div.Tensor_mode, (value, by), {"rounding_mode": "trunc"})
+                if by > 1 else value)
 
     def cut(self, value: fx.Node, axis: int, start: int, end: int) -> fx.Node:
         """The steps from `start` to `end`."""

@@ -21,10 +21,12 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 @dataclass(frozen=True)
 class Change:
-    """What a method would do to one layer at one level: the layers that are replaced, by name, and what that removes.
+    """What a method would do to one layer at one level: the layers that are replaced, by name, and
+    what that removes.
 
-    removed, of: channels (or ranks, or bits) that go, of how many. layers: those that are coupled and go together.
-    left: the fraction of a layer's weights and MACs that stays, 1 for layers not named. note: a word for the reader.
+    removed, of: channels (or ranks, or bits) that go, of how many. layers: those that are coupled
+    and go together. left: the fraction of a layer's weights and MACs that stays, 1 for layers not
+    named. note: a word for the reader.
     """
 
     modules: Mapping[str, nn.Module]
@@ -36,8 +38,8 @@ class Change:
 
 
 class Masked(nn.Module):
-    """A layer with some of its output channels zero, as if their weights and biases were; a function of the layer's own output,
-    so that whoever has that need not compute it again."""
+    """A layer with some of its output channels zero, as if their weights and biases were; a
+    function of the layer's own output, so that whoever has that need not compute it again."""
 
     def __init__(self, layer: nn.Module, channels: Tensor):
         super().__init__()
@@ -45,7 +47,8 @@ class Masked(nn.Module):
         kept = torch.ones(len(layer.weight))
         kept[channels] = 0
         linear = isinstance(layer, nn.Linear)
-        self.register_buffer("kept", kept if linear else kept.view(-1, *[1] * (layer.weight.dim() - 2)))
+        self.register_buffer("kept",
+                             kept if linear else kept.view(-1, *[1] * (layer.weight.dim() - 2)))
 
     def of_output(self, values: Tensor) -> Tensor:
         """The layer's output with these channels zero."""
@@ -56,13 +59,15 @@ class Masked(nn.Module):
 
 
 def named(model: nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, nn.Module]:
-    """The convolution and linear layers whose names match a glob, by name, in the order of definition.
+    """The convolution and linear layers whose names match a glob, by name, in the order of
+    definition.
 
     Raises ValueError where a pattern matches none.
 
     Example: `layers.named(model, "layer2.*")`
     """
-    weighted = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    weighted = {name: module for name, module in model.named_modules()
+                if isinstance(module, WEIGHTED)}
     return {name: weighted[name] for name in matching(weighted, patterns)}
 
 
@@ -81,7 +86,8 @@ def matching(names: Iterable[str], patterns: str | Sequence[str], *, what: str =
 
 
 def replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """A deep copy of `model` in which `layer` stands at `name`. Raises ValueError where there is no such module.
+    """A deep copy of `model` in which `layer` stands at `name`. Raises ValueError where there is no
+    such module.
 
     Example: `layers.replaced(model, "conv1", nn.Identity()).conv1`
     """
@@ -97,7 +103,8 @@ def replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
 
 
 def macs_of(model: nn.Module, example: Inputs) -> int:
-    """Multiply-accumulates of one example, the first of `example`: half the operations that torch counts.
+    """Multiply-accumulates of one example, the first of `example`: half the operations that torch
+    counts.
 
     Source: torch.utils.flop_counter, which counts convolutions, matrix products and attention.
 
@@ -107,31 +114,38 @@ def macs_of(model: nn.Module, example: Inputs) -> int:
 
 
 def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
-    """Multiply-accumulates of one example, by path of module ("Global" for all) and by operation."""
-    counter, learning = FlopCounterMode(display=False), [p for p in model.parameters() if p.requires_grad]
+    """Multiply-accumulates of one example, by path of module ("Global" for all) and by
+    operation."""
+    counter, learning = FlopCounterMode(display=False), [p for p in model.parameters()
+                                                         if p.requires_grad]
     # attention as plain products: the counter does not know the CPU's fused kernel
-    with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(
+        SDPBackend.MATH):
         try:
-            for parameter in learning:  # else the counter fails where one is handed to a module, as PiT's class token is
+            # else the counter fails where one is handed to a module, as PiT's class token is
+            for parameter in learning:
                 parameter.requires_grad_(False)
             call(model, rows(example, slice(0, 1)))
         except RuntimeError as error:  # of the model's own code
-            raise UnsupportedModelError(f"{type(model).__name__} does not run on the example ({reason(error)})") from error
+            raise UnsupportedModelError(f"{type(model).__name__} does not run on the example "
+                                        f"({reason(error)})") from error
         finally:
             for parameter in learning:
                 parameter.requires_grad_(True)
-    return {path: {op: count // 2 for op, count in ops.items()} for path, ops in counter.get_flop_counts().items()}
+    return {path: {op: count // 2 for op, count in ops.items()}
+            for path, ops in counter.get_flop_counts().items()}
 
 
 def own_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
-    """Multiply-accumulates of one example by module, without those of the modules in it; a functional operation (attention,
-    say) counts for the module whose forward calls it.
+    """Multiply-accumulates of one example by module, without those of the modules in it; a
+    functional operation (attention, say) counts for the module whose forward calls it.
 
     Example: `own_macs(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.ones(1, 8))["0"] == 32`
     """
     counts = {path: sum(ops.values()) for path, ops in macs_by_module(model, example).items()}
     root = type(model).__name__
-    whole = {name: counts.get(f"{root}.{name}" if name else root, 0) for name, _ in model.named_modules()}
+    whole = {name: counts.get(f"{root}.{name}" if name else root, 0)
+             for name, _ in model.named_modules()}
     whole[""] = whole[""] or counts.get("Global", 0)
     inner = {name: [f"{name}.{child}" if name else child for child, _ in module.named_children()]
              for name, module in model.named_modules()}
@@ -139,20 +153,26 @@ def own_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
 
 
 def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) -> Tensor:
-    """The inputs `values` of a layer as rows of its matrix product, (groups, N, K), K inputs a channel.
+    """The inputs `values` of a layer as rows of its matrix product, (groups, N, K), K inputs a
+    channel.
 
-    A linear layer gives all; a convolution `places` patches of each image, at places drawn by `seed`, the same for all.
-    Raises UnsupportedModelError for another layer, or padding that is not zeros.
+    A linear layer gives all; a convolution `places` patches of each image, at places drawn by
+    `seed`, the same for all. Raises UnsupportedModelError for another layer, or padding that is not
+    zeros.
     """
     if isinstance(layer, nn.Linear):
         return values.reshape(1, -1, values.shape[-1])
-    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv2d with zero padding, and Linear")
+    if (not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros"
+        or isinstance(layer.padding, str)):
+        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv2d with "
+                                    "zero padding, and Linear")
     (high, wide), (down, right) = layer.padding, layer.dilation
     values = F.pad(values, (wide, wide, high, high))
     windows = values.unfold(2, down * (layer.kernel_size[0] - 1) + 1, layer.stride[0])
-    windows = windows.unfold(3, right * (layer.kernel_size[1] - 1) + 1, layer.stride[1])[..., ::down, ::right]
-    rows, columns = torch.randint(0, 2**31, (2, places), generator=torch.Generator().manual_seed(seed))
+    windows = windows.unfold(3, right * (layer.kernel_size[1] - 1) + 1,
+                             layer.stride[1])[..., ::down, ::right]
+    rows, columns = torch.randint(0, 2**31, (2, places),
+                                  generator=torch.Generator().manual_seed(seed))
     chosen = windows[:, :, rows % windows.shape[2], columns % windows.shape[3]]  # (n, C, P, kh, kw)
     inputs = chosen[0, 0, 0].numel() * chosen.shape[1] // layer.groups
     return chosen.transpose(1, 2).reshape(-1, layer.groups, inputs).transpose(0, 1)
@@ -160,15 +180,18 @@ def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) ->
 
 @contextlib.contextmanager
 def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that each forward pass fills, in order of execution, with every weighted layer's output.
+    """A dictionary that each forward pass fills, in order of execution, with every weighted layer's
+    output.
 
-    A batch norm that directly follows a layer counts as part of it: the output behind the norm is kept, under the
-    layer's name. So a model and its copy with the norms folded put out the same at every layer.
+    A batch norm that directly follows a layer counts as part of it: the output behind the norm is
+    kept, under the layer's name. So a model and its copy with the norms folded put out the same at
+    every layer.
 
     Example: `with layers.capture(model) as outputs: model(x)`
     """
     outputs: dict[str, Tensor] = {}
-    latest: list = [None, None]  # the name of the layer that ran last and its very output, which a norm may follow
+    # the name of the layer that ran last and its very output, which a norm may follow
+    latest: list = [None, None]
 
     def keep(name: str):
         def hook(_module, _inputs, output):
@@ -176,11 +199,14 @@ def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             outputs[name] = output.clone()  # what follows may work in place
         return hook
 
-    def keep_behind(norm, inputs, _output):  # what a library's own norm does besides, such as its activation, is left out
+    # what a library's own norm does besides, such as its activation, is left out
+    def keep_behind(norm, inputs, _output):
         name, made = latest
-        if made is not None and inputs[0] is made and norm.running_mean is not None and torch.equal(made, outputs[name]):
+        if (made is not None and inputs[0] is made and norm.running_mean is not None
+            and torch.equal(made, outputs[name])):
             latest[1] = None  # nothing came in between, in place either
-            outputs[name] = F.batch_norm(made, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+            outputs[name] = F.batch_norm(made, norm.running_mean, norm.running_var, norm.weight,
+                                         norm.bias, eps=norm.eps)
 
     handles = []
     for name, module in model.named_modules():
@@ -197,7 +223,8 @@ def capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def watch(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that each forward pass fills with the outputs of the modules `names`, blocks as well as layers.
+    """A dictionary that each forward pass fills with the outputs of the modules `names`, blocks as
+    well as layers.
 
     Raises ValueError where there is no such module.
 

@@ -19,13 +19,16 @@ _FUSE = {nn.Conv1d: fuse_conv_bn_eval, nn.Conv2d: fuse_conv_bn_eval, nn.Linear: 
 
 
 def fold_batchnorm(model: nn.Module, example: Inputs) -> nn.Module:
-    """A copy in which each batch norm that directly follows a convolution or linear layer is folded into it.
+    """A copy in which each batch norm that directly follows a convolution or linear layer is folded
+    into it.
 
-    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity stays in its place, so
-    names remain; a traced graph loses their nodes. A norm whose layer feeds something else too, or that follows another layer
-    elsewhere, is left alone. The copy is in eval mode.
+    W' = W gamma / sqrt(var + eps), b' = (b - mean) gamma / sqrt(var + eps) + beta; an Identity
+    stays in its place, so names remain; a traced graph loses their nodes. A norm whose layer feeds
+    something else too, or that follows another layer elsewhere, is left alone. The copy is in eval
+    mode.
 
-    A model without such norms comes back as it is, copied. Raises UnsupportedModelError where the model cannot be traced.
+    A model without such norms comes back as it is, copied. Raises UnsupportedModelError where the
+    model cannot be traced.
 
     Example: `folded = reparameterization.fold_batchnorm(model, task.example)`
     """
@@ -52,14 +55,16 @@ def _without(graph: fx.GraphModule, names: set[str]) -> None:
 
 
 def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
-    """Of a norm's node, the names of its layer and of the norm, where the two always go together."""
+    """Of a norm's node, the names of its layer and of the norm, where the two always go
+    together."""
     source = node.args[0] if node.args else None
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
         return None
     norm, layer = graph.modules[node.target], graph.modules[source.target]
     if not isinstance(norm, BATCHNORM) or type(layer) not in _FUSE:
         return None
-    calls = [other for other in graph.nodes if other.op == "call_module" and other.target == source.target]
+    calls = [other for other in graph.nodes if other.op == "call_module"
+             and other.target == source.target]
     readers = [user.target for call in calls for user in call.users]
     together = readers == [node.target] * len(calls) and len(readers) == graph.calls[node.target]
     return (source.target, node.target) if together else None
@@ -67,23 +72,27 @@ def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
 
 def _rest(norm: nn.Module) -> nn.Module:
     """What stays where a folded norm stood: nothing, or the activation that timm's norms hold."""
-    parts = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
+    parts = [getattr(norm, name) for name in ("drop", "act")
+             if isinstance(getattr(norm, name, None), nn.Module)]
     return nn.Sequential(*parts) if parts else nn.Identity()
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-    """A copy whose batch norms hold the mean and variance of `batches`, each batch weighing the same; nothing else changes.
+    """A copy whose batch norms hold the mean and variance of `batches`, each batch weighing the
+    same; nothing else changes.
 
-    What a cut or quantised model needs before it is judged: the statistics of its own activations. Batches have at least
-    two examples; targets are not looked at. Raises ValueError where there are none, UnsupportedModelError where no batch
-    norm is left.
+    What a cut or quantised model needs before it is judged: the statistics of its own activations.
+    Batches have at least two examples; targets are not looked at. Raises ValueError where there are
+    none, UnsupportedModelError where no batch norm is left.
 
-    Example: `reparameterization.reestimate_batchnorm(cut, task.validation.subset(1000).batches(100))`
+    Example: `reparameterization.reestimate_batchnorm(cut,
+    task.validation.subset(1000).batches(100))`
     """
     new = copy.deepcopy(model).eval()
     norms = [module for module in new.modules() if isinstance(module, BATCHNORM)]
     if not norms:
-        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm whose statistics could be taken anew")
+        raise UnsupportedModelError(f"{type(model).__name__} has no batch norm whose statistics "
+                                    "could be taken anew")
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

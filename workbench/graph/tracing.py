@@ -1,9 +1,10 @@
 """One tracer: any model as a graph of its layers, to be asked questions and run node by node.
 
-torch.export records what the model computes on an example. Where an operator is that of a layer with weights (convolution,
-linear, norm, embedding), its node is put back as a call of that layer, by its name; all else stays an ATen operator in its
-functional form. So `node.op` is "call_module" for layers, "call_function" with a `torch.ops.aten` target for the rest,
-"get_attr" for other parameters and buffers. Each node's meta holds the shape (None for a length that may vary) and the
+torch.export records what the model computes on an example. Where an operator is that of a layer
+with weights (convolution, linear, norm, embedding), its node is put back as a call of that layer,
+by its name; all else stays an ATen operator in its functional form. So `node.op` is "call_module"
+for layers, "call_function" with a `torch.ops.aten` target for the rest, "get_attr" for other
+parameters and buffers. Each node's meta holds the shape (None for a length that may vary) and the
 dtype of its value.
 """
 
@@ -22,7 +23,8 @@ from workbench.errors import UnsupportedModelError, quietly, reason
 from workbench.graph.layers import evaluating
 
 aten = torch.ops.aten
-LAYERS = {  # operator: the class of layer that it computes, and the place of the weight among its arguments
+# operator: the class of layer that it computes, and the place of the weight among its arguments
+LAYERS = {
     aten.conv1d.default: (nn.Conv1d, 1), aten.conv1d.padding: (nn.Conv1d, 1),
     aten.conv2d.default: (nn.Conv2d, 1), aten.conv2d.padding: (nn.Conv2d, 1),
     aten.conv3d.default: (nn.Conv3d, 1), aten.conv_transpose2d.input: (nn.ConvTranspose2d, 1),
@@ -30,20 +32,26 @@ LAYERS = {  # operator: the class of layer that it computes, and the place of th
     aten.batch_norm.default: (nn.modules.batchnorm._BatchNorm, 1),
     aten.layer_norm.default: (nn.LayerNorm, 2), aten.group_norm.default: (nn.GroupNorm, 2),
 }
-SLICES = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}  # how each is written to
-_TRACED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: (what it was traced as, the graph)
+# how each is written to
+SLICES = {aten.slice.Tensor: aten.slice_scatter.default,
+          aten.select.int: aten.select_scatter.default}
+# model: (what it was traced as, the graph)
+_TRACED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def trace(model: nn.Module, example: Inputs) -> fx.GraphModule:
-    """The graph of `model` as it computes in eval mode; its layers are the model's own, and so are their names and modes.
+    """The graph of `model` as it computes in eval mode; its layers are the model's own, and so are
+    their names and modes.
 
-    example: inputs with at least one example; the graph takes any number of them, and any length of token sequences. What was
-    traced is remembered as long as the model lives unchanged. A graph from here is returned as it is.
+    example: inputs with at least one example; the graph takes any number of them, and any length of
+    token sequences. What was traced is remembered as long as the model lives unchanged. A graph
+    from here is returned as it is.
 
-    Raises UnsupportedModelError where the model cannot be traced (a branch on values, an operator that torch.export does
-    not know), ValueError for inputs that the model does not take.
+    Raises UnsupportedModelError where the model cannot be traced (a branch on values, an operator
+    that torch.export does not know), ValueError for inputs that the model does not take.
 
-    Example: `[n.target for n in trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2)).graph.nodes][1] == "0"`
+    Example: `[n.target for n in trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1,
+    2)).graph.nodes][1] == "0"`
     """
     if isinstance(model, fx.GraphModule):
         return model
@@ -59,35 +67,44 @@ def trace(model: nn.Module, example: Inputs) -> fx.GraphModule:
 def _state(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple:
     """What a remembered graph depends on."""
     modules = tuple((name, id(module), type(module)) for name, module in model.named_modules())
-    tensors_of = tuple((name, id(value), value.shape) for kind in (model.named_parameters, model.named_buffers)
+    tensors_of = tuple((name, id(value), value.shape)
+                       for kind in (model.named_parameters, model.named_buffers)
                        for name, value in kind(remove_duplicate=False))
     dynamic = axes(inputs)
-    read = tuple((name, value.dtype, tuple(None if k in dynamic[name] else size for k, size in enumerate(value.shape)))
+    read = tuple((name, value.dtype,
+                  tuple(None if k in dynamic[name] else size for k, size in enumerate(value.shape)))
                  for name, value in inputs.items())
     return modules, tensors_of, read
 
 
 def _traced(model: nn.Module, example: Inputs, inputs: Mapping[str, Tensor]) -> fx.GraphModule:
     probe = repeated(example, 2)  # a batch of one would be taken for a batch that is always one
-    dynamic = {name: dict.fromkeys(places, torch.export.Dim.AUTO) for name, places in axes(inputs).items()}
-    args, kwargs = ((), dict(probe)) if isinstance(probe, Mapping) else (tuple(tensors(probe)), None)
+    dynamic = {name: dict.fromkeys(places, torch.export.Dim.AUTO)
+               for name, places in axes(inputs).items()}
+    args, kwargs = ((), dict(probe)) if isinstance(probe, Mapping) else (tuple(tensors(probe)),
+                                                                         None)
     shapes = dynamic if kwargs else tuple(dynamic.values())
     try:
         with evaluating(model), torch.inference_mode(False), torch.no_grad():
-            wanted = call(model, probe)  # what is wrong with the example itself is the caller's to know
+            # what is wrong with the example itself is the caller's to know
+            wanted = call(model, probe)
     except Exception as error:  # the model's own code, which may raise anything
-        raise UnsupportedModelError(f"{type(model).__name__} does not run on the example ({reason(error)})") from error
+        raise UnsupportedModelError(f"{type(model).__name__} does not run on the example "
+                                    f"({reason(error)})") from error
     try:
         with evaluating(model), torch.inference_mode(False), torch.no_grad(), quietly():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch.export runs the model's own code, and has many kinds of its own
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); write its forward without "
-                                    "branches on values") from error
-    fixed = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    # torch.export runs the model's own code, and has many kinds of its own
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced ({reason(error)}); "
+                                    "write its forward without branches on values") from error
+    fixed = [node.name for node in program.graph.nodes
+             if node.name in program.graph_signature.user_inputs
              and is_concrete_int(node.meta["val"].shape[0])]
     if fixed:
-        raise UnsupportedModelError(f"{type(model).__name__} fixes the number of examples of {fixed[0]!r}; write its forward for "
-                                    "any, with x.shape[0] instead of len(x)")
+        raise UnsupportedModelError(f"{type(model).__name__} fixes the number of examples of "
+                                    f"{fixed[0]!r}; write its forward for any, with x.shape[0] "
+                                    "instead of len(x)")
     graph = _Rebuilt(model, program).module()
     _compare(model, wanted, graph, probe)
     return graph
@@ -99,17 +116,20 @@ def _compare(model: nn.Module, wanted, graph: fx.GraphModule, probe: Inputs) -> 
         with evaluating(model), torch.inference_mode(False), torch.no_grad():
             found = outputs_by_name(graph(*tensors(probe)))
     except Exception as error:  # of any operator in the graph
-        raise UnsupportedModelError(f"{type(model).__name__}: its traced graph does not run ({reason(error)}); write its forward "
-                                    "without changing a slice or view in place") from error
+        raise UnsupportedModelError(f"{type(model).__name__}: its traced graph does not run "
+                                    f"({reason(error)}); write its forward without changing a "
+                                    "slice or view in place") from error
     for name, value in outputs_by_name(wanted).items():
         if name in found and not _agree(found[name], value):
-            raise UnsupportedModelError(f"{type(model).__name__}: its traced graph answers otherwise than the model does (in "
-                                        f"{name}); write its forward without changing a slice or view in place, and without "
-                                        "chance in eval mode")
+            raise UnsupportedModelError(f"{type(model).__name__}: its traced graph answers "
+                                        f"otherwise than the model does (in {name}); write its "
+                                        "forward without changing a slice or view in place, and "
+                                        "without chance in eval mode")
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:
-    scale = wanted.abs().nan_to_num(0.0, 0.0).max().item() if wanted.is_floating_point() and wanted.numel() else 0.0
+    scale = (wanted.abs().nan_to_num(0.0, 0.0).max().item() if wanted.is_floating_point()
+             and wanted.numel() else 0.0)
     same = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     return same and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
@@ -160,26 +180,31 @@ class _Rebuilt:
         else:
             target, args = node.target, fx.node.map_arg(node.args, self._value)
             kwargs = fx.node.map_arg(node.kwargs, self._value)
-            made = self.graph.create_node("call_function", _functional(target), args, kwargs, name=node.name)
+            made = self.graph.create_node("call_function", _functional(target), args, kwargs,
+                                          name=node.name)
             if _functional(target) is not target:
                 self._changed(node.args[0], made)
         self.new[node] = self._described(made, node)
 
     def _changed(self, node: fx.Node, made: fx.Node) -> None:
-        """Whoever reads `node` later reads `made`; so does whoever reads a value of which it is a slice, or the same one."""
+        """Whoever reads `node` later reads `made`; so does whoever reads a value of which it is a
+        slice, or the same one."""
         self.new[node] = made
         source = node.args[0] if node.op == "call_function" else None
         if node.target in SLICES:
             args = (self._value(source), made, *fx.node.map_arg(node.args[1:], self._value))
-            self._changed(source, self._described(self.graph.call_function(SLICES[node.target], args), source))
+            self._changed(source,
+                          self._described(self.graph.call_function(SLICES[node.target], args),
+                                          source))
         elif source is not None and _functional(node.target) is not node.target:
             self._changed(source, made)
 
     def _value(self, node: fx.Node):
         if node not in self.new:
             if node.target not in self.attributes:
-                raise UnsupportedModelError(f"{type(self.model).__name__} has a branch or loop within its graph ({node.target}); "
-                                            "write its forward without torch.cond, map or while_loop")
+                raise UnsupportedModelError(f"{type(self.model).__name__} has a branch or loop "
+                                            f"within its graph ({node.target}); write its forward "
+                                            "without torch.cond, map or while_loop")
             name = self.attributes[node.target]
             value = self.program.state_dict.get(name, self.program.constants.get(name))
             self.root[name] = _own(self.model, name, value)
@@ -187,7 +212,8 @@ class _Rebuilt:
         return self.new[node]
 
     def _layer(self, node: fx.Node) -> tuple[str, nn.Module, fx.Node] | None:
-        """Name and module of the layer that the operator computes, and what it reads; None where it is not a layer's."""
+        """Name and module of the layer that the operator computes, and what it reads; None where it
+        is not a layer's."""
         if node.target not in LAYERS:
             return None
         kind, place = LAYERS[node.target]
@@ -195,29 +221,35 @@ class _Rebuilt:
         name = re.sub(r"@\d+", "", next(reversed(stack.values()))[0]) if stack else ""
         module = self.model.get_submodule(name) if name else None
         weight = node.args[place] if len(node.args) > place else None
-        if not isinstance(module, kind) or (isinstance(weight, fx.Node) and weight.target not in self.attributes):
+        if (not isinstance(module, kind)
+            or (isinstance(weight, fx.Node) and weight.target not in self.attributes)):
             return None  # the operator of a function, or of a layer that computes its weight first
-        if isinstance(weight, fx.Node) and not _is_of(self.model, self.attributes[weight.target], module):
+        if (isinstance(weight, fx.Node)
+            and not _is_of(self.model, self.attributes[weight.target], module)):
             return None
         return name, plain(module), node.args[1 if kind is nn.Embedding else 0]
 
     def _described(self, made: fx.Node, node: fx.Node) -> fx.Node:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            made.meta = {"shape": tuple(size if isinstance(size, int) else None for size in value.shape), "dtype": value.dtype}
+            made.meta = {"shape": tuple(size if isinstance(size, int) else None
+                                        for size in value.shape), "dtype": value.dtype}
         return made
 
 
 def _inlined(program: fx.GraphModule) -> dict[str, str]:
-    """Put what a forward does within `torch.autocast` or `torch.no_grad` into the program itself, where torch.export has made it
-    a graph of its own. Returns the new names of the values that came out of those."""
+    """Put what a forward does within `torch.autocast` or `torch.no_grad` into the program itself,
+    where torch.export has made it a graph of its own. Returns the new names of the values that came
+    out of those."""
     renamed = {}
     for node in list(program.graph.nodes):
         if not str(node.target).startswith("wrap_with_"):
             continue
         if "autocast" in str(node.target) and node.args[2]:
-            raise UnsupportedModelError("its forward turns autocast on for a part of it; leave that to whoever calls the model")
-        place = next(k for k, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+            raise UnsupportedModelError("its forward turns autocast on for a part of it; leave "
+                                        "that to whoever calls the model")
+        place = next(k for k, arg in enumerate(node.args) if isinstance(arg, fx.Node)
+                     and arg.op == "get_attr")
         inner = program.get_submodule(node.args[place].target).graph
         given = dict(zip(inner.find_nodes(op="placeholder"), node.args[place + 1:], strict=True))
         with program.graph.inserting_before(node):
@@ -251,14 +283,17 @@ def _holding(values: Mapping[str, object]) -> nn.Module:
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The layer as torch's own class, on the same tensors, where a library's subclass does more around it."""
+    """The layer as torch's own class, on the same tensors, where a library's subclass does more
+    around it."""
     base = next((kind for kind, _ in LAYERS.values() if isinstance(module, kind)), type(module))
-    base = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules") and issubclass(c, base)), base)
+    base = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")
+                 and issubclass(c, base)), base)
     if type(module).forward is base.forward:
         return module
     twin = copy.copy(module)
     twin.__class__ = base
-    twin._modules, twin._parameters, twin._buffers = {}, dict(module._parameters), dict(module._buffers)
+    twin._modules, twin._parameters, twin._buffers = ({}, dict(module._parameters),
+                                                      dict(module._buffers))
     return twin
 
 
@@ -269,7 +304,8 @@ def _is_of(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 def _own(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """The model's own tensor, so that the graph learns and moves with it; a constant of the trace as it is."""
+    """The model's own tensor, so that the graph learns and moves with it; a constant of the trace
+    as it is."""
     holder, _, key = name.rpartition(".")
     try:
         return getattr(model.get_submodule(holder), key)
@@ -286,7 +322,8 @@ def _functional(target):
 
 
 def _plain_outputs(outputs):
-    """Named outputs as a plain dictionary, so that the graph does not depend on the class that held them."""
+    """Named outputs as a plain dictionary, so that the graph does not depend on the class that held
+    them."""
     if isinstance(outputs, Mapping):
         return {name: value for name, value in outputs.items() if isinstance(value, fx.Node)}
     return outputs

@@ -1,4 +1,5 @@
-"""A layer with what belongs to it: the batch norm and the activation quantiser behind it, and the grid of its bias."""
+"""A layer with what belongs to it: the batch norm and the activation quantiser behind it, and the
+grid of its bias."""
 
 import copy
 from collections.abc import Mapping
@@ -28,12 +29,14 @@ class Unit:
             else:
                 plain = plain and is_idle(node, graph.modules)
         self.chain = [graph.order[node] for node in nodes]
-        self.layer, self.norm, self.quantizer = (graph.modules[name] if name else None for name in self.names)
+        self.layer, self.norm, self.quantizer = (graph.modules[name] if name else None
+                                                 for name in self.names)
 
     @property
     def weights(self) -> WeightQuantizer | None:
         """The quantiser of the layer's weights, or None."""
-        return self.layer.parametrizations.weight[0] if parametrize.is_parametrized(self.layer, "weight") else None
+        return (self.layer.parametrizations.weight[0]
+                if parametrize.is_parametrized(self.layer, "weight") else None)
 
     def requantize(self, scheme) -> None:
         """Fit the weights' scales anew, from the weights before rounding."""
@@ -48,7 +51,8 @@ class Unit:
     def copy(self) -> "Unit":
         """Parts of its own, to be repaired."""
         new = copy.copy(self)
-        new.layer, new.norm, new.quantizer = (copy.deepcopy(part) for part in (self.layer, self.norm, self.quantizer))
+        new.layer, new.norm, new.quantizer = (copy.deepcopy(part)
+                                              for part in (self.layer, self.norm, self.quantizer))
         return new
 
     def run(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,11 +71,13 @@ def units(graph: Runner) -> dict[str, Unit]:
 
     Example: `units(running.Runner(folded, x)).keys()`
     """
-    return {node.target: Unit(graph, i) for i, node in enumerate(graph.nodes) if is_layer(node, graph.modules)}
+    return {node.target: Unit(graph, i) for i, node in enumerate(graph.nodes)
+            if is_layer(node, graph.modules)}
 
 
 def round_biases(model: fx.GraphModule) -> fx.GraphModule:
-    """Put the biases of quantised layers, themselves, on the grid of what they join, s_x s_w, as integer kernels store them."""
+    """Put the biases of quantised layers, themselves, on the grid of what they join, s_x s_w, as
+    integer kernels store them."""
     modules = dict(model.named_modules())
     for node in model.graph.nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None

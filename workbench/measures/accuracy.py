@@ -1,12 +1,13 @@
 """A task's metric with its interval, and the paired difference of two models on the same examples.
 
-Each example gives a row of numbers (objectives.Objective.statistics), whose sums make the metric. For one class an example
-the intervals are closed formulas; for F1 and perplexity, and where examples belong together (sentences of a speaker), they
-are percentiles of 1,000 bootstrap samples of the units, paired where two models are compared.
+Each example gives a row of numbers (objectives.Objective.statistics), whose sums make the metric.
+For one class an example the intervals are closed formulas; for F1 and perplexity, and where
+examples belong together (sentences of a speaker), they are percentiles of 1,000 bootstrap samples
+of the units, paired where two models are compared.
 
-Sources: Wilson 1927 for the interval of a proportion; McNemar 1947, exact binomial form; Agresti & Min 2005,
-"Simple improved confidence intervals for comparing matched proportions", for the paired difference; bootstrap Efron &
-Tibshirani 1993.
+Sources: Wilson 1927 for the interval of a proportion; McNemar 1947, exact binomial form; Agresti &
+Min 2005, "Simple improved confidence intervals for comparing matched proportions", for the paired
+difference; bootstrap Efron & Tibshirani 1993.
 """
 
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,9 @@ Given = TypeVar("Given", bound=Inputs)
 class Score:
     """A metric over n examples with its 95 % interval.
 
-    value, low, high: of the objective's metric. statistics: float64 (n, columns), example by example. labels: what was right,
-    int64 (n,) for one class an example; predictions: what was answered. units: which examples belong together, or None.
+    value, low, high: of the objective's metric. statistics: float64 (n, columns), example by
+    example. labels: what was right, int64 (n,) for one class an example; predictions: what was
+    answered. units: which examples belong together, or None.
     """
 
     value: float
@@ -65,7 +67,8 @@ class Score:
 
     def __str__(self) -> str:
         if self.objective.metric == "perplexity":
-            return f"perplexity {self.value:.3f} [{self.low:.3f}, {self.high:.3f}] of n = {self.n:,}"
+            return (f"perplexity {self.value:.3f} [{self.low:.3f}, {self.high:.3f}] of n = "
+                    f"{self.n:,}")
         kind = "" if self.objective.metric == "top1" else f"{self.objective.metric} "
         return f"{kind}{self.value:.2%} [{self.low:.2%}, {self.high:.2%}] of n = {self.n:,}"
 
@@ -74,8 +77,8 @@ class Score:
 class Difference:
     """The candidate's metric minus the reference's, on the same n examples, with a 95 % interval.
 
-    gained: examples that only the candidate has right; lost: that only the reference has (for other metrics than top-1: is
-    better and worse at); p_value: McNemar, exact, of these two.
+    gained: examples that only the candidate has right; lost: that only the reference has (for other
+    metrics than top-1: is better and worse at); p_value: McNemar, exact, of these two.
     """
 
     difference: float
@@ -90,7 +93,8 @@ class Difference:
     def row(self) -> dict[str, float | int]:
         """The figures for a table: METRIC_change with its interval, p_value, gained, lost."""
         name = f"{self.metric}_change"
-        return {name: self.difference, f"{name}_low": self.low, f"{name}_high": self.high, "p_value": self.p_value,
+        return {name: self.difference, f"{name}_low": self.low, f"{name}_high": self.high,
+                "p_value": self.p_value,
                 "gained": self.gained, "lost": self.lost}
 
     def __str__(self) -> str:
@@ -100,16 +104,18 @@ class Difference:
 
 
 def evaluate(model, split: Split, *, batch_size: int = 64) -> Score:
-    """The metric of the split's objective for anything that sessions.open takes, on all its examples.
+    """The metric of the split's objective for anything that sessions.open takes, on all its
+    examples.
 
-    Raises ValueError for an empty split, NaN in inputs or outputs, a batch that the model refuses, and outputs that the
-    objective cannot read.
+    Raises ValueError for an empty split, NaN in inputs or outputs, a batch that the model refuses,
+    and outputs that the objective cannot read.
 
     Example: `accuracy.evaluate(model, task.test).row()`
     """
     session, asked = sessions.open(model), split.objective
     rows, labels, answers = [], [], []
-    with files.progress(total=len(split), title=f"accuracy of {session.name}", unit=asked.unit) as bar:
+    with files.progress(total=len(split), title=f"accuracy of {session.name}",
+                        unit=asked.unit) as bar:
         for inputs, targets in split.batches(batch_size):
             outputs = session(finite(inputs, f"{asked.unit}s of {split.name}"))
             logits = asked.read(finite(outputs, f"outputs of {session.name}"), targets)
@@ -123,7 +129,8 @@ def evaluate(model, split: Split, *, batch_size: int = 64) -> Score:
 
 
 def labelled_by(model, split: Split, *, batch_size: int = 64) -> Split:
-    """`split` with what a model answers in the place of its labels, so that the accuracy of another is agreement with it.
+    """`split` with what a model answers in the place of its labels, so that the accuracy of another
+    is agreement with it.
 
     Raises ValueError where the answer is no single class, and as `evaluate` does.
 
@@ -131,12 +138,14 @@ def labelled_by(model, split: Split, *, batch_size: int = 64) -> Split:
     """
     answers = evaluate(model, split, batch_size=batch_size).predictions
     if answers is None:
-        raise ValueError(f"{split.name} asks for more than one class an example; only classes can be labelled by a model")
+        raise ValueError(f"{split.name} asks for more than one class an example; only classes can "
+                         "be labelled by a model")
     return replace(split, targets=answers)
 
 
 def by(score: Score, metric: str) -> Score:
-    """The same examples by another metric of their objective. Raises ValueError where it has none of that name.
+    """The same examples by another metric of their objective. Raises ValueError where it has none
+    of that name.
 
     Example: `accuracy.by(accuracy.evaluate(model, commands.test), "f1")`
     """
@@ -147,13 +156,15 @@ def by(score: Score, metric: str) -> Score:
 def from_predictions(predictions: Tensor, labels: Tensor) -> Score:
     """The top-1 accuracy of chosen classes int64 (n,) against labels int64 (n,).
 
-    Example: `from_predictions(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 0])).value == 0.75`
+    Example: `from_predictions(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 0])).value ==
+    0.75`
     """
-    return scored((predictions == labels).double()[:, None], Objective(), labels=labels, predictions=predictions)
+    return scored((predictions == labels).double()[:, None], Objective(), labels=labels,
+                  predictions=predictions)
 
 
-def scored(statistics: Tensor, objective: Objective, *, labels: Tensor | None = None, predictions: Tensor | None = None,
-           units: Tensor | None = None, seed: int = 0) -> Score:
+def scored(statistics: Tensor, objective: Objective, *, labels: Tensor | None = None,
+           predictions: Tensor | None = None, units: Tensor | None = None, seed: int = 0) -> Score:
     """The score of statistics float64 (n, columns)."""
     n = len(statistics)
     value = float(objective.value(statistics.sum(0), n))
@@ -161,23 +172,29 @@ def scored(statistics: Tensor, objective: Objective, *, labels: Tensor | None = 
         low, high = wilson(int(statistics.sum()), n)
     else:
         low, high = np.percentile(_resampled(objective, [statistics], units, seed)[0], [2.5, 97.5])
-    return Score(value, float(low), float(high), n, objective, statistics, labels, predictions, units)
+    return Score(value, float(low), float(high), n, objective, statistics, labels, predictions,
+                 units)
 
 
 def difference(reference: Score, candidate: Score, *, seed: int = 0) -> Difference:
     """Paired difference, candidate minus reference.
 
-    For one class an example, with b lost, c gained of n, d = (c - b) / n; interval of Agresti & Min: half an example is
-    added to each of the four cells, then Wald's. Otherwise the interval is that of a paired bootstrap over units. p: the exact
-    McNemar test, a binomial of b + c throws at 1/2. Raises ValueError where the two were not measured on the same examples.
+    For one class an example, with b lost, c gained of n, d = (c - b) / n; interval of Agresti &
+    Min: half an example is added to each of the four cells, then Wald's. Otherwise the interval is
+    that of a paired bootstrap over units. p: the exact McNemar test, a binomial of b + c throws at
+    1/2. Raises ValueError where the two were not measured on the same examples.
 
     Example: `accuracy.difference(before, after).low`
     """
-    same = (reference.labels is None) == (candidate.labels is None) and reference.objective.metric == candidate.objective.metric
+    same = ((reference.labels is None) == (candidate.labels is None)
+            and reference.objective.metric == candidate.objective.metric)
     if reference.n != candidate.n or not same or (reference.labels is not None
-                                                  and not torch.equal(reference.labels, candidate.labels)):
-        raise ValueError(f"a paired difference needs the same {reference.objective.unit}s: the reference saw {reference.n}, "
-                         f"the candidate {candidate.n}, and their labels must agree")
+                                                  and
+                                                  not torch.equal(reference.labels,
+                                                                  candidate.labels)):
+        raise ValueError(f"a paired difference needs the same {reference.objective.unit}s: the "
+                         f"reference saw {reference.n}, the candidate {candidate.n}, and their "
+                         "labels must agree")
     asked, both = reference.objective, [reference.statistics, candidate.statistics]
     better = _each(asked, candidate.statistics) - _each(asked, reference.statistics)
     gained, lost = int((better > 0).sum()), int((better < 0).sum())
@@ -188,15 +205,19 @@ def difference(reference: Score, candidate: Score, *, seed: int = 0) -> Differen
     else:
         one, other = _resampled(asked, both, reference.units, seed)
         low, high = np.percentile(other - one, [2.5, 97.5])
-    return Difference(change, float(low), float(high), p_value, gained, lost, reference.n, asked.metric)
+    return Difference(change, float(low), float(high), p_value, gained, lost, reference.n,
+                      asked.metric)
 
 
 def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Mean top1 and top1_change over the rows of each group (its seeds), with runs and the mean's 95 % interval.
+    """Mean top1 and top1_change over the rows of each group (its seeds), with runs and the mean's
+    95 % interval.
 
-    The interval is Student's t over the runs; NaN where there is a single one. Needs columns top1 and top1_change.
+    The interval is Student's t over the runs; NaN where there is a single one. Needs columns top1
+    and top1_change.
 
-    Example: `over_seeds(pd.DataFrame({"rung": ["a", "a"], "top1": [0.9, 0.8], "top1_change": [0.0, 0.1]}), ["rung"])`
+    Example: `over_seeds(pd.DataFrame({"rung": ["a", "a"], "top1": [0.9, 0.8], "top1_change": [0.0,
+    0.1]}), ["rung"])`
     """
     rows = []
     for key, part in table.groupby(by, sort=False):
@@ -210,7 +231,8 @@ def over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of p = hits / n: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+    """95 % Wilson interval of p = hits / n: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) /
+    (1 + z^2 / n).
 
     Example: `[round(end, 2) for end in wilson(8, 10)] == [0.49, 0.94]`
     """
@@ -220,14 +242,16 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return (low if hits else 0.0), (high if hits < n else 1.0)
 
 
-def paired_interval(total: float, squares: float, n: int, *, z: float = _Z, population: int | None = None,
-                    added: float = 2) -> tuple[float, float]:
-    """95 % interval of total / n, the mean change of an example, after Agresti & Min: half an example more in each of four cells.
+def paired_interval(total: float, squares: float, n: int, *, z: float = _Z,
+                    population: int | None = None, added: float = 2) -> tuple[float, float]:
+    """95 % interval of total / n, the mean change of an example, after Agresti & Min: half an
+    example more in each of four cells.
 
-    total: the sum of the changes, gained less lost; squares: that of their squares, gained and lost, where each is -1, 0 or 1.
-    z: the normal quantile, for another level. population: where the n examples are drawn without replacement from that
-    many and the interval is for the difference over those, its half-width shrinks by sqrt(1 - n / population), and what is
-    added by 1 - n / population. added: the examples that are added, 2 in Agresti & Min.
+    total: the sum of the changes, gained less lost; squares: that of their squares, gained and
+    lost, where each is -1, 0 or 1. z: the normal quantile, for another level. population: where the
+    n examples are drawn without replacement from that many and the interval is for the difference
+    over those, its half-width shrinks by sqrt(1 - n / population), and what is added by 1 - n /
+    population. added: the examples that are added, 2 in Agresti & Min.
 
     Example: `paired_interval(-10, 30, 1000)`
     """
@@ -243,8 +267,8 @@ def finite(values: Given, what: str) -> Given:
     def one(value: Tensor) -> Tensor:
         if value.is_floating_point() and not value.isfinite().all():
             row = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"{what} hold NaN or infinity (first in row {row} of a batch of {len(value)}); "
-                             "look at the data or the weights there")
+            raise ValueError(f"{what} hold NaN or infinity (first in row {row} of a batch of "
+                             f"{len(value)}); look at the data or the weights there")
         return value
 
     return cast(Given, mapped(one, values))
@@ -261,10 +285,14 @@ def _each(objective: Objective, statistics: Tensor) -> Tensor:
     return sign * objective.value(statistics, 1)
 
 
-def _resampled(objective: Objective, statistics: list[Tensor], units: Tensor | None, seed: int) -> list[np.ndarray]:
-    """The metric of each of the statistics on SAMPLES draws of the units, the same draws for all."""
-    place = np.arange(len(statistics[0])) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
+def _resampled(objective: Objective, statistics: list[Tensor], units: Tensor | None,
+               seed: int) -> list[np.ndarray]:
+    """The metric of each of the statistics on SAMPLES draws of the units, the same draws for
+    all."""
+    place = (np.arange(len(statistics[0])) if units is None
+             else np.unique(units.numpy(), return_inverse=True)[1])
     size = place.max() + 1
-    weights = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), SAMPLES)[:, place]
+    weights = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size),
+                                                      SAMPLES)[:, place]
     drawn = torch.from_numpy(weights).double()
     return [objective.value(drawn @ rows, drawn.sum(1)).numpy() for rows in statistics]

@@ -1,8 +1,9 @@
 """Parameters, multiply-accumulates and bytes, layer by layer.
 
-Source: torch.utils.flop_counter counts 2 floating-point operations per multiply-accumulate of each convolution, matrix
-product and attention; MACs here are its count halved. A convolution (k_h x k_w, groups g) has
-n H_out W_out C_out (C_in / g) k_h k_w of them; biases, norms and activations are not counted.
+Source: torch.utils.flop_counter counts 2 floating-point operations per multiply-accumulate of each
+convolution, matrix product and attention; MACs here are its count halved. A convolution (k_h x k_w,
+groups g) has n H_out W_out C_out (C_in / g) k_h k_w of them; biases, norms and activations are not
+counted.
 """
 
 import pandas as pd
@@ -13,11 +14,12 @@ from workbench.graph.layers import own_macs
 
 
 def table(model: nn.Module, example: Inputs) -> pd.DataFrame:
-    """One row per module that holds parameters or computes: layer, type, params, macs, size_bytes, output.
+    """One row per module that holds parameters or computes: layer, type, params, macs, size_bytes,
+    output.
 
-    macs are those of one example; parameters shared by two modules count once, embedding tables and packed projections among
-    them; a functional operation (attention, say) counts for the module whose forward calls it. example: inputs, of which the
-    first is used.
+    macs are those of one example; parameters shared by two modules count once, embedding tables and
+    packed projections among them; a functional operation (attention, say) counts for the module
+    whose forward calls it. example: inputs, of which the first is used.
 
     Example: `cost.table(model, task.example).sort_values("macs")`
     """
@@ -43,8 +45,10 @@ def table(model: nn.Module, example: Inputs) -> pd.DataFrame:
         seen.update(map(id, own))
         if own or macs:
             size = sum(p.numel() * p.element_size() for p in own)
-            rows.append({"layer": name or root, "type": type(module).__name__, "params": sum(p.numel() for p in own),
-                         "macs": macs, "size_bytes": size, "output": " x ".join(map(str, outputs.get(name, ())))})
+            rows.append({"layer": name or root, "type": type(module).__name__,
+                         "params": sum(p.numel() for p in own),
+                         "macs": macs, "size_bytes": size,
+                         "output": " x ".join(map(str, outputs.get(name, ())))})
     return pd.DataFrame(rows, columns=["layer", "type", "params", "macs", "size_bytes", "output"])
 
 

@@ -1,4 +1,5 @@
-"""What others generate with, to be measured beside ours: transformers on PyTorch, onnxruntime-genai with its own builder."""
+"""What others generate with, to be measured beside ours: transformers on PyTorch, onnxruntime-genai
+with its own builder."""
 
 import json
 import subprocess
@@ -15,7 +16,8 @@ from workbench.deployment.decoding import Decoder, Generated
 
 
 class Transformers:
-    """A causal language model as transformers generates with it, in PyTorch, its cache in float32."""
+    """A causal language model as transformers generates with it, in PyTorch, its cache in
+    float32."""
 
     def __init__(self, model: nn.Module, *, threads: int):
         self.model, self.threads = model, threads
@@ -25,8 +27,9 @@ class Transformers:
         before, clock = torch.get_num_threads(), _Clock()
         torch.set_num_threads(self.threads)
         try:
-            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                                       do_sample=False, use_cache=True, pad_token_id=0, streamer=clock)
+            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                                       min_new_tokens=new, do_sample=False, use_cache=True,
+                                       pad_token_id=0, streamer=clock)
         finally:
             torch.set_num_threads(before)
         took = np.diff(np.array(clock.seen)).tolist()
@@ -34,7 +37,8 @@ class Transformers:
 
 
 class _Clock:
-    """What transformers tells of the prompt and of each token behind it, the moment that it has it."""
+    """What transformers tells of the prompt and of each token behind it, the moment that it has
+    it."""
 
     def __init__(self):
         self.seen: list[float] = []
@@ -47,33 +51,39 @@ class _Clock:
 
 
 class GenAI:
-    """A model of transformers as onnxruntime-genai builds and runs it: `bits` 4 or 8 (its blocks of 32), or 32, attention as its
-    own operator with the cache in place. decoder: its file, opened by ONNX Runtime alone.
+    """A model of transformers as onnxruntime-genai builds and runs it: `bits` 4 or 8 (its blocks of
+    32), or 32, attention as its own operator with the cache in place. decoder: its file, opened by
+    ONNX Runtime alone.
 
-    model: as models.load gives it. tokenizer: that of its task. folder: where the files go. size: prompts that its engine serves
-    at once.
+    model: as models.load gives it. tokenizer: that of its task. folder: where the files go. size:
+    prompts that its engine serves at once.
 
     Raises ModuleNotFoundError where the package is not installed.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, folder: Path | str, *, bits: int = 4, threads: int = 1, size: int = 16):
+    def __init__(self, model: nn.Module, tokenizer, folder: Path | str, *, bits: int = 4,
+                 threads: int = 1, size: int = 16):
         if bits not in PRECISIONS:
-            raise ValueError(f"onnxruntime-genai: {bits} bits; expected one of {', '.join(map(str, PRECISIONS))}")
+            raise ValueError(f"onnxruntime-genai: {bits} bits; expected one of "
+                             f"{', '.join(map(str, PRECISIONS))}")
         genai = package()
         source, made = Path(folder) / "source", Path(folder) / f"{bits} bits"
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(source)
         tokenizer.save_pretrained(source)
-        built = subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", made, "-e", "cpu",
-                                "-p", PRECISIONS[bits], "-c", made / "cache"], capture_output=True, text=True, check=False)
+        built = subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", "-i",
+                                source, "-o", made, "-e", "cpu", "-p", PRECISIONS[bits], "-c",
+                                made / "cache"], capture_output=True, text=True, check=False)
         if built.returncode:
-            raise ValueError(f"onnxruntime-genai's builder failed: {(built.stderr.strip().splitlines() or ['no reason'])[-1]}")
+            raise ValueError("onnxruntime-genai's builder failed: "
+                             f"{(built.stderr.strip().splitlines() or ['no reason'])[-1]}")
         settings = json.loads((made / "genai_config.json").read_text())
         settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
         settings["engine"] = {"static_batching": {"max_batch_size": size}}
         (made / "genai_config.json").write_text(json.dumps(settings))
         self.model = genai.Model(str(made))
-        self.decoder = Decoder(made / "model.onnx", threads=threads, longest=model.config.max_position_embeddings,
+        self.decoder = Decoder(made / "model.onnx", threads=threads,
+                               longest=model.config.max_position_embeddings,
                                width=settings["model"]["decoder"]["head_size"])
 
     def generate(self, ids: Tensor, *, new: int) -> Generated:
@@ -81,7 +91,8 @@ class GenAI:
         genai, count = package(), len(ids)
         settings = genai.GeneratorParams(self.model)
         whole = ids.shape[1] + new
-        settings.set_search_options(max_length=whole, min_length=whole, do_sample=False, batch_size=count)
+        settings.set_search_options(max_length=whole, min_length=whole, do_sample=False,
+                                    batch_size=count)
         runner, took = genai.Generator(self.model, settings), []
         began = time.perf_counter()
         runner.append_tokens(ids.numpy().astype(np.int32))
@@ -89,12 +100,14 @@ class GenAI:
             runner.generate_next_token()
             took.append(time.perf_counter() - began)
             began = time.perf_counter()
-        made = np.stack([runner.get_sequence(k)[ids.shape[1]:] for k in range(count)]).astype(np.int64)
+        made = np.stack([runner.get_sequence(k)[ids.shape[1]:]
+                         for k in range(count)]).astype(np.int64)
         return Generated(torch.from_numpy(made), took[0], tuple(took[1:]), 0)
 
     def serve(self, prompts: Sequence[Tensor], *, new: Sequence[int]) -> tuple[list[Tensor], float]:
-        """The tokens behind each prompt, `new` of them each, all asked at once of its engine, which lets a waiting prompt in as
-        soon as another is done (continuous batching); and the seconds that all took."""
+        """The tokens behind each prompt, `new` of them each, all asked at once of its engine, which
+        lets a waiting prompt in as soon as another is done (continuous batching); and the seconds
+        that all took."""
         genai = package()
         engine = genai.Engine(self.model)
         events, made, began = engine.create_event_buffer(64), {}, time.perf_counter()
@@ -111,23 +124,28 @@ class GenAI:
                 if event.flags & genai.EngineEventFlags.TOKEN:
                     made[event.request][1].append(event.token)
         took = time.perf_counter() - began
-        return [torch.tensor(tokens) for _, tokens in sorted(made.values(), key=lambda pair: pair[0])], took
+        return [torch.tensor(tokens)
+                for _, tokens in sorted(made.values(), key=lambda pair: pair[0])], took
 
 
 def tokens_of(runner, new: int) -> Callable[[Tensor], Tensor]:
-    """A function from prompts (n, T) to the `new` tokens that `runner` generates behind each, for latency.paired.
+    """A function from prompts (n, T) to the `new` tokens that `runner` generates behind each, for
+    latency.paired.
 
-    Example: `latency.paired({"file": decoders.tokens_of(decoding.Decoder("decoder.onnx"), 20)}, ids)`
+    Example: `latency.paired({"file": decoders.tokens_of(decoding.Decoder("decoder.onnx"), 20)},
+    ids)`
     """
     return lambda ids: runner.generate(ids, new=new).tokens
 
 
 def package():
-    """onnxruntime-genai, told to send nothing. Raises ModuleNotFoundError with the way to install it."""
+    """onnxruntime-genai, told to send nothing. Raises ModuleNotFoundError with the way to install
+    it."""
     try:
         import onnxruntime_genai
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("onnxruntime-genai is not installed; pip install 'workbench[decoder]'") from error
+        raise ModuleNotFoundError("onnxruntime-genai is not installed; pip install "
+                                  "'workbench[decoder]'") from error
     onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
 

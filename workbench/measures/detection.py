@@ -1,7 +1,9 @@
-"""How well something is detected in a stream: events against what was said, and how sure a detector of speech is.
+"""How well something is detected in a stream: events against what was said, and how sure a detector
+of speech is.
 
-Source: the streaming wakeword benchmark of MLPerf Tiny (https://github.com/mlcommons/tiny, benchmark/runner): an event is right
-from the beginning of a word to one second behind its end; false alarms within one second of each other are one.
+Source: the streaming wakeword benchmark of MLPerf Tiny (https://github.com/mlcommons/tiny,
+benchmark/runner): an event is right from the beginning of a word to one second behind its end;
+false alarms within one second of each other are one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +20,9 @@ DEBOUNCE_S = 1.0  # within which false alarms are one
 
 @dataclass(frozen=True)
 class Detected:
-    """hits, misses: words that were named and were not; false_alarms; per_hour: false alarms an hour, with the exact 95 %
-    interval of a Poisson count; delay_s: from a word's end to its event, of each hit."""
+    """hits, misses: words that were named and were not; false_alarms; per_hour: false alarms an
+    hour, with the exact 95 % interval of a Poisson count; delay_s: from a word's end to its event,
+    of each hit."""
 
     hits: int
     misses: int
@@ -31,7 +34,8 @@ class Detected:
 
 
 def scored(heard: pd.DataFrame, said: pd.DataFrame, *, hours: float) -> Detected:
-    """Events (word, at_s) against what was said (what, word, start_s, end_s; only commands count) in so many hours.
+    """Events (word, at_s) against what was said (what, word, start_s, end_s; only commands count)
+    in so many hours.
 
     An event that names another word than is being said is a false alarm.
 
@@ -47,7 +51,8 @@ def scored(heard: pd.DataFrame, said: pd.DataFrame, *, hours: float) -> Detected
         else:
             wrong.append(event.at_s)
     count = len(alarms(wrong))
-    return Detected(len(named), len(commands) - len(named), count, *poisson(count, hours), tuple(named.values()))
+    return Detected(len(named), len(commands) - len(named), count, *poisson(count, hours),
+                    tuple(named.values()))
 
 
 def alarms(times: Iterable[float]) -> list[float]:
@@ -73,19 +78,23 @@ def poisson(count: int, hours: float) -> tuple[float, float, float]:
     return count / hours, float(low) / hours, float(chi2.ppf(0.975, 2 * count + 2)) / 2 / hours
 
 
-def area(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], *, against: Sequence[np.ndarray] | None = None,
-         samples: int = 100, seed: int = 0) -> dict[str, float]:
-    """Area under the ROC curve of scores by frame, with its 95 % bootstrap interval over recordings: auc, auc_low, auc_high;
-    and, `against` other scores of the same frames, change, change_low and change_high, drawn on the same recordings.
+def area(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], *,
+         against: Sequence[np.ndarray] | None = None, samples: int = 100,
+         seed: int = 0) -> dict[str, float]:
+    """Area under the ROC curve of scores by frame, with its 95 % bootstrap interval over
+    recordings: auc, auc_low, auc_high; and, `against` other scores of the same frames, change,
+    change_low and change_high, drawn on the same recordings.
 
     truth: 1 where there is speech, 0 where there is none, -1 where it is not known.
 
-    Example: `detection.area([np.array([0.1, 0.9])] * 3, [np.array([False, True])] * 3)["auc"] == 1.0`
+    Example: `detection.area([np.array([0.1, 0.9])] * 3, [np.array([False, True])] * 3)["auc"] ==
+    1.0`
     """
     from sklearn.metrics import roc_auc_score
 
     draw = np.random.default_rng(seed)
-    drawn = [np.arange(len(scores)), *(draw.integers(len(scores), size=len(scores)) for _ in range(samples))]
+    drawn = [np.arange(len(scores)),
+             *(draw.integers(len(scores), size=len(scores)) for _ in range(samples))]
 
     def areas(values: Sequence[np.ndarray]) -> np.ndarray:
         found = []
@@ -95,15 +104,19 @@ def area(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], *, against: 
         return np.array(found)
 
     own = areas(scores)
-    made = {"auc": own[0], "auc_low": np.percentile(own[1:], 2.5), "auc_high": np.percentile(own[1:], 97.5)}
+    made = {"auc": own[0], "auc_low": np.percentile(own[1:], 2.5),
+            "auc_high": np.percentile(own[1:], 97.5)}
     if against is not None:
         apart = own - areas(against)
-        made |= {"change": apart[0], "change_low": np.percentile(apart[1:], 2.5), "change_high": np.percentile(apart[1:], 97.5)}
+        made |= {"change": apart[0], "change_low": np.percentile(apart[1:], 2.5),
+                 "change_high": np.percentile(apart[1:], 97.5)}
     return {name: float(value) for name, value in made.items()}
 
 
-def curve(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC curve of `area`: the share of other frames that are taken for speech, and the share of speech that is heard.
+def curve(scores: Sequence[np.ndarray],
+          truth: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC curve of `area`: the share of other frames that are taken for speech, and the share
+    of speech that is heard.
 
     Example: `detection.curve([np.array([0.1, 0.9])], [np.array([False, True])])`
     """
@@ -114,13 +127,14 @@ def curve(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> tuple[np
 
 
 def by_voice(named: pd.DataFrame) -> pd.DataFrame:
-    """One row per voice and candidate of words (word, voice, named, candidate): right, with its 95 % Wilson interval, none, the
-    share of words that were not named at all, and n."""
+    """One row per voice and candidate of words (word, voice, named, candidate): right, with its 95
+    % Wilson interval, none, the share of words that were not named at all, and n."""
     rows = []
     for (voice, candidate), part in named.groupby(["voice", "candidate"], sort=False):
         right = part.word == part.named
         low, high = wilson(int(right.sum()), len(part))
-        rows.append({"voice": voice, "candidate": candidate, "right": right.mean(), "low": low, "high": high,
+        rows.append({"voice": voice, "candidate": candidate, "right": right.mean(), "low": low,
+                     "high": high,
                      "none": (part.named == "none").mean(), "n": len(part)})
     return pd.DataFrame(rows)
 
@@ -133,5 +147,6 @@ def over_voices(right: Sequence[float]) -> dict[str, float]:
     from scipy.stats import t
 
     values = np.asarray(right, float)
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    half = (t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+            if len(values) > 1 else float("nan"))
     return {"right": values.mean(), "low": values.mean() - half, "high": values.mean() + half}

@@ -1,9 +1,11 @@
-"""The accuracy doctor: which layer of a candidate is to blame for what was lost, why, and what repairs it.
+"""The accuracy doctor: which layer of a candidate is to blame for what was lost, why, and what
+repairs it.
 
-A unit is a layer with the batch norm and the activation quantiser behind it. A unit has a fault where a repair at the same
-bits brings its weights nearer to what they were before rounding, or its own output, on the reference's inputs, nearer to
-the reference's: by image, paired. With z the reference's logits and z_l those of the reference in which unit l alone is as
-the candidate has it, the effect of a unit is the mean over examples of |z_l - z|^2 / |z|^2, and its blame is the part of
+A unit is a layer with the batch norm and the activation quantiser behind it. A unit has a fault
+where a repair at the same bits brings its weights nearer to what they were before rounding, or its
+own output, on the reference's inputs, nearer to the reference's: by image, paired. With z the
+reference's logits and z_l those of the reference in which unit l alone is as the candidate has it,
+the effect of a unit is the mean over examples of |z_l - z|^2 / |z|^2, and its blame is the part of
 that which the repair removes. What a unit without a fault costs is the price of its bits.
 """
 
@@ -40,7 +42,8 @@ REPAIRS = {  # cause: what to try
     "few bits for its activations": "more bits for it, or another calibrator",
     "none": "leave it",
 }
-OF_WEIGHTS = ("weight scale off", "one scale for all channels")  # repairs that the weights alone can judge
+# repairs that the weights alone can judge
+OF_WEIGHTS = ("weight scale off", "one scale for all channels")
 FAULTS = ("scale", "range", "per_tensor", "stale_norm")  # that `plant` knows
 OFF = 1.5  # a scale that differs by less comes from other images
 DRIFT = 0.02  # of a norm, in standard deviations: below it no repair is tried
@@ -49,7 +52,8 @@ SURE = 3.0  # standard errors, over images, by which a repair must help
 
 @dataclass
 class Diagnosis:
-    """What `diagnose` found. table: one row per layer, the first the first suspect; unexplained: see there."""
+    """What `diagnose` found. table: one row per layer, the first the first suspect; unexplained:
+    see there."""
 
     table: pd.DataFrame
     unexplained: float
@@ -59,35 +63,41 @@ class Diagnosis:
     def repaired(self, *layers: str) -> nn.Module:
         """A copy of the candidate in which `layers` (by default the first suspect) are repaired.
 
-        Raises ValueError for a layer without a fault, and where no layer has one, naming what to try instead.
+        Raises ValueError for a layer without a fault, and where no layer has one, naming what to
+        try instead.
         """
         if not self.repairs:
-            raise ValueError("no layer has a fault to repair: the loss is the price of the bits; try scales by channel, "
-                             "reparameterization.equalize before quantising, rounding.descend after it, or more bits for "
-                             f"{listed(self.table.sort_values('effect', ascending=False).layer, most=3)}")
+            worst = listed(self.table.sort_values("effect", ascending=False).layer, most=3)
+            raise ValueError("no layer has a fault to repair: the loss is the price of the bits; "
+                             "try scales by channel, reparameterization.equalize before "
+                             f"quantising, rounding.descend after it, or more bits for {worst}")
         new = copy.deepcopy(self.candidate)
         for name in layers or [str(self.table.layer[0])]:
             if name not in self.repairs:
-                raise ValueError(f"layer {name} has no fault to repair; those that have: {listed(self.repairs)}")
+                raise ValueError(f"layer {name} has no fault to repair; those that have: "
+                                 f"{listed(self.repairs)}")
             for place, module in self.repairs[name].copy().modules().items():
                 new.set_submodule(place, module)
         return new
 
 
 def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch]) -> Diagnosis:
-    """The layers of `candidate` in order of blame, with the likely cause of each and the repair to try.
+    """The layers of `candidate` in order of blame, with the likely cause of each and the repair to
+    try.
 
-    batches: targets are not looked at; a hundred examples or more. Columns of the table: layer, blame and
-    effect (fractions of the logits' energy), flips (share of images whose answer changes by this layer alone),
-    own_sqnr_db (of the unit's output on the reference's inputs) and passed_sqnr_db (of the layer's output where the
-    candidate runs by itself, so with what came before), weight_max, outlier (weight_max over the weights' rms),
-    channel_spread (largest over median range of a channel), clipped (share of activations outside the grid), norm_shift
-    and norm_stretch (batch norm against its inputs, in standard deviations), fault, cause, repair. Faults come first, in
-    order of blame, then the rest in order of effect. `unexplained`: the candidate's error in the logits less the sum of
-    the effects, as a share of it; large where the fault lies outside the layers, in a joint's range say.
+    batches: targets are not looked at; a hundred examples or more. Columns of the table: layer,
+    blame and effect (fractions of the logits' energy), flips (share of images whose answer changes
+    by this layer alone), own_sqnr_db (of the unit's output on the reference's inputs) and
+    passed_sqnr_db (of the layer's output where the candidate runs by itself, so with what came
+    before), weight_max, outlier (weight_max over the weights' rms), channel_spread (largest over
+    median range of a channel), clipped (share of activations outside the grid), norm_shift and
+    norm_stretch (batch norm against its inputs, in standard deviations), fault, cause, repair.
+    Faults come first, in order of blame, then the rest in order of effect. `unexplained`: the
+    candidate's error in the logits less the sum of the effects, as a share of it; large where the
+    fault lies outside the layers, in a joint's range say.
 
-    Raises ValueError where there are no examples or NaN appears, UnsupportedModelError where the two have not the same
-    layers and shapes or cannot be traced.
+    Raises ValueError where there are no examples or NaN appears, UnsupportedModelError where the
+    two have not the same layers and shapes or cannot be traced.
 
     Example: `diagnosis.diagnose(folded, quantised, task.validation.subset(200).batches(50)).table`
     """
@@ -97,9 +107,10 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
     before, after = Runner(reference, seen[0]), Runner(candidate, seen[0])
     found, originals = units(after), units(before)
     if list(found) != list(originals):
-        odd = next(iter([name for name in originals if name not in found] or [name for name in found if name not in originals]),
-                   "order")
-        raise UnsupportedModelError(f"reference and candidate differ in their layers ({odd}); give the model that was compressed")
+        odd = next(iter([name for name in originals if name not in found]
+                        or [name for name in found if name not in originals]), "order")
+        raise UnsupportedModelError(f"reference and candidate differ in their layers ({odd}); give "
+                                    "the model that was compressed")
     findings = {name: _Finding(name, originals[name], unit) for name, unit in found.items()}
     with evaluating(reference), evaluating(candidate):
         for inputs in files.progress(seen, title="diagnosis: units", unit="batch"):
@@ -109,7 +120,8 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
                     findings[node.target].see(values[node.args[0]])
                 before.step(i, values, feed)
     tries = {name: finding.repairs() for name, finding in findings.items()}
-    trials = [(name, cause, _in_reference(unit, originals[name])) for name, finding in findings.items()
+    trials = [(name, cause, _in_reference(unit, originals[name]))
+              for name, finding in findings.items()
               for cause, unit in ({"": finding.unit} | tries[name]).items()]
     with evaluating(reference), evaluating(candidate):
         helped = _helped(before, findings, tries, seen)
@@ -125,21 +137,25 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
             repairs[name] = tries[name][best]
         cause = best if fault else finding.price()
         rows.append({"layer": name, "blame": gain, "effect": errors[name, ""].mean().item(),
-                     "flips": flips[name], **finding.row(), "passed_sqnr_db": passed.get(name, float("nan")),
+                     "flips": flips[name], **finding.row(),
+                     "passed_sqnr_db": passed.get(name, float("nan")),
                      "fault": fault, "cause": cause, "repair": REPAIRS[cause]})
-    table = pd.DataFrame(rows).sort_values(["fault", "blame", "effect"], ascending=False, kind="stable").reset_index(drop=True)
+    table = pd.DataFrame(rows).sort_values(["fault", "blame", "effect"], ascending=False,
+                                           kind="stable").reset_index(drop=True)
     return Diagnosis(table, 1 - table.effect.sum() / whole if whole else 0.0, candidate,
                      {name: repairs[name] for name in table.layer if name in repairs})
 
 
-def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = None, by: float = 8.0,
-          batches: Iterable[Batch] = ()) -> nn.Module:
+def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = None,
+          by: float = 8.0, batches: Iterable[Batch] = ()) -> nn.Module:
     """A copy of a quantised `model` with a fault in `layer`, to see whether the doctor finds it.
 
-    fault "scale": the scale of its weights times `by`; "range": that of its activations; "per_tensor": one scale for all
-    its channels; "stale_norm": its batch norm has the statistics of `batches`, other images than the model's own.
+    fault "scale": the scale of its weights times `by`; "range": that of its activations;
+    "per_tensor": one scale for all its channels; "stale_norm": its batch norm has the statistics of
+    `batches`, other images than the model's own.
 
-    Raises ValueError for an unknown fault or layer, or a layer without the part that is to be damaged.
+    Raises ValueError for an unknown fault or layer, or a layer without the part that is to be
+    damaged.
 
     Example: `broken = diagnosis.plant(quantised, "layer2.0.conv1", "scale", example=x)`
     """
@@ -151,7 +167,8 @@ def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = 
     if layer not in found:
         raise ValueError(f"layer {layer!r} is not one layer's name; the layers are {listed(found)}")
     unit = found[layer]
-    part = {"scale": unit.weights, "per_tensor": unit.weights, "range": unit.quantizer, "stale_norm": unit.norm}[fault]
+    part = {"scale": unit.weights, "per_tensor": unit.weights, "range": unit.quantizer,
+            "stale_norm": unit.norm}[fault]
     if part is None or (fault == "scale" and not hasattr(part, "scale")):
         raise ValueError(f"layer {layer} has nothing that fault {fault!r} could damage")
     if fault in ("scale", "range"):
@@ -160,13 +177,15 @@ def plant(model: nn.Module, layer: str, fault: str, *, example: Inputs | None = 
         unit.requantize(replace(part.scheme, granularity="tensor"))
     else:
         seen: list[Tensor] = []
-        handle = part.register_forward_hook(lambda _module, arguments, _output: seen.append(arguments[0]))
+        handle = part.register_forward_hook(
+            lambda _module, arguments, _output: seen.append(arguments[0]))
         with evaluating(new):
             for inputs, _ in batches:
                 call(new, inputs)
         handle.remove()
         if not seen:
-            raise ValueError("stale_norm needs batches to take the statistics of; give at least one")
+            raise ValueError("stale_norm needs batches to take the statistics of; give at least "
+                             "one")
         values = torch.cat(seen).transpose(0, 1).flatten(1)
         part.running_mean, part.running_var = values.mean(1).clone(), values.var(1).clone()
     return new
@@ -177,7 +196,8 @@ class _Finding:
 
     def __init__(self, name: str, original: Unit, unit: Unit):
         self.name, self.original, self.unit = name, original, unit
-        self.seen, self.energy, self.by_weights, self.by_grid, self.clipped, self.count = Histogram(), 0.0, 0.0, 0.0, 0, 0
+        self.seen, self.energy, self.by_weights, self.by_grid, self.clipped, self.count = (
+            Histogram(), 0.0, 0.0, 0.0, 0, 0)
         self.sums: Any = 0.0
 
     def see(self, inputs: Tensor) -> None:
@@ -185,8 +205,9 @@ class _Finding:
         _, wanted, _ = self.original.run(inputs)
         raw, values, rounded = self.unit.run(inputs)
         if wanted.shape != values.shape:
-            raise UnsupportedModelError(f"layer {self.name} puts out {tuple(values.shape[1:])}, the reference "
-                                        f"{tuple(wanted.shape[1:])}; diagnose before channels are removed (channels.mask)")
+            raise UnsupportedModelError(f"layer {self.name} puts out {tuple(values.shape[1:])}, "
+                                        f"the reference {tuple(wanted.shape[1:])}; diagnose before "
+                                        "channels are removed (channels.mask)")
         finite(values, f"outputs of layer {self.name}")
         self.energy += wanted.pow(2).sum().item()
         self.by_weights += (values - wanted).pow(2).sum().item()
@@ -194,13 +215,16 @@ class _Finding:
         self.seen.add(values, f"layer {self.name}")
         quantizer = self.unit.quantizer
         if quantizer:
-            low, high = ((limit - quantizer.zero) * quantizer.scale for limit in quantizer.scheme.limits)
+            low, high = ((limit - quantizer.zero) * quantizer.scale
+                         for limit in quantizer.scheme.limits)
             half = quantizer.scale / 2
             self.clipped += int(((values < low - half) | (values > high + half)).sum())
             self.count += values.numel()
         if self.unit.norm:
             flat = raw.transpose(0, 1).flatten(1).double()
-            self.sums = self.sums + torch.stack([flat.sum(1), flat.pow(2).sum(1), torch.full((len(flat),), float(flat.shape[1]))])
+            self.sums = (self.sums
+                         + torch.stack([flat.sum(1), flat.pow(2).sum(1),
+                                        torch.full((len(flat),), float(flat.shape[1]))]))
 
     def repairs(self) -> dict[str, Unit]:
         """What could be wrong with the unit, and the unit with that repaired."""
@@ -228,19 +252,25 @@ class _Finding:
             new = self.unit.copy()
             new.layer = copy.deepcopy(self.original.layer)
             if weights:
-                parametrize.register_parametrization(new.layer, "weight", WeightQuantizer(new.layer.weight, weights.scheme))
+                parametrize.register_parametrization(new.layer, "weight",
+                                                     WeightQuantizer(new.layer.weight,
+                                                                     weights.scheme))
             found["weights changed"] = new
         return found
 
     def _changed(self) -> bool:
-        """Whether weights or bias, before any rounding, are others than the reference's by more than a grid's step."""
+        """Whether weights or bias, before any rounding, are others than the reference's by more
+        than a grid's step."""
         unit, original = self.unit, self.original
         source = unit.layer.parametrizations.weight.original if unit.weights else unit.layer.weight
         wanted = original.layer.weight
-        step = 2 / 2 ** unit.weights.scheme.bits if unit.weights else 1e-4  # of the largest weight: what rounding moves
-        biases = [layer.bias if layer.bias is not None else torch.zeros(len(wanted)) for layer in (unit.layer, original.layer)]
+        # of the largest weight: what rounding moves
+        step = 2 / 2 ** unit.weights.scheme.bits if unit.weights else 1e-4
+        biases = [layer.bias if layer.bias is not None else torch.zeros(len(wanted))
+                  for layer in (unit.layer, original.layer)]
         off = [(source - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)]
-        off += [] if unit.weights else [(biases[0] - biases[1]).abs().max() / biases[1].abs().max().clamp_min(1e-6)]
+        off += ([] if unit.weights
+                else [(biases[0] - biases[1]).abs().max() / biases[1].abs().max().clamp_min(1e-6)])
         return bool(max(off) > step)
 
     def price(self) -> str:
@@ -249,7 +279,8 @@ class _Finding:
             return "none"
         if not self.unit.weights and self.by_weights > self.by_grid:
             return "weights changed"
-        return "few bits for its weights" if self.by_weights > self.by_grid else "few bits for its activations"
+        return ("few bits for its weights" if self.by_weights > self.by_grid
+                else "few bits for its activations")
 
     def row(self) -> dict[str, float]:
         """The measures of the unit by itself."""
@@ -257,7 +288,8 @@ class _Finding:
         ranges, largest = weight.flatten(1).abs().amax(1), weight.abs().max().item()
         shift, stretch = self._drift() if self.unit.norm else (float("nan"),) * 2
         error = self.by_weights + self.by_grid
-        return {"own_sqnr_db": 10 * torch.tensor(self.energy / max(error, 1e-30)).log10().item(), "weight_max": largest,
+        return {"own_sqnr_db": 10 * torch.tensor(self.energy / max(error, 1e-30)).log10().item(),
+                "weight_max": largest,
                 "outlier": largest / max(weight.pow(2).mean().sqrt().item(), 1e-30),
                 "channel_spread": (ranges.max() / ranges.median().clamp_min(1e-30)).item(),
                 "clipped": self.clipped / self.count if self.count else float("nan"),
@@ -271,20 +303,26 @@ class _Finding:
     def _drift(self) -> tuple[float, float]:
         (mean, var), norm = self._moments(), self.unit.norm
         std = (norm.running_var + norm.eps).sqrt()
-        return ((mean - norm.running_mean).abs() / std).mean().item(), ((var + norm.eps).sqrt() / std).log().abs().mean().item()
+        return (((mean - norm.running_mean).abs() / std).mean().item(),
+                ((var + norm.eps).sqrt() / std).log().abs().mean().item())
 
 
-def _helped(before: Runner, findings: Mapping, tries: Mapping, batches: list[Inputs]) -> dict[str, dict[str, float]]:
-    """Per unit and repair: the share of its own error that goes, or 0 where that is not sure over the images."""
-    helped = {name: {cause: _nearer(findings[name].unit, unit) for cause, unit in found.items() if cause in OF_WEIGHTS}
+def _helped(before: Runner, findings: Mapping, tries: Mapping,
+            batches: list[Inputs]) -> dict[str, dict[str, float]]:
+    """Per unit and repair: the share of its own error that goes, or 0 where that is not sure over
+    the images."""
+    helped = {name: {cause: _nearer(findings[name].unit, unit) for cause, unit in found.items()
+                     if cause in OF_WEIGHTS}
               for name, found in tries.items()}
     gains: dict[tuple[str, str], list[Tensor]] = {
-        (name, cause): [] for name, found in tries.items() for cause in found if cause not in OF_WEIGHTS}
+        (name, cause): [] for name, found in tries.items() for cause in found
+        if cause not in OF_WEIGHTS}
     energy = dict.fromkeys(gains, 0.0)
     for batch in batches if gains else ():
         values, feed = {}, before.feed(batch)
         for i, node in enumerate(before.nodes[:-1]):
-            for cause, unit in tries.get(node.target, {}).items() if node.op == "call_module" else ():
+            for cause, unit in tries.get(node.target,
+                                         {}).items() if node.op == "call_module" else ():
                 if cause in OF_WEIGHTS:
                     continue
                 inputs, whole = values[node.args[0]], cause == "activation range off"
@@ -309,14 +347,16 @@ def _nearer(old: Unit, new: Unit) -> float:
 
 
 def _in_reference(unit: Unit, original: Unit) -> dict[str, nn.Module]:
-    """The unit as modules to stand in the reference; what clips to the range of a ReLU may as well stand before it."""
+    """The unit as modules to stand in the reference; what clips to the range of a ReLU may as well
+    stand before it."""
     parts = [part for part in (unit.layer, unit.norm, unit.quantizer) if part is not None]
     modules: dict[str, nn.Module] = {original.names[0]: nn.Sequential(*parts)}
     return modules | ({original.names[1]: nn.Identity()} if original.names[1] else {})
 
 
 def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: list[Inputs]):
-    """Per trial the error of the logits by example (N,), per layer the share of answers it changes, the candidate's error."""
+    """Per trial the error of the logits by example (N,), per layer the share of answers it changes,
+    the candidate's error."""
     run = Branching(reference, batches[0])
     errors: dict[tuple[str, str], list[Tensor]] = {(name, cause): [] for name, cause, _ in trials}
     flips, whole, seen = dict.fromkeys((name for name, _, _ in trials), 0), 0.0, 0
@@ -325,8 +365,10 @@ def _effects(reference: nn.Module, candidate: nn.Module, trials: list, batches: 
         energy = logits.flatten(1).pow(2).sum(1).clamp_min(1e-30)
         for (name, cause, _), found in zip(trials, changed, strict=True):
             errors[name, cause].append((found - logits).flatten(1).pow(2).sum(1) / energy)
-            flips[name] += 0 if cause else int((found.flatten(1).argmax(1) != logits.flatten(1).argmax(1)).sum())
-        whole += ((answer(call(candidate, batch)) - logits).flatten(1).pow(2).sum(1) / energy).sum().item()
+            flips[name] += 0 if cause else int((found.flatten(1)
+                                                .argmax(1) != logits.flatten(1).argmax(1)).sum())
+        whole += ((answer(call(candidate, batch)) - logits).flatten(1).pow(2).sum(1)
+                  / energy).sum().item()
         seen += count(batch)
     return ({key: torch.cat(parts) for key, parts in errors.items()},
             {name: value / seen for name, value in flips.items()}, whole / seen)

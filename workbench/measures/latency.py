@@ -1,9 +1,10 @@
-"""Milliseconds per run, candidates interleaved so that a slow minute of the machine falls on all of them.
+"""Milliseconds per run, candidates interleaved so that a slow minute of the machine falls on all of
+them.
 
-Each of `blocks` rounds runs every candidate in turn, in an order drawn anew, for at least `block_ms`; the first runs of
-each turn are discarded, but for those of a tenth of a second or more. A ratio is taken within a round, between neighbours in
-time, and its interval is a bootstrap over rounds.
-Source for the pairing: Kalibera & Jones 2013, "Rigorous benchmarking in reasonable time".
+Each of `blocks` rounds runs every candidate in turn, in an order drawn anew, for at least
+`block_ms`; the first runs of each turn are discarded, but for those of a tenth of a second or more.
+A ratio is taken within a round, between neighbours in time, and its interval is a bootstrap over
+rounds. Source for the pairing: Kalibera & Jones 2013, "Rigorous benchmarking in reasonable time".
 """
 
 import gc
@@ -21,18 +22,22 @@ from workbench import files, machine
 from workbench.batches import Inputs, count, repeated, rows
 from workbench.deployment import batching, sessions
 
-SETTLE_MS = 10.0  # discarded at the start of a turn: caches fill, the previous candidate's threads go to sleep
+# discarded at the start of a turn: caches fill, the previous candidate's threads go to sleep
+SETTLE_MS = 10.0
 SETTLE_RUNS = 3
-LONG_TURNS = 10  # a model that takes 10 times as long as that need not settle, and is run fewer than three times a turn: until
+# a model that takes 10 times as long as that need not settle, and is run fewer than three times a
+# turn: until
+LONG_TURNS = 10
 # it took 10 times the least duration
 
 
-def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | None = None, blocks: int = 20,
-           block_ms: float = 40.0, seed: int = 0) -> pd.DataFrame:
+def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | None = None,
+           blocks: int = 20, block_ms: float = 40.0, seed: int = 0) -> pd.DataFrame:
     """One row per candidate, the first being the reference of the ratios.
 
-    Columns: candidate, runtime, threads, batch, latency_ms (median), p95_ms, p99_ms, spread_ms (interquartile), ratio to the
-    reference (median over rounds) with ratio_low and ratio_high (95 %), runs; attrs["machine"] says where.
+    Columns: candidate, runtime, threads, batch, latency_ms (median), p95_ms, p99_ms, spread_ms
+    (interquartile), ratio to the reference (median over rounds) with ratio_low and ratio_high (95
+    %), runs; attrs["machine"] says where.
 
     inputs: one batch. threads: all cores by default; a `Session` keeps its own.
 
@@ -43,9 +48,11 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
     if not candidates:
         raise ValueError("there is no candidate to time; give {name: model, ...}")
     if blocks < 5:
-        raise ValueError(f"blocks is {blocks}, expected at least 5, or the ratio's interval means nothing")
+        raise ValueError(f"blocks is {blocks}, expected at least 5, or the ratio's interval means "
+                         "nothing")
     with machine.alone():
-        opened = {name: sessions.open(model, threads=threads or machine.cores(), name=name) for name, model in candidates.items()}
+        opened = {name: sessions.open(model, threads=threads or machine.cores(), name=name)
+                  for name, model in candidates.items()}
         times = _timed(opened, inputs, blocks, block_ms, seed)
     medians = {name: np.array([np.median(turn) for turn in turns]) for name, turns in times.items()}
     reference = next(iter(medians.values()))
@@ -54,23 +61,27 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
         every = np.concatenate(times[name])
         low, middle, high = _median_interval(medians[name] / reference, seed)
         quarter, three_quarters = np.percentile(every, [25, 75])
-        lines.append({"candidate": name, "runtime": session.runtime, "threads": session.threads, "batch": count(inputs),
-                     "latency_ms": np.median(every), "p95_ms": np.percentile(every, 95), "p99_ms": np.percentile(every, 99),
-                     "spread_ms": three_quarters - quarter, "ratio": middle, "ratio_low": low, "ratio_high": high,
+        lines.append({"candidate": name, "runtime": session.runtime, "threads": session.threads,
+                      "batch": count(inputs),
+                     "latency_ms": np.median(every), "p95_ms": np.percentile(every, 95),
+                      "p99_ms": np.percentile(every, 99),
+                     "spread_ms": three_quarters - quarter, "ratio": middle, "ratio_low": low,
+                      "ratio_high": high,
                      "runs": len(every)})
     frame = pd.DataFrame(lines)
     frame.attrs["machine"] = machine.describe()
     return frame
 
 
-def grid(candidates: Mapping[str, object], example: Inputs, *, threads: Sequence[int], batches: Sequence[int], blocks: int = 10,
-         seed: int = 0) -> pd.DataFrame:
+def grid(candidates: Mapping[str, object], example: Inputs, *, threads: Sequence[int],
+         batches: Sequence[int], blocks: int = 10, seed: int = 0) -> pd.DataFrame:
     """`paired` for every number of threads and size of batch, with examples_per_s added.
 
-    candidates: paths or modules, opened anew for each number of threads. example: repeated. Raises as
-    `paired` does.
+    candidates: paths or modules, opened anew for each number of threads. example: repeated. Raises
+    as `paired` does.
 
-    Example: `latency.grid({"float32": "a.onnx", "int8": "b.onnx"}, task.example, threads=[1, 2], batches=[1, 8, 64])`
+    Example: `latency.grid({"float32": "a.onnx", "int8": "b.onnx"}, task.example, threads=[1, 2],
+    batches=[1, 8, 64])`
     """
     tables = [paired(candidates, repeated(example, size), threads=count, blocks=blocks, seed=seed)
               for count in threads for size in batches]
@@ -80,40 +91,50 @@ def grid(candidates: Mapping[str, object], example: Inputs, *, threads: Sequence
     return frame
 
 
-def by_layer(candidates: Mapping[str, object], inputs: Inputs, *, threads: int = 1, runs: int = 50) -> pd.DataFrame:
-    """One row per candidate and layer, from ONNX Runtime's own profile: candidate, layer, threads, latency_ms.
+def by_layer(candidates: Mapping[str, object], inputs: Inputs, *, threads: int = 1,
+             runs: int = 50) -> pd.DataFrame:
+    """One row per candidate and layer, from ONNX Runtime's own profile: candidate, layer, threads,
+    latency_ms.
 
-    candidates: ONNX files. Under the layer "(rest)" stands what is no layer's: additions, pooling, changes of layout and of
-    number format. A profile's clock ticks in microseconds, and watching costs a few of them for each node.
+    candidates: ONNX files. Under the layer "(rest)" stands what is no layer's: additions, pooling,
+    changes of layout and of number format. A profile's clock ticks in microseconds, and watching
+    costs a few of them for each node.
 
-    Raises TypeError for what is no file, UnsupportedModelError where a file names no layers, and as sessions.open does.
+    Raises TypeError for what is no file, UnsupportedModelError where a file names no layers, and as
+    sessions.open does.
 
     Example: `latency.by_layer({"float32": "a.onnx", "int8": "b.onnx"}, task.example)`
     """
     lines = []
     for name, path in candidates.items():
         if not isinstance(path, str | Path):
-            raise TypeError(f"{name} is {type(path).__name__}, expected an ONNX file: only ONNX Runtime tells its layers' times")
+            raise TypeError(f"{name} is {type(path).__name__}, expected an ONNX file: only ONNX "
+                            "Runtime tells its layers' times")
         sessions.open(path, threads=threads)(inputs)  # what is wrong with either is said here
         with machine.alone():
             found = sessions.times(path, inputs, threads=threads, runs=runs)
-        lines += [{"candidate": name, "layer": layer or "(rest)", "threads": threads, "latency_ms": ms}
+        lines += [{"candidate": name, "layer": layer or "(rest)", "threads": threads,
+                   "latency_ms": ms}
                  for layer, ms in found.items()]
     frame = pd.DataFrame(lines)
     frame.attrs["machine"] = machine.describe()
     return frame
 
 
-def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[int] = (1, 4, 16, 64), size: int = 1,
-               deadline_ms: float = 0.0, buckets: Sequence[int] = (), seconds: float = 2.0,
+def under_load(model, examples: Inputs | Sequence[Inputs], *,
+               clients: Sequence[int] = (1, 4, 16, 64), size: int = 1, deadline_ms: float = 0.0,
+               buckets: Sequence[int] = (), seconds: float = 2.0,
                threads: int | None = None) -> pd.DataFrame:
-    """One row per number of clients in a closed loop: each sends one example, waits for its answer and sends the next.
+    """One row per number of clients in a closed loop: each sends one example, waits for its answer
+    and sends the next.
 
-    Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms, mean_batch, padding,
-    requests. examples: a batch, or a list of single ones (1, ...) of different lengths, taken in turn. size, deadline_ms,
-    buckets: of the dynamic batches (batching.Batcher); a size of 1 is none. padding: share of what was computed that was padding.
-    The first quarter of the time is not counted; requests count when they end, waits when they begin. Clients and model share
-    this machine's cores. seconds: of each level, or longer where a slow model needs it to answer every client twice.
+    Columns: candidate, clients, size, deadline_ms, requests_per_s, mean_ms, p50_ms, p95_ms, p99_ms,
+    mean_batch, padding, requests. examples: a batch, or a list of single ones (1, ...) of different
+    lengths, taken in turn. size, deadline_ms, buckets: of the dynamic batches (batching.Batcher); a
+    size of 1 is none. padding: share of what was computed that was padding. The first quarter of
+    the time is not counted; requests count when they end, waits when they begin. Clients and model
+    share this machine's cores. seconds: of each level, or longer where a slow model needs it to
+    answer every client twice.
 
     Raises ValueError where a number of clients is below 1, and as Batcher and sessions.open do.
 
@@ -123,8 +144,8 @@ def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[
         raise ValueError(f"clients are {list(clients)}, expected numbers of at least 1")
     singles, lines = _singles(examples), []
     for number in files.progress(clients, title="load", unit="level"):
-        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, buckets=buckets,
-                                               threads=threads) as served:
+        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms,
+                                               buckets=buckets, threads=threads) as served:
             served.submit(singles[0]).result()
             asked = time.perf_counter()
             served.submit(singles[0]).result()
@@ -132,19 +153,24 @@ def under_load(model, examples: Inputs | Sequence[Inputs], *, clients: Sequence[
             long = max(seconds, 2 * number * (started - asked))
             opened, ended = started + long / 4, started + long
             with ThreadPoolExecutor(number) as pool:
-                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, singles, k, end), range(number)))
+                turns = list(pool.map(lambda k, served=served, end=ended: _client(served, singles,
+                                                                                  k, end),
+                                      range(number)))
         every = np.array([turn for turns_of_one in turns for turn in turns_of_one])
-        lines.append({"clients": number, **_served(served, every, opened, ended, deadline_ms, before=2)})
+        lines.append({"clients": number,
+                      **_served(served, every, opened, ended, deadline_ms, before=2)})
     return pd.DataFrame(lines)[["candidate", "clients", *list(lines[0])[2:]]]
 
 
-def at_rate(model, examples: Inputs | Sequence[Inputs], *, rates: Sequence[float], size: int = 1, deadline_ms: float = 0.0,
-            buckets: Sequence[int] = (), seconds: float = 2.0, threads: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """One row per rate in an open loop: requests come at random moments (Poisson), `rate` of them a second, whatever the server
-    does, and a wait counts from the moment at which the request was due.
+def at_rate(model, examples: Inputs | Sequence[Inputs], *, rates: Sequence[float], size: int = 1,
+            deadline_ms: float = 0.0, buckets: Sequence[int] = (), seconds: float = 2.0,
+            threads: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """One row per rate in an open loop: requests come at random moments (Poisson), `rate` of them a
+    second, whatever the server does, and a wait counts from the moment at which the request was
+    due.
 
-    Columns and parameters as in `under_load`, rate in the place of clients. A server that is too slow falls behind, and its
-    waits grow with `seconds`.
+    Columns and parameters as in `under_load`, rate in the place of clients. A server that is too
+    slow falls behind, and its waits grow with `seconds`.
 
     Raises ValueError for a rate that is not positive, and as `under_load` does.
 
@@ -155,8 +181,8 @@ def at_rate(model, examples: Inputs | Sequence[Inputs], *, rates: Sequence[float
     singles, lines, draw = _singles(examples), [], np.random.default_rng(seed)
     for rate in files.progress(rates, title="load", unit="rate"):
         due = np.cumsum(draw.exponential(1 / rate, max(int(rate * seconds), 20)))
-        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms, buckets=buckets,
-                                               threads=threads) as served:
+        with machine.alone(), batching.Batcher(model, size=size, deadline_ms=deadline_ms,
+                                               buckets=buckets, threads=threads) as served:
             served.submit(singles[0]).result()
             started = time.perf_counter()
             ends = _asked_at(served, singles, started + due)
@@ -172,7 +198,7 @@ def _asked_at(served: batching.Batcher, singles: list[Inputs], moments: np.ndarr
     for place, moment in enumerate(moments):
         time.sleep(max(moment - time.perf_counter(), 0))
         future = served.submit(singles[place % len(singles)])
-        future.add_done_callback(lambda _done, place=place:  # type: ignore[misc]  # a lambda with a default is fine
+        future.add_done_callback(lambda _done, place=place:  # type: ignore[misc]
                                  ends.__setitem__(place, time.perf_counter()))
         asked.append(future)
     for future in asked:
@@ -187,48 +213,58 @@ def _singles(examples: Inputs | Sequence[Inputs]) -> list[Inputs]:
     return [rows(examples, place) for place in range(count(examples))]
 
 
-def _served(served: batching.Batcher, every: np.ndarray, opened: float, ended: float, deadline_ms: float,
-            before: int = 1) -> dict:
-    """A row of what a load gave. every: (requests, 2), when each began and ended. before: requests that were sent ahead of it."""
+def _served(served: batching.Batcher, every: np.ndarray, opened: float, ended: float,
+            deadline_ms: float, before: int = 1) -> dict:
+    """A row of what a load gave. every: (requests, 2), when each began and ended. before: requests
+    that were sent ahead of it."""
     done = int(((every[:, 1] >= opened) & (every[:, 1] <= ended)).sum())
     started_inside = every[every[:, 0] >= opened]  # to their end, which may come after the others'
     if not done or not len(started_inside):
-        raise ValueError(f"no request began and ended within {ended - opened:.2g} seconds; give more")
+        raise ValueError(f"no request began and ended within {ended - opened:.2g} seconds; give "
+                         "more")
     waits = 1e3 * (started_inside[:, 1] - started_inside[:, 0])
     p50, p95, p99 = np.percentile(waits, [50, 95, 99])
     return {"candidate": served.session.name, "size": served.size, "deadline_ms": deadline_ms,
-            "requests_per_s": done / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99,
-            "mean_batch": float(np.mean(served.batches[before:])), "padding": served.padding, "requests": done}
+            "requests_per_s": done / (ended - opened), "mean_ms": waits.mean(), "p50_ms": p50,
+            "p95_ms": p95, "p99_ms": p99,
+            "mean_batch": float(np.mean(served.batches[before:])), "padding": served.padding,
+            "requests": done}
 
 
 def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
-    """Words where int8 does not pay on this machine: no VNNI or AMX, or a candidate of `quantised` slower than the
-    reference at some threads and batch. table: of `paired` or `grid`."""
+    """Words where int8 does not pay on this machine: no VNNI or AMX, or a candidate of `quantised`
+    slower than the reference at some threads and batch. table: of `paired` or `grid`."""
     words = []
     formats = machine.hardware()["formats"]
     if not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(formats):
-        words.append("this processor has neither VNNI nor AMX: its int8 products take several instructions each, so that int8 "
-                     "may be slower than float32")
+        words.append("this processor has neither VNNI nor AMX: its int8 products take several "
+                     "instructions each, so that int8 may be slower than float32")
     for row in table[table.candidate.isin(quantised) & (table.ratio_low > 1)].itertuples():
-        words.append(f"{row.candidate} is slower than the reference at {row.threads} threads and batch {row.batch}: "
-                     f"{row.ratio:.2f}x the time [{row.ratio_low:.2f}, {row.ratio_high:.2f}]")
+        words.append(f"{row.candidate} is slower than the reference at {row.threads} threads and "
+                     f"batch {row.batch}: {row.ratio:.2f}x the time [{row.ratio_low:.2f}, "
+                     f"{row.ratio_high:.2f}]")
     return words
 
 
-def peak_memory(candidates: Mapping[str, object], inputs: Inputs, *, threads: int = 1, runs: int = 5) -> pd.DataFrame:
-    """One row per candidate: candidate, base_mb, peak_mb, own_mb, each measured in a fresh process of its own.
+def peak_memory(candidates: Mapping[str, object], inputs: Inputs, *, threads: int = 1,
+                runs: int = 5) -> pd.DataFrame:
+    """One row per candidate: candidate, base_mb, peak_mb, own_mb, each measured in a fresh process
+    of its own.
 
-    base_mb: resident memory once the libraries are imported and the inputs are there; peak_mb: the most while the model
-    is opened and run `runs` times; own_mb their difference. Candidates: ONNX files, or modules that can be pickled.
+    base_mb: resident memory once the libraries are imported and the inputs are there; peak_mb: the
+    most while the model is opened and run `runs` times; own_mb their difference. Candidates: ONNX
+    files, or modules that can be pickled.
 
     Raises RuntimeError where the process fails, with its reason.
     """
     lines = []
     for name, source in candidates.items():
-        sessions.open(source, threads=threads)  # what is wrong with it is said here, not in another process
+        # what is wrong with it is said here, not in another process
+        sessions.open(source, threads=threads)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             base, peak = pool.submit(_memory, source, inputs, threads, runs).result()
-        lines.append({"candidate": name, "threads": threads, "batch": count(inputs), "base_mb": base, "peak_mb": peak,
+        lines.append({"candidate": name, "threads": threads, "batch": count(inputs),
+                      "base_mb": base, "peak_mb": peak,
                      "own_mb": peak - base})
     return pd.DataFrame(lines)
 
@@ -236,8 +272,8 @@ def peak_memory(candidates: Mapping[str, object], inputs: Inputs, *, threads: in
 def fastest(table: pd.DataFrame, *, least: float = 0.03) -> str | None:
     """The candidate of `paired` with the least ratio to the reference, or None where none gains.
 
-    A gain counts where the whole interval of the ratio lies below 1 - least: a few per cent can come from where a
-    graph happened to lie in memory.
+    A gain counts where the whole interval of the ratio lies below 1 - least: a few per cent can
+    come from where a graph happened to lie in memory.
 
     Example: `latency.fastest(frame)`
     """
@@ -276,7 +312,8 @@ def _client(served, singles: list[Inputs], place: int, until: float) -> list[tup
 def _memory(source, inputs: Inputs, threads: int, runs: int) -> tuple[float, float]:
     import onnxruntime  # noqa: F401  (part of the base, whoever needs it)
 
-    torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # so are torch's own pools
+    # so are torch's own pools
+    torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
     base = machine.resident()
     session = sessions.open(source, threads=threads)
     for _ in range(runs):

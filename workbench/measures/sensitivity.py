@@ -1,11 +1,13 @@
-"""How much accuracy goes when one layer is changed: every layer, several levels, the unchanged prefix computed once.
+"""How much accuracy goes when one layer is changed: every layer, several levels, the unchanged
+prefix computed once.
 
-The model is traced and run node by node. Where a change first touches the graph, a branch goes from there to the end with
-the changed layers, while what stands before it is shared by all. `exact` gives the counts of the plain loop; `fast` uses
-bfloat16 and a growing random subset, and stops each point when its paired interval is narrow enough.
+The model is traced and run node by node. Where a change first touches the graph, a branch goes from
+there to the end with the changed layers, while what stands before it is shared by all. `exact`
+gives the counts of the plain loop; `fast` uses bfloat16 and a growing random subset, and stops each
+point when its paired interval is narrow enough.
 
-Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mean |w dL/dw|, Molchanov et al. 2019
-(arXiv 1906.10771).
+Sources: the scan as in Li et al. 2017 (arXiv 1608.08710, figure 2); taylor, mean |w dL/dw|,
+Molchanov et al. 2019 (arXiv 1906.10771).
 """
 
 import copy
@@ -30,16 +32,18 @@ from workbench.subjects.objectives import Objective
 from workbench.subjects.tasks import Split
 
 MODES = ("exact", "fast", "plain")
-# A point of the fast scan is looked at after every LOOK examples from LEAST on, until its interval is narrow enough. With these
-# figures 95 % hold over all looks, for all the gains and losses that were tried (a test draws them).
+# A point of the fast scan is looked at after every LOOK examples from LEAST on, until its interval
+# is narrow enough. With these figures 95 % hold over all looks, for all the gains and losses that
+# were tried (a test draws them).
 LEAST, LOOK, Z_OF_LOOKS, ADDED = 300, 100, 2.24, 4
-Method = Callable[[str, float], Change]  # (layer, level) -> what changes; method.layers: the names it knows
+# (layer, level) -> what changes; method.layers: the names it knows
+Method = Callable[[str, float], Change]
 
 
 @dataclass
 class _Point:
-    """One layer at one level, and what was counted so far: examples, how much of them is right, and of each example's change
-    against the unchanged model the sum and the sum of squares."""
+    """One layer at one level, and what was counted so far: examples, how much of them is right, and
+    of each example's change against the unchanged model the sum and the sum of squares."""
 
     layer: str
     level: float
@@ -54,36 +58,43 @@ class _Point:
 
     def counts(self) -> list:
         """What a state keeps."""
-        return [self.n, self.right, self.right_squares, self.total, self.squares, self.distance, self.done]
+        return [self.n, self.right, self.right_squares, self.total, self.squares, self.distance,
+                self.done]
 
 
-def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[float], layers: Sequence[str] | None = None,
-         mode: str = "exact", tolerance: float = 0.03, shard: tuple[int, int] = (0, 1), seed: int = 0,
-         batch_size: int = 100, state: Path | str | None = None) -> pd.DataFrame:
-    """One row per layer and level: how the share that is right changes when `method` changes that layer, alone, to that level.
+def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[float],
+         layers: Sequence[str] | None = None, mode: str = "exact", tolerance: float = 0.03,
+         shard: tuple[int, int] = (0, 1), seed: int = 0, batch_size: int = 100,
+         state: Path | str | None = None) -> pd.DataFrame:
+    """One row per layer and level: how the share that is right changes when `method` changes that
+    layer, alone, to that level.
 
-    mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor multiplies it, examples in
-    random order by `seed`, each point until its change on the whole split is known to `tolerance` (a fraction, the half-width of
-    a 95 % interval over all the looks at it, for each point by itself: the points of one scan see the same examples, and err
-    together); "plain": each point evaluated by itself,
-    slow, what the others are checked against. layers: those of method.layers by default. shard (k, m): every m-th layer
-    from the k-th; `merge` puts shards together. state: a file from which a killed scan goes on.
+    mode "exact": all examples, the counts of the plain loop; "fast": bfloat16 where the processor
+    multiplies it, examples in random order by `seed`, each point until its change on the whole
+    split is known to `tolerance` (a fraction, the half-width of a 95 % interval over all the looks
+    at it, for each point by itself: the points of one scan see the same examples, and err
+    together); "plain": each point evaluated by itself, slow, what the others are checked against.
+    layers: those of method.layers by default. shard (k, m): every m-th layer from the k-th; `merge`
+    puts shards together. state: a file from which a killed scan goes on.
 
-    Columns: layer, layers (coupled ones, " + "), level, removed, of, top1 with interval, top1_change (paired, against
-    the unchanged model on the same examples) with interval ("right" instead of "top1" where tokens count: the mean share of a
-    sentence's tokens), distance (mean of |z' - z|^2 / |z|^2 of the logits: it tells
-    apart what top-1 cannot), params, macs (of the changed model), n, note.
-    attrs["evaluations"]: examples run through a branch; attrs["saved"]: the share that the plain loop would need more.
+    Columns: layer, layers (coupled ones, " + "), level, removed, of, top1 with interval,
+    top1_change (paired, against the unchanged model on the same examples) with interval ("right"
+    instead of "top1" where tokens count: the mean share of a sentence's tokens), distance (mean of
+    |z' - z|^2 / |z|^2 of the logits: it tells apart what top-1 cannot), params, macs (of the
+    changed model), n, note. attrs["evaluations"]: examples run through a branch; attrs["saved"]:
+    the share that the plain loop would need more.
 
-    Raises UnsupportedModelError where the model cannot be traced (use mode "plain"), ValueError for an unknown layer or
-    mode, a level outside (0, 1], or a state of another scan.
+    Raises UnsupportedModelError where the model cannot be traced (use mode "plain"), ValueError for
+    an unknown layer or mode, a level outside (0, 1], or a state of another scan.
 
-    Example: `sensitivity.scan(model, task.test, channels.silencing(model, example=task.example), levels=[.3, .5, .7])`
+    Example: `sensitivity.scan(model, task.test, channels.silencing(model, example=task.example),
+    levels=[.3, .5, .7])`
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     if not levels or any(not 0 < level <= 1 for level in levels):
-        raise ValueError(f"levels are {list(levels)}, expected at least one, each above 0 and at most 1")
+        raise ValueError(f"levels are {list(levels)}, expected at least one, each above 0 and at "
+                         "most 1")
     known = list(getattr(method, "layers", named(model)))
     odd = [layer for layer in layers or [] if layer not in known]
     if odd:
@@ -92,9 +103,11 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
     points = [_Point(layer, level, method(layer, level)) for layer in chosen for level in levels]
     halved = mode == "fast" and machine.multiplies_bf16()  # elsewhere bfloat16 is slower
     runner = (functools.partial(_plain, model) if mode == "plain" else
-              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs, recount=not halved,
+              Branching(model, split.batch(torch.arange(min(2, len(split)))).inputs,
+                        recount=not halved,
                         fused=not halved or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, halved, Path(state) if state else None)
+    scanned = _Scan(model, split, points, mode, tolerance, seed, batch_size, halved,
+                    Path(state) if state else None)
     scanned.run(runner)
     return scanned.frame()
 
@@ -107,12 +120,15 @@ def merge(shards: Sequence[pd.DataFrame]) -> pd.DataFrame:
     frame = pd.concat(list(shards), ignore_index=True)
     twice = frame[frame.duplicated(["layer", "level"])]
     if len(twice):
-        raise ValueError(f"layer {twice.layer.iloc[0]} at level {twice.level.iloc[0]} stands in two shards")
+        raise ValueError(f"layer {twice.layer.iloc[0]} at level {twice.level.iloc[0]} stands in "
+                         "two shards")
     return frame
 
 
-def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | None = None) -> pd.DataFrame:
-    """One row per weighted layer: layer, score = mean |w dL/dw| over its weights, with L the objective's loss.
+def taylor(model: nn.Module, batches: Iterable[Batch],
+           objective: Objective | None = None) -> pd.DataFrame:
+    """One row per weighted layer: layer, score = mean |w dL/dw| over its weights, with L the
+    objective's loss.
 
     One backward pass a batch. Raises ValueError where there are no examples or a score is NaN.
 
@@ -121,7 +137,9 @@ def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | No
     work, seen, asked = copy.deepcopy(model).eval(), 0, objective or Objective()
     for inputs, targets in pairs(batches):
         size = count(inputs)
-        (size * asked.loss(asked.read(call(work, finite(inputs, "inputs")), targets), targets)).backward()
+        (size
+         * asked.loss(asked.read(call(work, finite(inputs, "inputs")), targets),
+                      targets)).backward()
         seen += size
     if not seen:
         raise ValueError("taylor found no examples in its batches")
@@ -137,17 +155,20 @@ def taylor(model: nn.Module, batches: Iterable[Batch], objective: Objective | No
 
 
 def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int = 1) -> pd.DataFrame:
-    """Which layers can shrink: `scores` (layer, score; in order of depth) with smoothed, limit and redundant added.
+    """Which layers can shrink: `scores` (layer, score; in order of depth) with smoothed, limit and
+    redundant added.
 
-    scores: as `taylor` gives them, or a frame of `scan`: then a layer's score is the mean over its levels of how far the answers
-    move (`distance`), and a layer of which nothing could be removed is left out.
+    scores: as `taylor` gives them, or a frame of `scan`: then a layer's score is the mean over its
+    levels of how far the answers move (`distance`), and a layer of which nothing could be removed
+    is left out.
 
-    No layer is judged alone: smoothed_i is the mean of score i and the trend of its `neighbours` on each side, their
-    median. The limit adapts to the network: `threshold` times the mean of all scores. A layer is redundant where its
-    smoothed score is below the limit. (The articles give the idea, not the formula; this is ours.)
+    No layer is judged alone: smoothed_i is the mean of score i and the trend of its `neighbours` on
+    each side, their median. The limit adapts to the network: `threshold` times the mean of all
+    scores. A layer is redundant where its smoothed score is below the limit. (The articles give the
+    idea, not the formula; this is ours.)
 
-    Raises ValueError for NaN scores, no layer that could be judged, a threshold that is not positive, or fewer than no
-    neighbours.
+    Raises ValueError for NaN scores, no layer that could be judged, a threshold that is not
+    positive, or fewer than no neighbours.
 
     Example: `sensitivity.redundant(curves)` with curves of `scan`
     """
@@ -159,9 +180,11 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
     if scores.score.isna().any():
         raise ValueError(f"the score of layer {scores.layer[scores.score.isna()].iloc[0]} is NaN")
     if threshold <= 0 or neighbours < 0:
-        raise ValueError(f"threshold is {threshold} and neighbours {neighbours}; expected more than 0, and 0 or more")
+        raise ValueError(f"threshold is {threshold} and neighbours {neighbours}; expected more "
+                         "than 0, and 0 or more")
     out = scores.reset_index(drop=True).copy()
-    around = [out.score[[j for j in range(i - neighbours, i + neighbours + 1) if j != i and 0 <= j < len(out)]].median()
+    around = [out.score[[j for j in range(i - neighbours, i + neighbours + 1) if j != i
+                         and 0 <= j < len(out)]].median()
               for i in range(len(out))]
     out["smoothed"] = (out.score + pd.Series(around).fillna(out.score)) / 2
     out["limit"] = threshold * out.score.mean()
@@ -170,17 +193,21 @@ def redundant(scores: pd.DataFrame, threshold: float = 0.5, *, neighbours: int =
 
 
 class _Scan:
-    """The counts of all points over the batches seen so far; saved after each batch, so that a killed scan goes on."""
+    """The counts of all points over the batches seen so far; saved after each batch, so that a
+    killed scan goes on."""
 
     def __init__(self, model, split, points, mode, tolerance, seed, batch_size, halved, state):
-        self.model, self.split, self.points, self.mode, self.tolerance = model, split, points, mode, tolerance
+        self.model, self.split, self.points, self.mode, self.tolerance = (model, split, points,
+                                                                          mode, tolerance)
         self.halved = halved
-        self.batch_size, self.state, self.batch, self.evaluations, self.base_right, self.seen = batch_size, state, 0, 0, 0.0, 0
+        self.batch_size, self.state, self.batch, self.evaluations, self.base_right, self.seen = (
+            batch_size, state, 0, 0, 0.0, 0)
         self.fast = mode == "fast"
         self.order = torch.arange(len(split))
         if self.fast:
             self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-        changed = (tensor for p in points for module in p.change.modules.values() for tensor in module.state_dict().values())
+        changed = (tensor for p in points for module in p.change.modules.values()
+                   for tensor in module.state_dict().values())
         self.identity = [4, mode, tolerance, seed, batch_size, len(split), split.name,
                          files.fingerprint(model.state_dict().values()), files.fingerprint(changed),
                          [(p.layer, p.level, p.change.removed) for p in points]]
@@ -192,7 +219,8 @@ class _Scan:
         self._restore()
         batches = self.order.split(self.batch_size)
         open_points = [p for p in self.points if not p.done]
-        with evaluating(self.model), files.progress(total=len(batches), title=f"{self.mode} scan", unit="batch") as bar:
+        with evaluating(self.model), files.progress(total=len(batches), title=f"{self.mode} scan",
+                                                    unit="batch") as bar:
             bar.update(self.batch)
             for chosen in batches[self.batch:]:
                 if not open_points and self.seen:
@@ -213,14 +241,18 @@ class _Scan:
         rows = []
         for p in self.points:
             n, right = (p.n, p.right) if p.n else (self.seen, self.base_right)
-            low, high = self._share(p) if p.n else self._share(_Point("", 0, p.change, n, right, right))
+            low, high = (self._share(p) if p.n
+                         else self._share(_Point("", 0, p.change, n, right, right)))
             change_low, change_high = self._interval(p, whole=False) if p.n else (0.0, 0.0)
             left = pd.Series(p.change.left, dtype=float).reindex(costs.index).fillna(1.0)
             rows.append({"layer": p.layer, "layers": " + ".join(p.change.layers), "level": p.level,
-                         "removed": p.change.removed, "of": p.change.of, name: right / n, f"{name}_low": low,
-                         f"{name}_high": high, f"{name}_change": p.total / n, f"{name}_change_low": change_low,
+                         "removed": p.change.removed, "of": p.change.of, name: right / n,
+                         f"{name}_low": low,
+                         f"{name}_high": high, f"{name}_change": p.total / n,
+                         f"{name}_change_low": change_low,
                          f"{name}_change_high": change_high, "distance": p.distance / n,
-                         "params": round((costs.params * left).sum()), "macs": round((costs.macs * left).sum()), "n": n,
+                         "params": round((costs.params * left).sum()),
+                         "macs": round((costs.macs * left).sum()), "n": n,
                          "note": p.change.note})
         frame = pd.DataFrame(rows)
         whole = max(len(self.points) * len(self.split), 1)
@@ -228,14 +260,17 @@ class _Scan:
                         "saved": 1 - self.evaluations / whole, "mode": self.mode}
         return frame
 
-    def _count(self, base: Tensor, outputs: Sequence[Tensor], points: Sequence[_Point], targets: Tensor) -> None:
+    def _count(self, base: Tensor, outputs: Sequence[Tensor], points: Sequence[_Point],
+               targets: Tensor) -> None:
         asked, size = self.split.objective, len(base)
         right = asked.right(asked.read(base, targets), targets)
         energy = base.float().pow(2).flatten(1).sum(1).clamp_min(1e-30)
-        self.base_right, self.seen, self.batch = self.base_right + float(right.sum()), self.seen + size, self.batch + 1
+        self.base_right, self.seen, self.batch = (self.base_right + float(right.sum()),
+                                                  self.seen + size, self.batch + 1)
         for point, output in zip(points, outputs, strict=True):
             now = asked.right(output, targets)
-            point.distance += float(((output - base).float().pow(2).flatten(1).sum(1) / energy).sum())
+            point.distance += float(((output - base).float().pow(2).flatten(1).sum(1)
+                                     / energy).sum())
             point.n, point.right = point.n + size, point.right + float(now.sum())
             point.right_squares += float(now.square().sum())
             point.total += float((now - right).sum())
@@ -246,7 +281,8 @@ class _Scan:
                 point.done = (high - low) / 2 <= self.tolerance
 
     def _share(self, point: _Point) -> tuple[float, float]:
-        """The interval of what is right: Wilson's where each example is right or wrong, else the normal one."""
+        """The interval of what is right: Wilson's where each example is right or wrong, else the
+        normal one."""
         if self.split.objective.metric == "top1":
             return wilson(round(point.right), point.n)
         mean = point.right / point.n
@@ -254,16 +290,19 @@ class _Scan:
         return max(mean - half, 0.0), min(mean + half, 1.0)
 
     def _interval(self, point: _Point, *, whole: bool = True) -> tuple[float, float]:
-        """For the change on the `whole` split, which a scan stops by, or on examples like these, which its table tells."""
+        """For the change on the `whole` split, which a scan stops by, or on examples like these,
+        which its table tells."""
         if not self.fast:
             return paired_interval(point.total, point.squares, point.n)
-        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS, population=len(self.split) if whole else None,
-                               added=ADDED)
+        return paired_interval(point.total, point.squares, point.n, z=Z_OF_LOOKS,
+                               population=len(self.split) if whole else None, added=ADDED)
 
     def _save(self) -> None:
         if self.state:
-            stored = {"identity": self.identity, "counts": [p.counts() for p in self.points], "batch": self.batch,
-                      "seen": self.seen, "base_right": self.base_right, "evaluations": self.evaluations}
+            stored = {"identity": self.identity, "counts": [p.counts() for p in self.points],
+                      "batch": self.batch,
+                      "seen": self.seen, "base_right": self.base_right,
+                      "evaluations": self.evaluations}
             with files.atomic(self.state) as new:
                 new.write_text(json.dumps(stored))
 
@@ -273,16 +312,21 @@ class _Scan:
         try:
             stored = json.loads(self.state.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"scan state {self.state} is damaged ({error}); delete it to start anew") from error
+            raise ValueError(f"scan state {self.state} is damaged ({error}); delete it to start "
+                             "anew") from error
         if stored["identity"] != json.loads(json.dumps(self.identity)):
-            raise ValueError(f"scan state {self.state} is of another scan; delete it or give another path")
+            raise ValueError(f"scan state {self.state} is of another scan; delete it or give "
+                             "another path")
         for point, kept in zip(self.points, stored["counts"], strict=True):
-            (point.n, point.right, point.right_squares, point.total, point.squares, point.distance, point.done) = kept
-        self.batch, self.seen, self.base_right = stored["batch"], stored["seen"], stored["base_right"]
+            (point.n, point.right, point.right_squares, point.total, point.squares, point.distance,
+             point.done) = kept
+        self.batch, self.seen, self.base_right = (stored["batch"], stored["seen"],
+                                                  stored["base_right"])
         self.evaluations = stored["evaluations"]
 
 
-def _plain(model: nn.Module, inputs: Inputs, changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
+def _plain(model: nn.Module, inputs: Inputs,
+           changes: Sequence[Mapping[str, nn.Module]]) -> tuple[Tensor, list[Tensor]]:
     """Each change by itself, the whole network every time: the oracle of the branching scan."""
     outputs = []
     for modules in changes:

@@ -1,8 +1,10 @@
-"""Numbers of several modalities, each at a precision of its own, and the bits that they cost once coded.
+"""Numbers of several modalities, each at a precision of its own, and the bits that they cost once
+coded.
 
-Vision 8 bits uniform, text 6 bits on levels that k-means finds, speech 4 to 7 bits, as much as each dimension earns: the
-allocation of the articles, beside one uniform width for all. Allocation of bits over dimensions: Huang & Schultheiss
-1963 (the next bit goes where it lowers the squared error most), measured and not assumed.
+Vision 8 bits uniform, text 6 bits on levels that k-means finds, speech 4 to 7 bits, as much as each
+dimension earns: the allocation of the articles, beside one uniform width for all. Allocation of
+bits over dimensions: Huang & Schultheiss 1963 (the next bit goes where it lowers the squared error
+most), measured and not assumed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +25,9 @@ FITTED = 200_000  # numbers that k-means levels are fitted to, evenly spread ove
 
 @dataclass(frozen=True)
 class Precision:
-    """How vectors become integers. kind: "uniform" or "kmeans" levels at `bits`, one scale or table for all numbers; or
-    "variable", uniform with `bits` to `most` bits a dimension, (bits + most) / 2 in the mean, one scale a dimension.
+    """How vectors become integers. kind: "uniform" or "kmeans" levels at `bits`, one scale or table
+    for all numbers; or "variable", uniform with `bits` to `most` bits a dimension, (bits + most) /
+    2 in the mean, one scale a dimension.
 
     Example: `rounded(torch.randn(10, 8), Precision("uniform", bits=4)).bits == 32`
     """
@@ -35,19 +38,23 @@ class Precision:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"precision: unknown kind {self.kind!r}; expected one of {', '.join(KINDS)}")
-        if not 2 <= self.bits <= 8 or (self.kind == "variable") != (self.most > 0) or self.most > 8 or 0 < self.most < self.bits:
-            raise ValueError(f"precision: {self.kind} with bits {self.bits} and most {self.most}; expected 2 to 8 bits, and "
-                             "most, from bits to 8, for variable alone")
+            raise ValueError(f"precision: unknown kind {self.kind!r}; expected one of "
+                             f"{', '.join(KINDS)}")
+        if (not 2 <= self.bits <= 8 or (self.kind == "variable") != (self.most > 0) or self.most > 8
+            or 0 < self.most < self.bits):
+            raise ValueError(f"precision: {self.kind} with bits {self.bits} and most {self.most}; "
+                             "expected 2 to 8 bits, and most, from bits to 8, for variable alone")
 
 
-ARTICLES = {"image": Precision("uniform", 8), "text": Precision("kmeans", 6), "speech": Precision("variable", 4, 7)}
+ARTICLES = {"image": Precision("uniform", 8), "text": Precision("kmeans", 6),
+            "speech": Precision("variable", 4, 7)}
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """values: what the integers stand for, (n, d). integers: int64 (n, d). bits: packed bits a vector. coded_bits: bits a vector
-    of the entropy-coded integers, tables of frequencies and scales included; they decode back bit for bit."""
+    """values: what the integers stand for, (n, d). integers: int64 (n, d). bits: packed bits a
+    vector. coded_bits: bits a vector of the entropy-coded integers, tables of frequencies and
+    scales included; they decode back bit for bit."""
 
     values: Tensor
     integers: Tensor
@@ -55,49 +62,63 @@ class Rounded:
     coded_bits: float
 
     def row(self, vectors: Tensor) -> dict[str, float]:
-        """bits, coded_bits and sqnr_db = 10 log10(sum x^2 / sum (x - x')^2) of the vectors that were rounded."""
+        """bits, coded_bits and sqnr_db = 10 log10(sum x^2 / sum (x - x')^2) of the vectors that
+        were rounded."""
         error = (vectors - self.values).pow(2).sum().item()
         return {"bits": self.bits, "coded_bits": self.coded_bits,
                 "sqnr_db": 10 * np.log10(vectors.pow(2).sum().item() / max(error, 1e-30))}
 
 
 def rounded(vectors: Tensor, precision: Precision) -> Rounded:
-    """Vectors (n, d) at a precision. Raises ValueError for no vectors, NaN, or a code that does not decode to itself."""
+    """Vectors (n, d) at a precision. Raises ValueError for no vectors, NaN, or a code that does not
+    decode to itself."""
     if not vectors.numel() or not torch.isfinite(vectors).all():
         raise ValueError("precision: there are no vectors, or one is NaN or infinite")
     if precision.kind == "variable":
         widths = allocated(vectors, precision.bits, precision.most)
         tried = {b: _uniform(vectors, b, each=True) for b in widths.unique().tolist()}
-        values, integers = (sum(torch.where(widths == b, found[i], 0) for b, found in tried.items()) for i in (0, 1))
-        bits, table = float(widths.sum()), 5 * len(widths)  # a float32 scale and a byte for the width of each dimension
+        values, integers = (sum(torch.where(widths == b, found[i], 0) for b, found in tried.items())
+                            for i in (0, 1))
+        # a float32 scale and a byte for the width of each dimension
+        bits, table = float(widths.sum()), 5 * len(widths)
         parts = [integers[:, widths == b].numpy() for b in tried]
     else:
-        values, integers = (_uniform if precision.kind == "uniform" else _kmeans)(vectors, precision.bits)
-        bits, table = float(precision.bits * vectors.shape[1]), 4 if precision.kind == "uniform" else 4 * 2**precision.bits
+        values, integers = (_uniform if precision.kind == "uniform" else _kmeans)(vectors,
+                                                                                  precision.bits)
+        bits, table = (float(precision.bits * vectors.shape[1]),
+                       4 if precision.kind == "uniform" else 4 * 2**precision.bits)
         parts = [integers.numpy()]
-    return Rounded(values, integers, bits, 8 * (sum(map(coded_bytes, parts)) + table) / len(vectors))
+    return Rounded(values, integers, bits,
+                   8 * (sum(map(coded_bytes, parts)) + table) / len(vectors))
 
 
 def allocated(vectors: Tensor, least: int, most: int) -> Tensor:
-    """Bits of each dimension, int64 (d,), `least` to `most`, (least + most) / 2 in the mean: the next bit goes to the dimension
-    whose measured squared error it lowers most."""
-    errors = torch.stack([(vectors - _uniform(vectors, bits, each=True)[0]).pow(2).sum(0) for bits in range(least, most + 1)])
+    """Bits of each dimension, int64 (d,), `least` to `most`, (least + most) / 2 in the mean: the
+    next bit goes to the dimension whose measured squared error it lowers most."""
+    errors = torch.stack([(vectors - _uniform(vectors, bits, each=True)[0]).pow(2).sum(0)
+                          for bits in range(least, most + 1)])
     gains = errors[:-1] - errors[1:]
     widths = torch.full((vectors.shape[1],), least)
     for _ in range(round(vectors.shape[1] * (most - least) / 2)):
-        next_gain = torch.where(widths < most, gains.gather(0, (widths - least).clamp_max(most - least - 1)[None])[0], -torch.inf)
+        next_gain = torch.where(widths < most,
+                                gains.gather(0,
+                                             (widths - least).clamp_max(most - least - 1)[None])[0],
+                                -torch.inf)
         widths[next_gain.argmax()] += 1
     return widths
 
 
-def compare(vectors: Mapping[str, Tensor], precisions: Mapping[str, Precision]) -> tuple[dict[str, Tensor], pd.DataFrame]:
-    """The rounded vectors by modality and one row each: modality, kind, bits, coded_bits, sqnr_db. Raises ValueError for a
-    modality without a precision."""
+def compare(vectors: Mapping[str, Tensor],
+            precisions: Mapping[str, Precision]) -> tuple[dict[str, Tensor], pd.DataFrame]:
+    """The rounded vectors by modality and one row each: modality, kind, bits, coded_bits, sqnr_db.
+    Raises ValueError for a modality without a precision."""
     missing = [name for name in vectors if name not in precisions]
     if missing:
-        raise ValueError(f"precision: none is given for {missing[0]!r}; there are {', '.join(precisions)}")
+        raise ValueError(f"precision: none is given for {missing[0]!r}; there are "
+                         f"{', '.join(precisions)}")
     found = {name: rounded(part, precisions[name]) for name, part in vectors.items()}
-    rows = [{"modality": name, "kind": precisions[name].kind, **part.row(vectors[name])} for name, part in found.items()]
+    rows = [{"modality": name, "kind": precisions[name].kind, **part.row(vectors[name])}
+            for name, part in found.items()]
     return {name: part.values for name, part in found.items()}, pd.DataFrame(rows)
 
 
@@ -109,7 +130,8 @@ def shifted(precisions: Mapping[str, Precision], by: int) -> dict[str, Precision
     def width(bits: int) -> int:
         return min(max(bits + by, 2), 8)
 
-    return {name: Precision(p.kind, width(p.bits), width(p.most) if p.most else 0) for name, p in precisions.items()}
+    return {name: Precision(p.kind, width(p.bits), width(p.most) if p.most else 0)
+            for name, p in precisions.items()}
 
 
 def uniform_for(names: Sequence[str], bits: int) -> dict[str, Precision]:
@@ -120,7 +142,8 @@ def uniform_for(names: Sequence[str], bits: int) -> dict[str, Precision]:
     return {name: Precision("uniform", bits) for name in names}
 
 
-def _uniform(values: Tensor, bits: int, *, each: bool = False) -> tuple[Tensor, Tensor]:  # each: a scale for each column
+# each: a scale for each column
+def _uniform(values: Tensor, bits: int, *, each: bool = False) -> tuple[Tensor, Tensor]:
     scheme = Scheme(bits)
     scale = grid.fit(values.T if each else values.reshape(1, -1), scheme, by="mse")[0].T
     low, high = scheme.limits

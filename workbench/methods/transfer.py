@@ -1,8 +1,10 @@
-"""Ways of fitting a pretrained sentence encoder to a new task: all of its weights, low-rank adapters, a few prompt vectors.
+"""Ways of fitting a pretrained sentence encoder to a new task: all of its weights, low-rank
+adapters, a few prompt vectors.
 
-Sources: adapters of low rank Hu et al. 2021 (arXiv 2106.09685); prompt tuning Lester et al. 2021 (arXiv 2104.08691); both by
-the library peft. A smaller encoder to start from: depth.drop leaves layers out, as DistilBERT is started (Sanh et al. 2019, arXiv
-1910.01108), factorization.factorize thins the table of tokens, and `trimmed` takes what short sentences do not need.
+Sources: adapters of low rank Hu et al. 2021 (arXiv 2106.09685); prompt tuning Lester et al. 2021
+(arXiv 2104.08691); both by the library peft. A smaller encoder to start from: depth.drop leaves
+layers out, as DistilBERT is started (Sanh et al. 2019, arXiv 1910.01108), factorization.factorize
+thins the table of tokens, and `trimmed` takes what short sentences do not need.
 """
 
 import copy
@@ -16,11 +18,13 @@ KINDS = ("frozen", "prompts", "adapters", "full")
 HEADS = ("intent", "tagging")
 
 
-def tuned(encoder: nn.Module, kind: str, *, rank: int = 8, layers: Sequence[str] = ("query", "value"), prompts: int = 10,
+def tuned(encoder: nn.Module, kind: str, *, rank: int = 8,
+          layers: Sequence[str] = ("query", "value"), prompts: int = 10,
           seed: int = 0) -> nn.Module:
-    """A copy of a sentence encoder (subjects.encoders.Sentences) or a model that understands (subjects.understanding) in which
-    `kind` is trained: "frozen" nothing, "prompts" so many vectors before the tokens, "adapters" of `rank` at the linear layers
-    that end in one of `layers`, "full" everything. Heads are trained in any case.
+    """A copy of a sentence encoder (subjects.encoders.Sentences) or a model that understands
+    (subjects.understanding) in which `kind` is trained: "frozen" nothing, "prompts" so many vectors
+    before the tokens, "adapters" of `rank` at the linear layers that end in one of `layers`, "full"
+    everything. Heads are trained in any case.
 
     Raises ValueError for an unknown kind, ModuleNotFoundError without peft.
     """
@@ -38,22 +42,26 @@ def tuned(encoder: nn.Module, kind: str, *, rank: int = 8, layers: Sequence[str]
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A copy of a model that was tuned by adapters, with what they learned added to its weights: the layers that it had before.
+    """A copy of a model that was tuned by adapters, with what they learned added to its weights:
+    the layers that it had before.
 
     Raises ValueError where there are no adapters.
     """
     new = copy.deepcopy(model)
     part = getattr(new, _inner(new))
     if not hasattr(part, "merge_and_unload"):
-        raise ValueError(f"{type(model).__name__} has no adapters to merge; tune it by tuned(model, 'adapters')")
+        raise ValueError(f"{type(model).__name__} has no adapters to merge; tune it by "
+                         "tuned(model, 'adapters')")
     setattr(new, _inner(new), part.merge_and_unload())
     return new.requires_grad_(True)
 
 
-def _with_peft(new: nn.Module, kind: str, rank: int, layers: list[str], prompts: int, seed: int) -> None:
+def _with_peft(new: nn.Module, kind: str, rank: int, layers: list[str], prompts: int,
+               seed: int) -> None:
     import peft
 
-    config = (peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers) if kind == "adapters" else
+    config = (peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+              if kind == "adapters" else
               peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=prompts))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -66,7 +74,8 @@ def _inner(model: nn.Module) -> str:
 
 
 def trimmed(encoder: nn.Module, *, positions: int = 64, dropout: float = 0.1) -> nn.Module:
-    """A copy of a sentence encoder that reads at most `positions` tokens, without the pooler, which sentences do not use.
+    """A copy of a sentence encoder that reads at most `positions` tokens, without the pooler, which
+    sentences do not use.
 
     dropout: while it is trained; 0 for one that has a teacher and much to read.
 
@@ -77,7 +86,8 @@ def trimmed(encoder: nn.Module, *, positions: int = 64, dropout: float = 0.1) ->
     known = embeddings.position_embeddings.weight
     if not 1 <= positions <= len(known):
         raise ValueError(f"trimmed: positions is {positions}, expected 1 to {len(known)}")
-    embeddings.position_embeddings = nn.Embedding.from_pretrained(known[:positions].detach().clone(), freeze=False)
+    embeddings.position_embeddings = nn.Embedding.from_pretrained(known[:positions].detach()
+                                                                  .clone(), freeze=False)
     new.bert.pooler = None
     for module in new.modules():
         if isinstance(module, nn.Dropout):

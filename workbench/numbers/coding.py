@@ -1,7 +1,8 @@
 """Whole numbers as bytes, as few as their frequencies allow, and back bit for bit.
 
-An asymmetric numeral system (Duda 2013, arXiv 1311.2540) of the library constriction, with the counts of the numbers in
-front of it, so that the size is all that a reader needs; packed at a fixed width where that is smaller.
+An asymmetric numeral system (Duda 2013, arXiv 1311.2540) of the library constriction, with the
+counts of the numbers in front of it, so that the size is all that a reader needs; packed at a fixed
+width where that is smaller.
 """
 
 import struct
@@ -25,7 +26,8 @@ def encode(symbols: np.ndarray) -> bytes:
     counts = np.bincount(symbols)
     width = max(int(len(counts) - 1).bit_length(), 1)
     places = (symbols[:, None] >> np.arange(width)) & 1
-    packed = struct.pack("<BIB", _PACKED, len(symbols), width) + np.packbits(places.astype(np.uint8).ravel()).tobytes()
+    packed = (struct.pack("<BIB", _PACKED, len(symbols), width)
+              + np.packbits(places.astype(np.uint8).ravel()).tobytes())
     table = zlib.compress(counts.astype("<u4").tobytes(), 9)
     if np.count_nonzero(counts) < 2:
         return packed
@@ -37,7 +39,8 @@ def encode(symbols: np.ndarray) -> bytes:
 
 
 def decode(stream: bytes) -> np.ndarray:
-    """The numbers, int64 (n,), that `encode` wrote. Raises ValueError where the bytes are cut or not of its kind.
+    """The numbers, int64 (n,), that `encode` wrote. Raises ValueError where the bytes are cut or
+    not of its kind.
 
     Example: `decode(encode(np.array([1, 2, 2, 3]))).tolist() == [1, 2, 2, 3]`
     """
@@ -45,18 +48,21 @@ def decode(stream: bytes) -> np.ndarray:
         kind, count = struct.unpack_from("<BI", stream)
         if kind == _PACKED:
             width = stream[5]
-            bits = np.unpackbits(np.frombuffer(stream, np.uint8, offset=6), count=count * width).reshape(count, width)
+            bits = np.unpackbits(np.frombuffer(stream, np.uint8, offset=6),
+                                 count=count * width).reshape(count, width)
             return bits.astype(np.int64) @ (1 << np.arange(width))
         length = struct.unpack_from("<I", stream, 5)[0]
         counts = np.frombuffer(zlib.decompress(stream[9:9 + length]), "<u4")
         coder = _coder(np.frombuffer(stream, "<u4", offset=9 + length).astype(np.uint32))
         return coder.decode(_model(counts), count).astype(np.int64)
     except (struct.error, zlib.error, ValueError, IndexError) as error:
-        raise ValueError(f"coding: these bytes are cut or were not written by encode ({error})") from error
+        raise ValueError("coding: these bytes are cut or were not written by encode "
+                         f"({error})") from error
 
 
 def coded_bytes(symbols: np.ndarray) -> int:
-    """How many bytes `encode` needs, once they have been decoded and found the same. Raises ValueError where they are not.
+    """How many bytes `encode` needs, once they have been decoded and found the same. Raises
+    ValueError where they are not.
 
     Example: `coded_bytes(np.zeros(1000, dtype=int)) < 200`
     """
@@ -85,4 +91,5 @@ def _coder(words: np.ndarray | None = None):
 def _model(counts: np.ndarray):
     import constriction
 
-    return constriction.stream.model.Categorical((counts / counts.sum()).astype(np.float32), perfect=False)
+    return constriction.stream.model.Categorical((counts / counts.sum()).astype(np.float32),
+                                                 perfect=False)

@@ -1,6 +1,7 @@
 """The grids that numbers are put on, their scales, and fake quantisation.
 
-q = clamp(round(x / s) + z, q_min, q_max), x' = s (q - z); symmetric has z = 0 and q from -2^(b-1), asymmetric q from 0.
+q = clamp(round(x / s) + z, q_min, q_max), x' = s (q - z); symmetric has z = 0 and q from -2^(b-1),
+asymmetric q from 0.
 
 Sources: Jacob et al. 2018 (arXiv 1712.05877); k-means levels Han et al. 2016 (arXiv 1510.00149).
 """
@@ -21,9 +22,10 @@ LEVELS = ("uniform", "kmeans", "shifted")
 class Scheme:
     """How numbers become integers of `bits` bits (2-8).
 
-    granularity: one scale for the "tensor", for each output "channel", or for each "group" of `group` consecutive inputs
-    of a channel. levels "uniform"; "kmeans": 2^bits values, fitted to each tensor or channel, stored as a table; "shifted": as
-    uniform and not symmetric, but zero need not be among them, as in GGUF's Q4_1 (weights alone).
+    granularity: one scale for the "tensor", for each output "channel", or for each "group" of
+    `group` consecutive inputs of a channel. levels "uniform"; "kmeans": 2^bits values, fitted to
+    each tensor or channel, stored as a table; "shifted": as uniform and not symmetric, but zero
+    need not be among them, as in GGUF's Q4_1 (weights alone).
 
     Example: `Scheme(4).limits == (-8, 7)`
     """
@@ -39,34 +41,39 @@ class Scheme:
             raise ValueError(f"scheme: bits is {self.bits}, expected 2 to 8")
         for name, known in (("granularity", GRANULARITIES), ("levels", LEVELS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"scheme: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+                raise ValueError(f"scheme: {name} is {getattr(self, name)!r}, expected one of "
+                                 f"{', '.join(known)}")
         if (self.granularity == "group") != (self.group > 0):
-            raise ValueError(f"scheme: granularity is {self.granularity!r} and group {self.group}; a group of at least 1 input "
-                             "goes with granularity 'group', and only with it")
+            raise ValueError(f"scheme: granularity is {self.granularity!r} and group {self.group}; "
+                             "a group of at least 1 input goes with granularity 'group', and only "
+                             "with it")
         if self.levels == "shifted" and self.symmetric:
             raise ValueError("scheme: levels 'shifted' lie anywhere; give symmetric=False")
 
     @property
     def limits(self) -> tuple[int, int]:  # the least and the greatest integer
-        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+        return ((-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric
+                else (0, 2**self.bits - 1))
 
     def rows(self, weight: Tensor, layer: str = "") -> Tensor:
-        """The weight (out, ...) as (R, C), each row sharing a scale. Raises UnsupportedModelError where groups do not fit."""
+        """The weight (out, ...) as (R, C), each row sharing a scale. Raises UnsupportedModelError
+        where groups do not fit."""
         if self.granularity == "tensor":
             return weight.reshape(1, -1)
         if self.granularity == "channel":
             return weight.reshape(len(weight), -1)
         if weight[0].numel() % self.group:
-            raise UnsupportedModelError(f"layer {layer} has {weight[0].numel()} inputs a channel, which groups of {self.group} "
-                                        "do not divide; choose another group")
+            raise UnsupportedModelError(f"layer {layer} has {weight[0].numel()} inputs a channel, "
+                                        f"which groups of {self.group} do not divide; choose "
+                                        "another group")
         return weight.reshape(-1, self.group)
 
 
 def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Tensor]:
     """Scale and zero point, float32 (R, 1) each, of values (R, C), row by row.
 
-    by "minmax": the range covers all values; "mse": of 60 ranges from 0.3 of that to all of it, the one of least
-    squared error. A row of zeros has scale 1.
+    by "minmax": the range covers all values; "mse": of 60 ranges from 0.3 of that to all of it, the
+    one of least squared error. A row of zeros has scale 1.
 
     Example: `fit(torch.tensor([[-2.0, 127.0]]), Scheme(8))[0].item() == 1.0`
     """
@@ -79,7 +86,8 @@ def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Te
     scale, zero = affine(low, high, scheme)
     for share in torch.linspace(1.0, 0.3, 60).tolist():
         trial_scale, trial_zero = affine(low * share, high * share, scheme)
-        error = (rows - fake_quantize(rows, trial_scale, trial_zero, scheme)).pow(2).sum(1, keepdim=True)
+        rounded = fake_quantize(rows, trial_scale, trial_zero, scheme)
+        error = (rows - rounded).pow(2).sum(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
@@ -87,9 +95,11 @@ def fit(rows: Tensor, scheme: Scheme, *, by: str = "minmax") -> tuple[Tensor, Te
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """s (clamp(round(x / s) + z) - z), with the gradient 1 straight through inside the limits, and to s as learned step.
+    """s (clamp(round(x / s) + z) - z), with the gradient 1 straight through inside the limits, and
+    to s as learned step.
 
-    Example: `fake_quantize(torch.tensor([0.26]), torch.tensor([0.5]), torch.zeros(1), Scheme(8)).item() == 0.5`
+    Example: `fake_quantize(torch.tensor([0.26]), torch.tensor([0.5]), torch.zeros(1),
+    Scheme(8)).item() == 0.5`
     """
     low, high = scheme.limits
     scaled = values / scale + zero
@@ -99,12 +109,14 @@ def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -
 
 
 def kmeans(rows: Tensor, bits: int, *, steps: int = 30) -> Tensor:
-    """2^bits sorted levels, float32 (R, 2^bits), of values (R, C): Lloyd's steps from the best uniform grid, so never worse.
+    """2^bits sorted levels, float32 (R, 2^bits), of values (R, C): Lloyd's steps from the best
+    uniform grid, so never worse.
 
     Example: `kmeans(torch.randn(4, 100), bits=3).shape == (4, 8)`
     """
     uniform = Scheme(bits)
-    levels = torch.arange(uniform.limits[0], uniform.limits[1] + 1) * fit(rows, uniform, by="mse")[0]
+    levels = (torch.arange(uniform.limits[0], uniform.limits[1] + 1)
+              * fit(rows, uniform, by="mse")[0])
     for _ in range(steps):
         chosen = nearest(rows, levels)
         sums = torch.zeros_like(levels).scatter_add_(1, chosen, rows)
@@ -116,7 +128,8 @@ def kmeans(rows: Tensor, bits: int, *, steps: int = 30) -> Tensor:
 def affine(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point of ranges from `low` to `high`, of any shape.
 
-    Example: `affine(torch.tensor([0.0]), torch.tensor([2.55]), Scheme(8, symmetric=False))[1].item() == 0`
+    Example: `affine(torch.tensor([0.0]), torch.tensor([2.55]), Scheme(8,
+    symmetric=False))[1].item() == 0`
     """
     least, most = scheme.limits
     if scheme.symmetric:
@@ -133,4 +146,5 @@ def nearest(rows: Tensor, levels: Tensor) -> Tensor:
 
     Example: `nearest(torch.tensor([[0.9]]), torch.tensor([[0.0, 1.0]])).item() == 1`
     """
-    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), rows.contiguous())
+    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(),
+                              rows.contiguous())

@@ -14,13 +14,16 @@ class Sampler(Protocol):
         """At most `count` plans that it has not proposed before; none where it knows no more."""
 
     def tell(self, plan: Plan, lost: float, latency: float) -> None:
-        """What a plan came to; all that were asked for are told in their order, before the next are asked for."""
+        """What a plan came to; all that were asked for are told in their order, before the next are
+        asked for."""
 
 
 class Repeating:
-    """A sampler that may come to a plan again: the plan is then told from memory, and costs nothing.
+    """A sampler that may come to a plan again: the plan is then told from memory, and costs
+    nothing.
 
-    `draw` gives a plan, written in any way, and what led to it; `learn` takes the latter with what the plan came to.
+    `draw` gives a plan, written in any way, and what led to it; `learn` takes the latter with what
+    the plan came to.
     """
 
     def __init__(self, space: Space):

@@ -1,4 +1,5 @@
-"""One model looked over from end to end: accuracy, cost, export, eight bits, latency, where it parts, what it is sensitive to."""
+"""One model looked over from end to end: accuracy, cost, export, eight bits, latency, where it
+parts, what it is sensitive to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from workbench.subjects.tasks import Split
 
 @dataclass(frozen=True)
 class Checkup:
-    """What `checkup` found. row: one row of a table; files: the float32 and the int8 file; by_layer: where the int8 file parts
-    from the float model; scan: sensitivity of each group of channels, neurons or heads."""
+    """What `checkup` found. row: one row of a table; files: the float32 and the int8 file;
+    by_layer: where the int8 file parts from the float model; scan: sensitivity of each group of
+    channels, neurons or heads."""
 
     row: dict
     files: dict[str, Path]
@@ -24,19 +26,23 @@ class Checkup:
     scan: pd.DataFrame
 
     def __repr__(self) -> str:
-        return f"Checkup({', '.join(f'{key} {value}' for key, value in self.row.items() if isinstance(value, str | int))})"
+        told = (f"{key} {value}" for key, value in self.row.items() if isinstance(value, str | int))
+        return f"Checkup({', '.join(told)})"
 
 
-def checkup(subject: Subject, *, folder: Path | str, name: str | None = None, test: Split | None = None, compared: int = 200,
-            scanned: int = 100, levels: Sequence[float] = (0.5,), calibration: int = 100, calibrator: str = "minmax",
+def checkup(subject: Subject, *, folder: Path | str, name: str | None = None,
+            test: Split | None = None, compared: int = 200, scanned: int = 100,
+            levels: Sequence[float] = (0.5,), calibration: int = 100, calibrator: str = "minmax",
             batch: int = 1, threads: int = 1, blocks: int = 10, seed: int = 0) -> Checkup:
     """Take the subject through everything, and leave its float32 and int8 ONNX files in `folder`.
 
-    test: examples of the accuracies, the task's test split by default; compared, scanned: how many of them for the equivalence
-    and the scan; calibration: validation examples behind the ranges. The row: model, its metric with interval, params, macs,
-    size_bytes; cosine_min and agreement of the float32 file with the module; the metric's change in int8 (the file, paired) and
-    int8_agreement with the int8 module; latency_ms, int8_ratio with interval; parts_at, the layer whose output the int8 file
-    first moves beyond a cosine of 0.995, or its own most moved; most_sensitive, of the scan.
+    test: examples of the accuracies, the task's test split by default; compared, scanned: how many
+    of them for the equivalence and the scan; calibration: validation examples behind the ranges.
+    The row: model, its metric with interval, params, macs, size_bytes; cosine_min and agreement of
+    the float32 file with the module; the metric's change in int8 (the file, paired) and
+    int8_agreement with the int8 module; latency_ms, int8_ratio with interval; parts_at, the layer
+    whose output the int8 file first moves beyond a cosine of 0.995, or its own most moved;
+    most_sensitive, of the scan.
 
     Raises UnsupportedModelError where a step cannot be done, naming the layer or the operator.
 
@@ -46,24 +52,32 @@ def checkup(subject: Subject, *, folder: Path | str, name: str | None = None, te
     test, folder = test or task.test, Path(folder)
     name = name or type(model).__name__
     few = test.subset(compared, seed=seed)
-    seen = list((task.validation if len(task.validation) else task.test).subset(calibration, seed=seed).batches(32))
+    seen = list((task.validation if len(task.validation) else task.test).subset(calibration,
+                                                                                seed=seed)
+                .batches(32))
     rounded = quantization.quantize(model, seen, calibrator=calibrator)
     files = {kind: onnx.export(made, example, folder / f"{name}-{kind}.onnx")
              for kind, made in (("float32", model), ("int8", rounded))}
     scores = {kind: accuracy.evaluate(path, test) for kind, path in files.items()}
     same = equivalence.compare(model, files["float32"], few, batch_size=32)
     quantised = equivalence.compare(rounded, files["int8"], few, batch_size=32)
-    timed = latency.paired(files, task.test.batch(slice(0, batch)).inputs, threads=threads, blocks=blocks, seed=seed)
+    timed = latency.paired(files, task.test.batch(slice(0, batch)).inputs, threads=threads,
+                           blocks=blocks, seed=seed)
     by_layer = equivalence.by_layer(model, files["int8"], few, batch_size=32)
     method = channels.silencing(model, example=example)
-    scan = sensitivity.scan(model, test.subset(scanned, seed=seed), method, levels=levels, batch_size=64)
+    scan = sensitivity.scan(model, test.subset(scanned, seed=seed), method, levels=levels,
+                            batch_size=64)
     change = accuracy.difference(scores["float32"], scores["int8"])
     slow = timed.set_index("candidate").loc["int8"]
-    row = {"model": name, "unit": task.objective.unit, **scores["float32"].row(), **cost.total(model, example),
+    row = {"model": name, "unit": task.objective.unit, **scores["float32"].row(),
+           **cost.total(model, example),
            "cosine_min": same.cosine_min, "agreement": same.agreement,
-           **{f"int8_{key}": value for key, value in change.row().items()}, "int8_agreement": quantised.agreement,
-           "int8_size_bytes": files["int8"].stat().st_size, "latency_ms": timed.latency_ms[0], "int8_ratio": slow.ratio,
-           "int8_ratio_low": slow.ratio_low, "int8_ratio_high": slow.ratio_high, "parts_at": _parting(by_layer),
+           **{f"int8_{key}": value for key, value in change.row().items()},
+           "int8_agreement": quantised.agreement,
+           "int8_size_bytes": files["int8"].stat().st_size, "latency_ms": timed.latency_ms[0],
+           "int8_ratio": slow.ratio,
+           "int8_ratio_low": slow.ratio_low, "int8_ratio_high": slow.ratio_high,
+           "parts_at": _parting(by_layer),
            "most_sensitive": _most_sensitive(scan)}
     return Checkup(row, files, by_layer, scan)
 
@@ -78,7 +92,8 @@ def _parting(by_layer: pd.DataFrame) -> str:
 
 
 def _most_sensitive(scan: pd.DataFrame) -> str:
-    """The group whose loss moves the answers most, by the distance of the logits, which tells apart what accuracy cannot."""
+    """The group whose loss moves the answers most, by the distance of the logits, which tells apart
+    what accuracy cannot."""
     free = scan[scan.removed > 0]
     if free.empty:
         return "nothing can be cut"

@@ -1,7 +1,9 @@
-"""The whole way from a model to a file: the steps of a recipe one by one, each stage measured, timed and kept.
+"""The whole way from a model to a file: the steps of a recipe one by one, each stage measured,
+timed and kept.
 
-`DIR/stages/` keeps each stage under the hash of all that made it (model, data, steps so far, code, seed). A run that was killed
-takes the stages that are there, and a training goes on between two of its steps.
+`DIR/stages/` keeps each stage under the hash of all that made it (model, data, steps so far, code,
+seed). A run that was killed takes the stages that are there, and a training goes on between two of
+its steps.
 """
 
 import copy
@@ -33,8 +35,8 @@ COMPARED = 1000  # examples behind the verdict on module and file
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What `compress` leaves. stages: one row a stage; verdict: the last module against its file; file: that file; base: that of
-    the model as it came; subject: the last stage."""
+    """What `compress` leaves. stages: one row a stage; verdict: the last module against its file;
+    file: that file; base: that of the model as it came; subject: the last stage."""
 
     stages: pd.DataFrame
     verdict: equivalence.Equivalence
@@ -43,27 +45,34 @@ class Compressed:
     subject: Subject
 
 
-def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stages: Path | str | None = None,
-             test: Split | None = None, threads: int = 1, blocks: int = 20, seed: int = 0) -> Compressed:
-    """Take `start` through the steps and leave in `out`: model.onnx, model.safetensors, stages.csv and run.json.
+def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *,
+             stages: Path | str | None = None, test: Split | None = None, threads: int = 1,
+             blocks: int = 20, seed: int = 0) -> Compressed:
+    """Take `start` through the steps and leave in `out`: model.onnx, model.safetensors, stages.csv
+    and run.json.
 
-    stages.csv has a row a stage, the first being the model as it came: stage, the task's metric with interval, its paired change,
-    params, macs, size_bytes of the ONNX file, latency_ms and its ratio to the first (interleaved, on `threads`), took_s.
-    stages: where they are kept, by default `out`/stages; recipes that share it make what they share once. test: the examples
-    that judge, by default the task's test split. seed: of the order of timing.
+    stages.csv has a row a stage, the first being the model as it came: stage, the task's metric
+    with interval, its paired change, params, macs, size_bytes of the ONNX file, latency_ms and its
+    ratio to the first (interleaved, on `threads`), took_s. stages: where they are kept, by default
+    `out`/stages; recipes that share it make what they share once. test: the examples that judge, by
+    default the task's test split. seed: of the order of timing.
 
-    Raises UnsupportedModelError where a step or the export cannot be done, naming the stage; ValueError as the steps do.
+    Raises UnsupportedModelError where a step or the export cannot be done, naming the stage;
+    ValueError as the steps do.
 
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
     out, test = Path(out), test or start.task.test
     store, made, old = Store(stages or out / "stages"), [], []
-    key: dict[str, Any] = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task),
+    key: dict[str, Any] = {"model": files.fingerprint(start.model.state_dict().values()),
+                           "data": marked(start.task),
                            "judged": len(test), "code": code(), "steps": []}
     subject = start.with_model(start.model, folder=str(out))
-    for name, step in files.progress([("start", None), *steps.items()], title="compress", unit="stage"):
+    for name, step in files.progress([("start", None), *steps.items()], title="compress",
+                                     unit="stage"):
         if step:
-            told = {"type": next(kind for kind, known in STEPS.items() if type(step) is known), **written(step)}
+            told = {"type": next(kind for kind, known in STEPS.items() if type(step) is known),
+                    **written(step)}
             key = key | {"steps": [*key["steps"], told]}
         numbered = f"{len(made)} {name}"
         try:
@@ -73,11 +82,14 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *, stag
         made.append((name, store.place(numbered, key)))
         old += [path.name for path in store.stale(numbered, key)]
     if old and stages is None:
-        print(f"stale, of another model, recipe, data or state of the code: {', '.join(old)} in {store.folder}; not used")
-    return _told(out, made, subject, test, {"steps": key["steps"], "data": start.task.name}, threads, blocks, seed)
+        print(f"stale, of another model, recipe, data or state of the code: {', '.join(old)} in "
+              f"{store.folder}; not used")
+    return _told(out, made, subject, test, {"steps": key["steps"], "data": start.task.name},
+                 threads, blocks, seed)
 
 
-def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | None, test: Split) -> Subject:
+def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | None,
+           test: Split) -> Subject:
     """The subject after a step, made and measured, or as an earlier run left it."""
     place, after = store.place(name, key), None
 
@@ -88,10 +100,15 @@ def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | 
         took = machine.clock() - began
         onnx.export(after.model, after.example, folder / "model.onnx")
         score = accuracy.evaluate(folder / "model.onnx", test)
-        known = {"statistics": score.statistics, "labels": score.labels, "predictions": score.predictions}
-        save_file({part: value.contiguous() for part, value in known.items() if value is not None}, folder / "score.safetensors")
-        save_file(_tensors(after.model), folder / "model.safetensors", metadata=getattr(after.model, "origin", None))
-        (folder / "stage.json").write_text(json.dumps({"took_s": took, **cost.total(after.model, after.example)}))
+        known = {"statistics": score.statistics, "labels": score.labels,
+                 "predictions": score.predictions}
+        save_file({part: value.contiguous() for part, value in known.items() if value is not None},
+                  folder / "score.safetensors")
+        save_file(_tensors(after.model), folder / "model.safetensors",
+                  metadata=getattr(after.model, "origin", None))
+        (folder
+         / "stage.json").write_text(json.dumps({"took_s": took,
+                                                **cost.total(after.model, after.example)}))
 
     store.kept(name, key, make)
     (store.folder / f"{place.name}.state").unlink(missing_ok=True)
@@ -99,7 +116,8 @@ def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | 
         return after
     if step is None:
         return before
-    if not getattr(step, "keeps_shape", False):  # quick, and the same again: what follows needs its module
+    # quick, and the same again: what follows needs its module
+    if not getattr(step, "keeps_shape", False):
         return _applied(before, step, None)
     return before.with_model(_filled(before.model, load_file(place / "model.safetensors")))
 
@@ -108,11 +126,12 @@ def _applied(before: Subject, step: Step | None, state: Path | None) -> Subject:
     if step is None:
         return before
     takes = {field.name for field in dataclasses.fields(step)}
-    return (dataclasses.replace(step, state=str(state)) if state and "state" in takes else step).apply(before)
+    return (dataclasses.replace(step, state=str(state)) if state and "state" in takes
+            else step).apply(before)
 
 
-def _told(out: Path, made: list[tuple[str, Path]], subject: Subject, test: Split, told: Mapping, threads: int, blocks: int,
-          seed: int) -> Compressed:
+def _told(out: Path, made: list[tuple[str, Path]], subject: Subject, test: Split, told: Mapping,
+          threads: int, blocks: int, seed: int) -> Compressed:
     """Time the stages' files against each other, judge the last one, and write what is left."""
     rows, base = [], None
     for name, place in made:
@@ -120,30 +139,36 @@ def _told(out: Path, made: list[tuple[str, Path]], subject: Subject, test: Split
         score = accuracy.scored(known.pop("statistics"), test.objective, units=test.units, **known)
         base = base or score
         stage = json.loads((place / "stage.json").read_text())
-        rows.append({"stage": name, **score.row(), **accuracy.difference(base, score).row(), "params": stage["params"],
-                     "macs": stage["macs"], "size_bytes": (place / "model.onnx").stat().st_size, "took_s": stage["took_s"]})
+        rows.append({"stage": name, **score.row(), **accuracy.difference(base, score).row(),
+                     "params": stage["params"],
+                     "macs": stage["macs"], "size_bytes": (place / "model.onnx").stat().st_size,
+                     "took_s": stage["took_s"]})
     frame = pd.DataFrame(rows)
-    timed = latency.paired({name: place / "model.onnx" for name, place in made}, subject.example, threads=threads, blocks=blocks,
-                           seed=seed)
+    timed = latency.paired({name: place / "model.onnx" for name, place in made}, subject.example,
+                           threads=threads, blocks=blocks, seed=seed)
     columns = ["latency_ms", "ratio", "ratio_low", "ratio_high"]
     frame[columns] = timed[columns].to_numpy()
     last = made[-1][1]
     limits = equivalence.QUANTISED if any(quantizers(subject.model)) else equivalence.Limits()
-    verdict = equivalence.compare(subject.model, last / "model.onnx", test.subset(COMPARED, seed=seed), limits=limits)
+    verdict = equivalence.compare(subject.model, last / "model.onnx",
+                                  test.subset(COMPARED, seed=seed), limits=limits)
     for file in ("model.onnx", "model.safetensors"):
         with files.atomic(out / file) as new:
             shutil.copy(last / file, new)
     with files.atomic(out / "stages.csv") as new:
         frame.to_csv(new, index=False)
     with files.atomic(out / "run.json") as new:
-        new.write_text(json.dumps({**told, "threads": threads, "seed": seed, "checks": verdict.checks(), "time": time.time(),
-                                   "versions": machine.versions(), "hardware": machine.hardware()}, indent=1))
+        new.write_text(json.dumps({**told, "threads": threads, "seed": seed,
+                                   "checks": verdict.checks(), "time": time.time(),
+                                   "versions": machine.versions(), "hardware": machine.hardware()},
+                                  indent=1))
     frame.attrs["machine"] = timed.attrs["machine"]
     return Compressed(frame, verdict, out / "model.onnx", made[0][1] / "model.onnx", subject)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().contiguous().clone()
+            for name, tensor in model.state_dict().items()}
 
 
 def _filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -154,7 +179,9 @@ def _filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def marked(task: Task) -> str:
-    """What tells one set of data from another: its name, how many examples each split has, and their targets."""
+    """What tells one set of data from another: its name, how many examples each split has, and
+    their targets."""
     parts = (task.train, task.validation, task.test)
     targets = [part.targets for part in parts if isinstance(part.targets, Tensor)]
-    return f"{task.name} {' '.join(str(len(part)) for part in parts)} {files.fingerprint(targets)[:12]}"
+    return (f"{task.name} {' '.join(str(len(part)) for part in parts)} "
+            f"{files.fingerprint(targets)[:12]}")

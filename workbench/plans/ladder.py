@@ -1,4 +1,5 @@
-"""Many plans from one model, each judged on the same examples and kept, so that a run that was killed goes on."""
+"""Many plans from one model, each judged on the same examples and kept, so that a run that was
+killed goes on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,23 @@ from workbench.plans.compress import marked
 from workbench.subjects.subject import Step, Subject
 
 
-def climb(start: Subject, rungs: Mapping[str, Sequence[Step]], *, base: Score, folder: Path | str) -> pd.DataFrame:
-    """One row a rung: rung, seconds, the task's metric with interval, and the paired change from `base`.
+def climb(start: Subject, rungs: Mapping[str, Sequence[Step]], *, base: Score,
+          folder: Path | str) -> pd.DataFrame:
+    """One row a rung: rung, seconds, the task's metric with interval, and the paired change from
+    `base`.
 
-    rungs: the steps of each, by name, all from `start`. base: what a model scored on start.task.test. folder: where each row is
-    kept under the hash of its steps, the model, the data and the code; what stands there is not made again.
+    rungs: the steps of each, by name, all from `start`. base: what a model scored on
+    start.task.test. folder: where each row is kept under the hash of its steps, the model, the data
+    and the code; what stands there is not made again.
 
     Raises what the steps raise.
 
-    Example: `ladder.climb(start, {"int8": [Quantize(8)], "int4": [Quantize(4), Repair()]}, base=score, folder="kept")`
+    Example: `ladder.climb(start, {"int8": [Quantize(8)], "int4": [Quantize(4), Repair()]},
+    base=score, folder="kept")`
     """
     kept = store.Store(folder)
-    shared = {"model": files.fingerprint(start.model.state_dict().values()), "data": marked(start.task),
+    shared = {"model": files.fingerprint(start.model.state_dict().values()),
+              "data": marked(start.task),
               "against": files.fingerprint([base.predictions]), "code": store.code()}
     rows = []
     for name, steps in files.progress(list(rungs.items()), title="ladder", unit="rung"):

@@ -6,9 +6,9 @@
       - {type: distil, params: {epochs: 2, learning_rate: 0.02}}
       - {type: quantize, params: {bits: 8}}
 
-A type is a key of STEPS, its params are the fields of that class; what trains takes the fields of training.Recipe beside them.
-The names and fields of the articles that this project grew from are understood too (ALIASES). `model` and `data` may be named;
-the recipe is then for these alone.
+A type is a key of STEPS, its params are the fields of that class; what trains takes the fields of
+training.Recipe beside them. The names and fields of the articles that this project grew from are
+understood too (ALIASES). `model` and `data` may be named; the recipe is then for these alone.
 """
 
 import dataclasses
@@ -43,15 +43,19 @@ from workbench.subjects.subject import Step
 from workbench.subjects.training import Train
 
 STEPS: dict[str, type] = {
-    "prune": Prune, "drop": Drop, "fisher": Fisher, "sparsify": Sparsify, "factorize": Factorize, "fuse": Fuse, "fold": Fold,
-    "equalize": Equalize, "reestimate": Reestimate, "train": Train, "distil": Distil, "quantize": Quantize, "tune": Tune,
+    "prune": Prune, "drop": Drop, "fisher": Fisher, "sparsify": Sparsify, "factorize": Factorize,
+    "fuse": Fuse, "fold": Fold,
+    "equalize": Equalize, "reestimate": Reestimate, "train": Train, "distil": Distil,
+    "quantize": Quantize, "tune": Tune,
     "mix": Mix, "repair": Repair, "load": Load, "export": Export}
 ALIASES = {  # the articles' name: ours, their fields' names in ours, what it means beside them
     "structured_pruning": ("prune", {"sparsity_ratio": "ratio", "target_layers": "layers"}, {}),
-    "unstructured_pruning": ("sparsify", {"sparsity_ratio": "sparsity", "target_layers": "layers"}, {}),
+    "unstructured_pruning": ("sparsify", {"sparsity_ratio": "sparsity", "target_layers": "layers"},
+                             {}),
     "quantization": ("quantize", {"target_layers": "layers"}, {}),
     "mixed_precision": ("mix", {}, {}),
-    "weight_sharing": ("quantize", {"target_layers": "layers"}, {"levels": "kmeans", "activations": False}),
+    "weight_sharing": ("quantize", {"target_layers": "layers"},
+                       {"levels": "kmeans", "activations": False}),
     "low_rank": ("factorize", {"target_layers": "layers"}, {}),
     "distillation": ("distil", {}, {}),
     "reparameterization": ("fuse", {}, {})}
@@ -71,48 +75,59 @@ class Recipe:
 def load(source: Path | str) -> Recipe:
     """The recipe of a YAML file, or one that comes with the package, by name.
 
-    Raises FileNotFoundError for neither, ValueError for what is no recipe, naming file, step and field.
+    Raises FileNotFoundError for neither, ValueError for what is no recipe, naming file, step and
+    field.
 
     Example: `steps.plan(Subject(model, task), recipe.load("half.yaml").steps)`
     """
     path = Path(source)
     if not path.exists():
-        known = {found.stem: found for found in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+        known = {found.stem: found
+                 for found in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
         if str(source) not in known:
-            raise FileNotFoundError(f"recipe {source} does not exist; give a YAML file, or one of {', '.join(known)}")
+            raise FileNotFoundError(f"recipe {source} does not exist; give a YAML file, or one of "
+                                    f"{', '.join(known)}")
         path = known[str(source)]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text ({reason(error)}); a recipe is a YAML file") from error
+        raise ValueError(f"{path} cannot be read as text ({reason(error)}); a recipe is a YAML "
+                         "file") from error
     return parse(text, where=str(path))
 
 
 def parse(text: str, *, where: str = "recipe") -> Recipe:
-    """The recipe of a YAML text. where: what a message calls it. Raises ValueError as `load` does."""
+    """The recipe of a YAML text. where: what a message calls it. Raises ValueError as `load`
+    does."""
     try:
         told = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
-        raise ValueError(f"{where} is not valid YAML{line}: {getattr(error, 'problem', None) or reason(error)}") from error
+        raise ValueError(f"{where} is not valid YAML{line}: "
+                         f"{getattr(error, 'problem', None) or reason(error)}") from error
     if not told:
         raise ValueError(f"{where} is empty; expected `compression:` and a list of steps")
-    if not isinstance(told, dict) or not isinstance(told.get("compression"), list) or not told["compression"]:
-        raise ValueError(f"{where}: expected `compression:` and a list of steps, each {{type: ..., params: {{...}}}}")
+    if (not isinstance(told, dict) or not isinstance(told.get("compression"), list)
+        or not told["compression"]):
+        raise ValueError(f"{where}: expected `compression:` and a list of steps, each {{type: ..., "
+                         f"params: {{...}}}}")
     odd = [key for key in told if key not in ("compression", "name", "model", "data")]
     if odd:
-        raise ValueError(f"{where}: unknown key {odd[0]!r}; expected compression, name, model, data")
+        raise ValueError(f"{where}: unknown key {odd[0]!r}; expected compression, name, model, "
+                         "data")
     steps: dict[str, Step] = {}
     for place, entry in enumerate(told["compression"], start=1):
         for name, step in _steps(entry, f"{where}: step {place}"):
-            times = sum(known == name or re.fullmatch(rf"{re.escape(name)} \d+", known) is not None for known in steps)
+            times = sum(known == name or re.fullmatch(rf"{re.escape(name)} \d+", known) is not None
+                        for known in steps)
             steps[name if not times else f"{name} {times + 1}"] = step
     return Recipe(steps, *(str(told.get(key) or "") for key in ("name", "model", "data")))
 
 
 def dump(steps: Iterable[Step] | Mapping[str, Step], *, name: str = "") -> str:
-    """The YAML that `parse` reads the same steps from; fields with their default value are left out.
+    """The YAML that `parse` reads the same steps from; fields with their default value are left
+    out.
 
     Example: `Path("half.yaml").write_text(recipe.dump([Prune(macs=0.5), Quantize(bits=8)]))`
     """
@@ -124,7 +139,8 @@ def dump(steps: Iterable[Step] | Mapping[str, Step], *, name: str = "") -> str:
 
 
 def written(step: Step) -> dict[str, object]:
-    """What a recipe writes of a step: its fields that differ from their defaults, those of its training beside them."""
+    """What a recipe writes of a step: its fields that differ from their defaults, those of its
+    training beside them."""
     params: dict[str, object] = {}
     for key, value in _changed(step).items():
         if isinstance(value, training.Recipe):
@@ -135,7 +151,8 @@ def written(step: Step) -> dict[str, object]:
 
 
 def expect_layers(steps: Mapping[str, Step], model: nn.Module, *, where: str = "recipe") -> None:
-    """Raise ValueError where globs of a step match no layer of `model`, as far as no step before it renames layers."""
+    """Raise ValueError where globs of a step match no layer of `model`, as far as no step before it
+    renames layers."""
     for name, step in steps.items():
         if isinstance(step, Factorize | Fuse | Drop):
             return
@@ -156,11 +173,13 @@ def _steps(entry: object, where: str) -> list[tuple[str, Step]]:
     where = f"{where} ({name})"
     odd = [key for key in entry if key not in ("type", "params")]
     if odd:
-        raise ValueError(f"{where}: unknown key {odd[0]!r}; a step has type and params, its fields stand in params")
+        raise ValueError(f"{where}: unknown key {odd[0]!r}; a step has type and params, its fields "
+                         "stand in params")
     if not isinstance(params, dict):
         raise ValueError(f"{where}: params is {params!r}, expected fields with their values")
     if name not in STEPS and name not in ALIASES:
-        raise ValueError(f"{where}: unknown type{_nearest(name, (*STEPS, *ALIASES))}; expected one of {', '.join(STEPS)}")
+        raise ValueError(f"{where}: unknown type{_nearest(name, (*STEPS, *ALIASES))}; expected one "
+                         f"of {', '.join(STEPS)}")
     kind, fields, beside = ALIASES.get(name, (name, {}, {}))
     params = beside | {fields.get(key, key): value for key, value in params.items()}
     back = {ours: theirs for theirs, ours in fields.items()}
@@ -168,8 +187,9 @@ def _steps(entry: object, where: str) -> list[tuple[str, Step]]:
     if name == "quantization" and "method" in params:
         method = params.pop("method")
         if method not in REPAIRS and method not in CALIBRATORS:
-            raise ValueError(f"{where}: method is {method!r}{_nearest(str(method), (*REPAIRS, *CALIBRATORS))}; expected one of "
-                             f"{', '.join((*REPAIRS, *CALIBRATORS))}")
+            raise ValueError(f"{where}: method is "
+                             f"{method!r}{_nearest(str(method), (*REPAIRS, *CALIBRATORS))}; "
+                             f"expected one of {', '.join((*REPAIRS, *CALIBRATORS))}")
         repair = Repair(method) if method in REPAIRS else None
         params |= {} if repair else {"calibrator": method}
     made = _made(STEPS[kind], params, where, back)
@@ -179,11 +199,13 @@ def _steps(entry: object, where: str) -> list[tuple[str, Step]]:
 def _made(kind: type, params: Mapping[str, object], where: str, back: Mapping[str, str]) -> Step:
     """A step of its class from checked fields."""
     try:
-        checked = _schema(kind).model_validate({key: _number(value) for key, value in params.items()})
+        checked = _schema(kind).model_validate({key: _number(value)
+                                                for key, value in params.items()})
     except pydantic.ValidationError as error:
         raise ValueError(f"{where}: {_first(error, _schema(kind), back)}") from error
     values = checked.model_dump(exclude_unset=True)
-    trains = {key: values.pop(key) for key in list(values) if key in _TRAINING and key not in _own(kind)}
+    trains = {key: values.pop(key) for key in list(values) if key in _TRAINING
+              and key not in _own(kind)}
     try:
         if "recipe" in _own(kind) and (trains or _needs_recipe(kind)):
             values["recipe"] = training.Recipe(**trains)
@@ -194,7 +216,8 @@ def _made(kind: type, params: Mapping[str, object], where: str, back: Mapping[st
 
 @cache
 def _schema(kind: type) -> type[pydantic.BaseModel]:
-    """What a recipe may write of a step: its own fields, and those of a training where it has one."""
+    """What a recipe may write of a step: its own fields, and those of a training where it has
+    one."""
     hints, fields = get_type_hints(kind, include_extras=True), {}
     for field in dataclasses.fields(kind):
         if field.name == "recipe":
@@ -203,7 +226,9 @@ def _schema(kind: type) -> type[pydantic.BaseModel]:
         elif field.name not in NOT_WRITTEN and get_origin(hints[field.name]) is not ClassVar:
             default = ... if field.default is dataclasses.MISSING else field.default
             fields[field.name] = (_plain(hints[field.name]), default)
-    return pydantic.create_model(kind.__name__, __config__=pydantic.ConfigDict(extra="forbid", strict=True), **fields)
+    return pydantic.create_model(kind.__name__,
+                                 __config__=pydantic.ConfigDict(extra="forbid", strict=True),
+                                 **fields)
 
 
 _TRAINING = {field.name: field.default for field in dataclasses.fields(training.Recipe)}
@@ -214,20 +239,24 @@ def _own(kind: type) -> set[str]:
 
 
 def _needs_recipe(kind: type) -> bool:
-    return next(field for field in dataclasses.fields(kind) if field.name == "recipe").default is dataclasses.MISSING
+    return next(field for field in dataclasses.fields(kind)
+                if field.name == "recipe").default is dataclasses.MISSING
 
 
 def _plain(hint):
     """The hint without functions, which YAML cannot write: a schedule is a number."""
-    return Annotated[float, Gt(0)] if any(get_origin(part) is Callable for part in get_args(hint)) else hint
+    return (Annotated[float, Gt(0)] if any(get_origin(part) is Callable for part in get_args(hint))
+            else hint)
 
 
 def _number(value: object) -> object:
     """YAML takes 1e-3 for text."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+    return (float(value) if isinstance(value, str)
+            and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value)
 
 
-def _first(error: pydantic.ValidationError, schema: type[pydantic.BaseModel], back: Mapping[str, str]) -> str:
+def _first(error: pydantic.ValidationError, schema: type[pydantic.BaseModel],
+           back: Mapping[str, str]) -> str:
     """The first thing that is wrong, in one line."""
     found = error.errors()[0]
     field = str(found["loc"][0])
@@ -236,7 +265,8 @@ def _first(error: pydantic.ValidationError, schema: type[pydantic.BaseModel], ba
         return f"unknown field {field!r}{_nearest(field, schema.model_fields)}; it takes {takes}"
     if found["type"] == "missing":
         return f"{back.get(field, field)} is missing"
-    expected = " or ".join(dict.fromkeys(re.sub(r"^[Ii]nput should be (a valid )?", "", part["msg"]) for part in error.errors()
+    expected = " or ".join(dict.fromkeys(re.sub(r"^[Ii]nput should be (a valid )?", "", part["msg"])
+                                         for part in error.errors()
                                          if part["loc"][0] == field))
     return f"{back.get(field, field)} is {found['input']!r}, expected {expected}"
 

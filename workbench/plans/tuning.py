@@ -1,4 +1,5 @@
-"""Quantisation that looks for itself: which calibrator and which repairs bring the answers nearest to the float model's."""
+"""Quantisation that looks for itself: which calibrator and which repairs bring the answers nearest
+to the float model's."""
 
 import time
 from collections.abc import Callable
@@ -29,15 +30,16 @@ WINS = 0.98  # of the least distance so far: what a further repair has to stay b
 
 @dataclass(frozen=True)
 class Tune:
-    """The step of a plan that quantises by what helps: each calibrator, equalised ranges, then each of `repairs` on the best so
-    far; it stops where none brings the answers nearer.
+    """The step of a plan that quantises by what helps: each calibrator, equalised ranges, then each
+    of `repairs` on the best so far; it stops where none brings the answers nearer.
 
-    Near is the mean relative L2 distance of the outputs from the float model's, on `judged` examples other than the `examples`
-    that calibrate, of the validation split and, where it has too few, the training split; labels are not looked at.
+    Near is the mean relative L2 distance of the outputs from the float model's, on `judged`
+    examples other than the `examples` that calibrate, of the validation split and, where it has too
+    few, the training split; labels are not looked at.
     """
 
     bits: Annotated[int, Ge(2), Le(8)] = 8
-    granularity: Literal[GRANULARITIES] = "channel"  # type: ignore[valid-type]  # Literal of a tuple is fine at run time
+    granularity: Literal[GRANULARITIES] = "channel"  # type: ignore[valid-type]
     group: Count = 0
     calibrators: tuple[str, ...] | list[str] = CALIBRATORS
     repairs: tuple[str, ...] | list[str] = ("bias", "descend", "adaround")
@@ -50,10 +52,12 @@ class Tune:
         for name, known in (("calibrators", CALIBRATORS), ("repairs", tuple(REPAIRS))):
             odd = [value for value in getattr(self, name) if value not in known]
             if odd or (name == "calibrators" and not self.calibrators):
-                raise ValueError(f"tune: {name} holds {odd[0] if odd else 'nothing'!r}, expected some of {', '.join(known)}")
+                raise ValueError(f"tune: {name} holds {odd[0] if odd else 'nothing'!r}, expected "
+                                 f"some of {', '.join(known)}")
 
     def apply(self, subject: Subject) -> Subject:
-        """The quantised subject; what was tried stands in `made["tried"]`: what, distance, seconds, kept."""
+        """The quantised subject; what was tried stands in `made["tried"]`: what, distance, seconds,
+        kept."""
         calibrating, judging = _drawn(subject.task, self.examples, self.judged, self.seed)
         seen, batches = list(calibrating.batches(50)), list(judging.batches(50))
         folded = fold_batchnorm(subject.model, subject.example)
@@ -61,7 +65,8 @@ class Tune:
         weights = Scheme(self.bits, granularity=self.granularity, group=self.group)
         best: tuple[float, nn.Module | None, nn.Module] = (float("inf"), None, folded)
 
-        def attempt(what: str, make: Callable[[], nn.Module], reference: nn.Module, share: float = 1.0) -> None:
+        def attempt(what: str, make: Callable[[], nn.Module], reference: nn.Module,
+                    share: float = 1.0) -> None:
             nonlocal best
             began = time.perf_counter()
             try:
@@ -79,21 +84,25 @@ class Tune:
         chosen = pd.DataFrame(rows).set_index("what").distance.idxmin()
         try:
             even = equalize(folded, subject.example)
-            attempt("equalised", lambda: quantize(even, seen, weights=weights, calibrator=chosen), even, WINS)
+            attempt("equalised", lambda: quantize(even, seen, weights=weights, calibrator=chosen),
+                    even, WINS)
         except UnsupportedModelError:  # no two layers with only a ReLU between them
             pass
         for name in files.progress(self.repairs, title="repairs"):
             if best[0] > self.enough:
-                attempt(name, partial(REPAIRS[name], best[1], best[2], seen, seed=self.seed), best[2], WINS)
-        return subject.with_model(best[1], float=best[2], calibration=seen, tried=pd.DataFrame(rows))
+                attempt(name, partial(REPAIRS[name], best[1], best[2], seen, seed=self.seed),
+                        best[2], WINS)
+        return subject.with_model(best[1], float=best[2], calibration=seen,
+                                  tried=pd.DataFrame(rows))
 
 
 def _drawn(task: Task, examples: int, judged: int, seed: int) -> tuple[Split, Split]:
-    """Examples to calibrate on and others to judge by; half and half where there are fewer than both."""
+    """Examples to calibrate on and others to judge by; half and half where there are fewer than
+    both."""
     source = task.validation if len(task.validation) >= examples + judged else task.train
     if len(source) < 2:
-        raise ValueError(f"tune: {task.name} has {len(source)} validation or training examples; it needs some of these, test "
-                         "examples are not for tuning")
+        raise ValueError(f"tune: {task.name} has {len(source)} validation or training examples; it "
+                         "needs some of these, test examples are not for tuning")
     drawn = source.subset(min(examples + judged, len(source)), seed=seed)
     first = min(examples, len(drawn) - len(drawn) * judged // (examples + judged), len(drawn) - 1)
     return drawn.take(torch.arange(first)), drawn.take(torch.arange(first, len(drawn)))

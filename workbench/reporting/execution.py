@@ -1,7 +1,8 @@
 """Run one notebook in this process: `python -m workbench.reporting.execution JOB.json`.
 
-Each notebook has such a process, because papermill launches kernels from threads unsafely (papermill issue 239) and because a
-crash then costs one notebook only. The runner of a longer run copies them from one that has imported everything.
+Each notebook has such a process, because papermill launches kernels from threads unsafely
+(papermill issue 239) and because a crash then costs one notebook only. The runner of a longer run
+copies them from one that has imported everything.
 """
 
 import datetime
@@ -22,7 +23,8 @@ from pathlib import Path
 from workbench import files, machine
 from workbench.reporting import kernels
 
-sys.modules.setdefault("rfc3987_syntax", None)  # a grammar of addresses: papermill's imports build it, in 1.5 s, and nobody asks
+# a grammar of addresses: papermill's imports build it, in 1.5 s, and nobody asks
+sys.modules.setdefault("rfc3987_syntax", None)
 CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
 ERRORS = "errors.txt"
 DEAD = "its kernel died"  # of which reason() tells
@@ -30,7 +32,8 @@ DEAD = "its kernel died"  # of which reason() tells
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One notebook to execute. source: the notebook's text; folder: where notebooks run, so that paths resolve."""
+    """One notebook to execute. source: the notebook's text; folder: where notebooks run, so that
+    paths resolve."""
 
     name: str
     source: str
@@ -40,25 +43,32 @@ class Job:
     folder: str
 
 
-def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int], lock: Path | None = None) -> kernels.Copy:
-    """A process that executes `job` on `cores` alone and leaves its report in `out`; it dies with this one.
+def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int],
+          lock: Path | None = None) -> kernels.Copy:
+    """A process that executes `job` on `cores` alone and leaves its report in `out`; it dies with
+    this one.
 
-    lock: of a run of several notebooks at a time, the file by which one of them has the machine alone (machine.alone)."""
+    lock: of a run of several notebooks at a time, the file by which one of them has the machine
+    alone (machine.alone)."""
     path, environment = _written(job, out, scratch, cores)
     run = {"lock": str(lock.resolve()), "processors": machine.processors()} if lock else None
     return kernels.copied(_child, path, job.folder, environment, cores, run)
 
 
 def packed(job: Job) -> bytes:
-    """The report of `job`, executed on this machine, as a tar archive: what a cluster's worker sends back."""
+    """The report of `job`, executed on this machine, as a tar archive: what a cluster's worker
+    sends back."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / job.name
-        here = job if Path(job.folder).is_dir() else replace(job, folder=str(Path.cwd()))  # the worker's own clone
+        # the worker's own clone
+        here = job if Path(job.folder).is_dir() else replace(job, folder=str(Path.cwd()))
         cores = machine.processors()
         path, environment = _written(here, out, Path(folder) / "scratch", cores)
         with open(out / ERRORS, "wb") as errors:
-            done = subprocess.run([sys.executable, "-m", "workbench.reporting.execution", path], cwd=here.folder, env=environment,
-                                  preexec_fn=partial(_settle, cores), stdout=subprocess.DEVNULL, stderr=errors, check=False)
+            done = subprocess.run([sys.executable, "-m", "workbench.reporting.execution", path],
+                                  cwd=here.folder, env=environment,
+                                  preexec_fn=partial(_settle, cores), stdout=subprocess.DEVNULL,
+                                  stderr=errors, check=False)
         if done.returncode:
             raise RuntimeError(reason(out))
         archive = io.BytesIO()
@@ -67,17 +77,21 @@ def packed(job: Job) -> bytes:
         return archive.getvalue()
 
 
-def _written(job: Job, out: Path, scratch: Path, cores: Sequence[int]) -> tuple[str, dict[str, str]]:
+def _written(job: Job, out: Path, scratch: Path,
+             cores: Sequence[int]) -> tuple[str, dict[str, str]]:
     """The job file, and the environment in which it is executed."""
     out.mkdir(parents=True)
     (out / "job.json").write_text(json.dumps(asdict(job)))
     return str((out / "job.json").resolve()), os.environ | {
         "WORKBENCH_REPORT": str(out.resolve()), "WORKBENCH_SCRATCH": str(scratch.resolve()),
-        "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(len(cores))}
+        "WORKBENCH_PROGRESS": str((out / INNER).resolve()), "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": str(len(cores))}
 
 
-def _child(path: str, folder: str, environment: dict[str, str], cores: Sequence[int], run: dict | None) -> None:
-    """In a copy: execute the job file. run: what machine.alone needs, where there are several at a time."""
+def _child(path: str, folder: str, environment: dict[str, str], cores: Sequence[int],
+           run: dict | None) -> None:
+    """In a copy: execute the job file. run: what machine.alone needs, where there are several at a
+    time."""
     _settle(cores)
     with open(os.devnull, "wb") as nowhere, open(Path(path).parent / ERRORS, "wb") as errors:
         os.dup2(nowhere.fileno(), 1)
@@ -89,7 +103,8 @@ def _child(path: str, folder: str, environment: dict[str, str], cores: Sequence[
 
 
 def execute(job: Job, out: Path) -> None:
-    """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells go to run.json."""
+    """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells
+    go to run.json."""
     kernel = kernels.Reserve()
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -99,10 +114,12 @@ def execute(job: Job, out: Path) -> None:
     source.write_text(job.source)
     try:
         with open(out / CELLS, "w") as cells:
-            papermill.execute_notebook(source, executed, job.parameters, cwd=job.folder, kernel_name="python3",
-                                       progress_bar={"file": cells}, kernel_manager_class=kernel.manager())
+            papermill.execute_notebook(source, executed, job.parameters, cwd=job.folder,
+                                       kernel_name="python3", progress_bar={"file": cells},
+                                       kernel_manager_class=kernel.manager())
     except PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}".strip().splitlines()[0]
+        error = (f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}".strip()
+                 .splitlines()[0])
     except RuntimeError as failure:
         if kernel.copy.poll() is None:
             raise
@@ -112,27 +129,34 @@ def execute(job: Job, out: Path) -> None:
     result = {"checks": [], "headlines": []}
     if (out / "result.json").exists():
         result = json.loads((out / "result.json").read_text())
-    status = "error" if error else "passed" if all(check["passed"] for check in result["checks"]) else "failed"
+    status = ("error" if error else "passed" if all(check["passed"] for check in result["checks"])
+              else "failed")
     title = _finish(out, executed, status)
     record = {
         "name": job.name, "title": title, "status": status, "error": error, "profile": job.profile,
-        "parameters": job.parameters, "seeds": {k: v for k, v in job.parameters.items() if "seed" in k},
+        "parameters": job.parameters,
+        "seeds": {k: v for k, v in job.parameters.items() if "seed" in k},
         **result, "tables": _names(out / "tables"), "figures": _names(out / "figures"),
-        "started": started.isoformat(timespec="seconds"), "duration_s": round(time.monotonic() - clock, 1),
-        "commit": _commit(job.folder), "versions": machine.versions(), "hardware": machine.hardware(),
+        "started": started.isoformat(timespec="seconds"),
+        "duration_s": round(time.monotonic() - clock, 1),
+        "commit": _commit(job.folder), "versions": machine.versions(),
+        "hardware": machine.hardware(),
         "fingerprint": job.fingerprint,
     }
-    for spare in (source, out / CELLS, out / INNER, out / ERRORS, out / "job.json", out / "result.json"):
+    for spare in (source, out / CELLS, out / INNER, out / ERRORS, out / "job.json",
+                  out / "result.json"):
         spare.unlink(missing_ok=True)
     with files.atomic(out / "run.json") as new:
         new.write_text(json.dumps(record, indent=1))
 
 
 def reason(out: Path) -> str:
-    """Why the process that was to fill `out` failed: the last line of its error output, which in Python names it."""
+    """Why the process that was to fill `out` failed: the last line of its error output, which in
+    Python names it."""
     if shutil.disk_usage(out).free < 2**20:  # then not even the error could be written
         return f"no space left for the reports in {out.parent}; free some, or give another --out"
-    lines = (out / ERRORS).read_text(errors="replace").strip().splitlines() if (out / ERRORS).exists() else []
+    lines = ((out / ERRORS).read_text(errors="replace").strip().splitlines()
+             if (out / ERRORS).exists() else [])
     return lines[-1] if lines else "its process ended without a word, for want of memory or disk"
 
 
@@ -154,13 +178,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _commit(folder: str) -> str | None:
-    shown = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True,
-                           text=True, check=False)
+    shown = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder,
+                           capture_output=True, text=True, check=False)
     return shown.stdout.strip() or None
 
 
 def _settle(cores: Sequence[int]) -> None:
-    """In the child: keep to its cores, and be killed when the runner is, so that no orphan goes on computing."""
+    """In the child: keep to its cores, and be killed when the runner is, so that no orphan goes on
+    computing."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     machine.end_with_parent()

@@ -1,7 +1,8 @@
-"""Processes that are copied instead of started: a notebook's, and its kernel's, have what they import from the first moment.
+"""Processes that are copied instead of started: a notebook's, and its kernel's, have what they
+import from the first moment.
 
-Source: multiprocessing's forkserver, which runs nothing else; a kernel is a copy that the notebook's process makes of itself
-before it has threads.
+Source: multiprocessing's forkserver, which runs nothing else; a kernel is a copy that the
+notebook's process makes of itself before it has threads.
 """
 
 import faulthandler
@@ -16,10 +17,11 @@ from pathlib import Path
 from workbench import machine
 
 # what notebooks import; nothing of it may compute or start threads, which copies would not have
-WARM = ["workbench.reporting.execution", "ipykernel.ipkernel", "ipykernel.kernelapp", "matplotlib.pyplot", "nbconvert",
-        "onnxruntime", "onnxscript.rewriter", "pandas", "papermill", "torch._dynamo", "torchvision",
-        "transformers.models.bert.modeling_bert", "workbench.plans.compress", "workbench.plans.search",
-        "workbench.reporting.plots", "workbench.subjects.data", "workbench.subjects.models", "workbench.deployment.warm"]
+WARM = ["workbench.reporting.execution", "ipykernel.ipkernel", "ipykernel.kernelapp",
+        "matplotlib.pyplot", "nbconvert", "onnxruntime", "onnxscript.rewriter", "pandas",
+        "papermill", "torch._dynamo", "torchvision", "transformers.models.bert.modeling_bert",
+        "workbench.plans.compress", "workbench.plans.search", "workbench.reporting.plots",
+        "workbench.subjects.data", "workbench.subjects.models", "workbench.deployment.warm"]
 
 
 class Copy:
@@ -62,33 +64,38 @@ def copied(target: Callable, *arguments) -> Copy:
 
 
 def prepare(*, warm: bool) -> None:
-    """Say what that process does before its first copy. warm: import what notebooks import, in 12 s, which two do not earn
-    back."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["workbench.reporting.nursery", *(WARM if warm else [])])
+    """Say what that process does before its first copy. warm: import what notebooks import, in 12
+    s, which two do not earn back."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["workbench.reporting.nursery",
+                                                                      *(WARM if warm else [])])
 
 
 def settle(folder: str, environment: Mapping[str, str], threads: int | None = None) -> None:
-    """In a copy: the folder, environment and number of threads of a process that would have been started there."""
+    """In a copy: the folder, environment and number of threads of a process that would have been
+    started there."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if threads and "torch" in sys.modules:  # which has read its number from the environment when it was imported
+    # which has read its number from the environment when it was imported
+    if threads and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
 
 
 class Reserve:
-    """A copy of this process that waits to become a notebook's kernel; to be made before this process has threads."""
+    """A copy of this process that waits to become a notebook's kernel; to be made before this
+    process has threads."""
 
     def __init__(self) -> None:
         self._pipe, there = multiprocessing.Pipe()
         self.copy = Copy("fork", _become, there)
-        self._folder = tempfile.mkdtemp(prefix="kernel-")  # short: the path of a socket has a hundred letters at most
+        # short: the path of a socket has a hundred letters at most
+        self._folder = tempfile.mkdtemp(prefix="kernel-")
 
     def manager(self) -> type:
         """The class of kernel managers whose kernel it is.
 
-        They speak over sockets in a folder of their own: ports are chosen before they are bound, and two kernels that start at
-        the same moment then sometimes choose the same.
+        They speak over sockets in a folder of their own: ports are chosen before they are bound,
+        and two kernels that start at the same moment then sometimes choose the same.
         """
         from jupyter_client.manager import AsyncKernelManager
 
@@ -96,13 +103,16 @@ class Reserve:
 
         class Copied(AsyncKernelManager):
             def __init__(self, **given):
-                super().__init__(transport="ipc", connection_file=f"{reserve._folder}/kernel.json", **given)
+                super().__init__(transport="ipc", connection_file=f"{reserve._folder}/kernel.json",
+                                 **given)
 
             async def _async_launch_kernel(self, kernel_cmd: list[str], **kw) -> None:
                 given = kernel_cmd[kernel_cmd.index("ipykernel_launcher") + 1:]
-                reserve._pipe.send((given, dict(kw.get("env") or os.environ), str(kw.get("cwd") or Path.cwd())))
+                reserve._pipe.send((given, dict(kw.get("env") or os.environ),
+                                    str(kw.get("cwd") or Path.cwd())))
                 own = self.provisioner
-                own.process, own.pid, own.pgid = reserve.copy, reserve.copy.pid, None  # type: ignore[union-attr,attr-defined]
+                own.process, own.pid = reserve.copy, reserve.copy.pid  # type: ignore[attr-defined]
+                own.pgid = None  # type: ignore[attr-defined]
                 self._reconcile_connection_info(own.connection_info)  # type: ignore[union-attr]
 
         return Copied
@@ -117,7 +127,8 @@ class Reserve:
 def _become(pipe) -> None:
     """In the copy: wait for what a kernel is started with, then be it."""
     machine.end_with_parent()
-    faulthandler.enable(os.fdopen(os.dup(2), "w"))  # a fault leaves where it was; a kernel takes the number 2 for itself
+    # a fault leaves where it was; a kernel takes the number 2 for itself
+    faulthandler.enable(os.fdopen(os.dup(2), "w"))
     arguments, environment, folder = pipe.recv()
     settle(folder, environment)
     from ipykernel import kernelapp

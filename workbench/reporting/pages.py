@@ -1,4 +1,5 @@
-"""The pages: an index over all reports with its summary.json, each notebook and the reference as HTML. None needs a network."""
+"""The pages: an index over all reports with its summary.json, each notebook and the reference as
+HTML. None needs a network."""
 
 import csv
 import datetime
@@ -11,14 +12,16 @@ from workbench.reporting import reference
 
 _TEMPLATES = Path(__file__).parent
 _FOLDED = """{% extends "basic/index.html.j2" %}
-{% block input %}<details class="code"><summary>code</summary>{{ super() }}</details>{% endblock input %}"""
+{% block input %}
+<details class="code"><summary>code</summary>{{ super() }}</details>
+{% endblock input %}"""
 
 
 def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     """Write OUT/summary.json and OUT/index.html over every report in OUT; return the summary.
 
-    ran: the notebooks of this run; failures: those that left no new report, with the reason; one that raised in an
-    earlier run stays among them until it is run well.
+    ran: the notebooks of this run; failures: those that left no new report, with the reason; one
+    that raised in an earlier run stays among them until it is run well.
     """
     records = [json.loads(path.read_text()) for path in sorted(out.glob("*/run.json"))]
     reports = [_entry(record) for record in records]
@@ -35,27 +38,31 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     with files.atomic(out / "summary.json") as new:
         new.write_text(json.dumps(summary, indent=1))
     with files.atomic(out / "index.html") as new:
-        beside = {"kept": _kept(out), "systems": _systems(out), "rooms": reference.write(out, _render)}
+        beside = {"kept": _kept(out), "systems": _systems(out),
+                  "rooms": reference.write(out, _render)}
         new.write_text(_render("index.html.j2", summary=summary, **beside), encoding="utf-8")
     return summary
 
 
 def notebook_page(notebook, title: str, status: str) -> str:
-    """HTML of an executed notebook, figures embedded, its code folded away, without scripts. The parameters that a run sets stand
-    in place of the defaults."""
+    """HTML of an executed notebook, figures embedded, its code folded away, without scripts. The
+    parameters that a run sets stand in place of the defaults."""
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     notebook = notebook.copy()
-    notebook.cells = _joined([cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])])
-    exporter = HTMLExporter(raw_template=_FOLDED, exclude_input_prompt=True, exclude_output_prompt=True)
+    notebook.cells = _joined([cell for cell in notebook.cells
+                              if "injected-parameters" not in cell.metadata.get("tags", [])])
+    exporter = HTMLExporter(raw_template=_FOLDED, exclude_input_prompt=True,
+                            exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(notebook)
     colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     return _render("notebook.html.j2", title=title, body=body, status=status, colours=colours)
 
 
 def _joined(cells: list) -> list:
-    """The cells, code that shows nothing joined with the code behind it: one click opens both. Parameters stay by themselves."""
+    """The cells, code that shows nothing joined with the code behind it: one click opens both.
+    Parameters stay by themselves."""
     joined = []
     for cell in cells:
         last = joined[-1] if joined else None
@@ -69,19 +76,25 @@ def _joined(cells: list) -> list:
 
 
 def _entry(record: dict) -> dict:
-    """What the index says of one report: its record without what is long, each headline beside the previous run's."""
+    """What the index says of one report: its record without what is long, each headline beside the
+    previous run's."""
     before = {h["name"]: h["text"] for h in (record.get("previous") or {}).get("headlines", [])}
     headlines = [h | {"previous": before.get(h["name"])} for h in record["headlines"]]
-    changed = [f"{h['name']}: {h['previous']} → {h['text']}" for h in headlines if h["previous"] not in (None, h["text"])]
+    changed = [f"{h['name']}: {h['previous']} → {h['text']}" for h in headlines
+               if h["previous"] not in (None, h["text"])]
     first = not record.get("previous")
-    kept = ("name", "title", "status", "profile", "parameters", "checks", "figures", "tables", "started", "duration_s", "commit")
-    return {key: record[key] for key in kept} | {"headlines": headlines, "changed": changed, "first": first}
+    kept = ("name", "title", "status", "profile", "parameters", "checks", "figures", "tables",
+            "started", "duration_s", "commit")
+    return ({key: record[key] for key in kept}
+            | {"headlines": headlines, "changed": changed, "first": first})
 
 
 def _machine(record: dict) -> str:
     has, runs = record["hardware"], record["versions"]
-    libraries = ", ".join(f"{name} {runs[name]}" for name in ("python", "torch", "onnxruntime") if name in runs)
-    return f"{has['processor']}, {has['cores']} cores, {has['memory_gib']} GiB, {', '.join(has['formats'])}; {libraries}"
+    libraries = ", ".join(f"{name} {runs[name]}" for name in ("python", "torch", "onnxruntime")
+                          if name in runs)
+    return (f"{has['processor']}, {has['cores']} cores, {has['memory_gib']} GiB, "
+            f"{', '.join(has['formats'])}; {libraries}")
 
 
 def _systems(out: Path) -> list[dict[str, str]]:
@@ -99,11 +112,13 @@ def _kept(out: Path) -> list[str]:
 
 
 def _render(template: str, **values) -> str:
-    return _templates().get_template(template).render(style=(_TEMPLATES / "style.css").read_text(), **values)
+    return _templates().get_template(template).render(style=(_TEMPLATES / "style.css").read_text(),
+                                                      **values)
 
 
 @functools.cache
 def _templates():
     from jinja2 import Environment, FileSystemLoader
 
-    return Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True,
+                       lstrip_blocks=True)

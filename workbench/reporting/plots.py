@@ -1,4 +1,5 @@
-"""Plots of the workbench's DataFrames: each takes a frame and returns Axes; none shows, saves or sets anything global."""
+"""Plots of the workbench's DataFrames: each takes a frame and returns Axes; none shows, saves or
+sets anything global."""
 
 from collections.abc import Sequence
 
@@ -16,7 +17,8 @@ NAMED = 12  # lines that a legend names; more would hide them
 def images(pictures: np.ndarray, titles: Sequence[str], *, columns: int = 10) -> Figure:
     """A grid of pictures, uint8 (n, C, H, W) with C of 1 or 3, each under its title."""
     rows = -(-len(pictures) // columns)
-    figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=(columns * 1.05, rows * 1.25), layout="constrained")
+    figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=(columns * 1.05, rows * 1.25),
+                                layout="constrained")
     for axes, picture, title in zip(grid.flat, pictures, titles, strict=False):
         axes.imshow(np.moveaxis(picture, 0, -1).squeeze(), cmap="gray_r", interpolation="nearest")
         axes.set_title(title, fontsize=8)
@@ -26,7 +28,8 @@ def images(pictures: np.ndarray, titles: Sequence[str], *, columns: int = 10) ->
 
 
 def confusion(counts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Counts of true class (rows) against predicted class (columns); the colour leaves the diagonal out."""
+    """Counts of true class (rows) against predicted class (columns); the colour leaves the diagonal
+    out."""
     ax = ax or _axes(7, 6)
     wrong = counts.to_numpy(dtype=float, copy=True)
     np.fill_diagonal(wrong, 0)
@@ -37,7 +40,8 @@ def confusion(counts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             ax.text(column, row, f"{value}", ha="center", va="center", fontsize=8, color=shade)
     ax.set_xticks(range(len(counts)), counts.columns, rotation=45, ha="right")
     ax.set_yticks(range(len(counts)), counts.index)
-    ax.set(xlabel="predicted class", ylabel="true class", title="Test images by true and predicted class (colour: errors)")
+    ax.set(xlabel="predicted class", ylabel="true class",
+           title="Test images by true and predicted class (colour: errors)")
     return ax
 
 
@@ -49,14 +53,16 @@ def cost(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.bar(at - 0.2, heavy.macs / table.macs.sum() * 100, 0.4, label="MACs", color=BLUE)
     ax.bar(at + 0.2, heavy.params / table.params.sum() * 100, 0.4, label="parameters", color=GREY)
     ax.set_xticks(at, heavy.layer, rotation=90, fontsize=8)
-    ax.set(ylabel="share of the whole, %", title=f"Cost by layer ({table.macs.sum() / 1e6:.1f} M MACs, "
-                                                 f"{table.params.sum() / 1e3:,.0f} k parameters)")
+    ax.set(ylabel="share of the whole, %",
+           title=f"Cost by layer ({table.macs.sum() / 1e6:.1f} M MACs, "
+           f"{table.params.sum() / 1e3:,.0f} k parameters)")
     ax.legend(frameon=False)
     return ax
 
 
 def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Median latency of latency.paired, a bar per candidate and row, with the 95th percentile as a tick."""
+    """Median latency of latency.paired, a bar per candidate and row, with the 95th percentile as a
+    tick."""
     ax = ax or _axes(7, 0.45 * len(table) + 1.2)
     names = [f"{r.candidate}, threads {r.threads}, batch {r.batch}" for r in table.itertuples()]
     at = np.arange(len(table))[::-1]
@@ -73,15 +79,19 @@ def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -> Axes:
-    """Points of the metric lost against the latency that is left, stage by stage, a line a recipe; paired 95 % intervals."""
+    """Points of the metric lost against the latency that is left, stage by stage, a line a recipe;
+    paired 95 % intervals."""
     ax = ax or _axes(8, 4.5)
-    change = next(column for column in table if column.endswith("_change") and not column.startswith("int8"))
-    for (name, line), colour, marker in zip(table.groupby(by, sort=False), (BLUE, RED, GREY, "#2a7a5b"), "os^D", strict=False):
+    change = next(column for column in table if column.endswith("_change")
+                  and not column.startswith("int8"))
+    for (name, line), colour, marker in zip(table.groupby(by, sort=False),
+                                            (BLUE, RED, GREY, "#2a7a5b"), "os^D", strict=False):
         low, high = (abs(line[f"{change}_{end}"] - line[change]) * 100 for end in ("low", "high"))
-        ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker, capsize=2,
-                    label=f"{name}: {' → '.join(line.stage[1:])}")
+        ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker,
+                    capsize=2, label=f"{name}: {' → '.join(line.stage[1:])}")
     ax.axhline(0, color=GREY, linestyle=":")
-    ax.set(xlabel="latency, as a share of the model as it came", ylabel=f"change of {change.removesuffix('_change')}, points",
+    ax.set(xlabel="latency, as a share of the model as it came",
+           ylabel=f"change of {change.removesuffix('_change')}, points",
            title="Stage by stage (paired, 95 %)")
     ax.invert_xaxis()
     ax.legend(frameon=False, fontsize=8)
@@ -89,17 +99,19 @@ def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -
 
 
 def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
-    """1 - cosine of each layer's output, log scale, of equivalence.by_layer, one line per candidate."""
+    """1 - cosine of each layer's output, log scale, of equivalence.by_layer, one line per
+    candidate."""
     ax = ax or _axes(8, 4.5)
     for (name, frame), marker in zip(frames.items(), "os^Dv*" * len(frames), strict=False):
         loss = np.maximum(1 - frame.cosine.to_numpy(), 1e-16)
         ax.semilogy(range(len(frame)), loss, marker=marker, markersize=4, label=name)
         for place in np.flatnonzero(frame["first"]):
-            ax.annotate(f"parts at {frame.layer[place]}", (place, loss[place]), textcoords="offset points",
-                        xytext=(-8, 8), ha="right", color=RED)
+            ax.annotate(f"parts at {frame.layer[place]}", (place, loss[place]),
+                        textcoords="offset points", xytext=(-8, 8), ha="right", color=RED)
     frame = next(iter(frames.values()))
     ax.set_xticks(range(len(frame)), frame.layer, rotation=90, fontsize=8)
-    ax.set(ylabel="1 - cosine with the reference", title="Where the models part, layer by layer (lower is closer)")
+    ax.set(ylabel="1 - cosine with the reference",
+           title="Where the models part, layer by layer (lower is closer)")
     ax.margins(y=0.12)
     ax.axhline(1 - 0.995, color=GREY, linestyle=":", label="limit, cosine 0.995")
     ax.legend(frameon=False)
@@ -107,11 +119,13 @@ def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> 
 
 
 def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Top-1 against the fraction of channels, neurons or heads removed, a line a layer of sensitivity.scan, with its interval."""
+    """Top-1 against the fraction of channels, neurons or heads removed, a line a layer of
+    sensitivity.scan, with its interval."""
     ax = ax or _axes(8, 5)
     cut = curves[curves.removed > 0]
     layers = list(cut.layer.unique())
-    what = "top1" if "top1" in curves else "right"  # the share of a sentence's tokens that are right, where tokens count
+    # the share of a sentence's tokens that are right, where tokens count
+    what = "top1" if "top1" in curves else "right"
     worst = cut.groupby("layer")[f"{what}_change"].min().nsmallest(NAMED).index
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
     for layer, shade in zip(layers, shades, strict=True):
@@ -121,12 +135,16 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 label=layer if layer in worst else None)
         low, high = ((base + line[f"{what}_change_{end}"]) * 100 for end in ("low", "high"))
         ax.fill_between(line.level, low, high, color=shade, alpha=0.1)
-    ax.axhline((curves[what] - curves[f"{what}_change"]).iloc[0] * 100, color=GREY, linestyle=":", label="unchanged")
+    ax.axhline((curves[what] - curves[f"{what}_change"]).iloc[0] * 100, color=GREY, linestyle=":",
+               label="unchanged")
     ax.set(xlabel="fraction of the layer's channels, neurons or heads removed",
            ylabel="top-1, %" if what == "top1" else "right tokens, %",
-           title=f"Sensitivity, one layer at a time ({curves.n.max():,} examples; band: paired 95 %)")
-    title = f"most sensitive {NAMED} of {len(layers)}; colour: depth" if len(layers) > NAMED else None
-    ax.legend(frameon=False, fontsize=7, title=title, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+           title=f"Sensitivity, one layer at a time ({curves.n.max():,} examples; band: paired 95 "
+           "%)")
+    title = (f"most sensitive {NAMED} of {len(layers)}; colour: depth" if len(layers) > NAMED
+             else None)
+    ax.legend(frameon=False, fontsize=7, title=title, title_fontsize=7, loc="upper left",
+              bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
@@ -134,17 +152,19 @@ def sensitivity_map(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Points of top-1 lost, layer by level; grey where nothing could be removed."""
     what = "top1" if "top1" in curves else "right"
     lost = (-100 * curves[f"{what}_change"]).where(curves.removed > 0)
-    grid = curves.assign(lost=lost).pivot(index="layer", columns="level", values="lost").loc[curves.layer.unique()]
+    grid = curves.assign(lost=lost).pivot(index="layer", columns="level",
+                                          values="lost").loc[curves.layer.unique()]
     ax = ax or _axes(8, 0.32 * len(grid) + 1.5)
     shades = plt.get_cmap("Reds").with_extremes(bad="#d9dee4")
     ax.imshow(np.ma.masked_invalid(grid.to_numpy()), cmap=shades, aspect="auto", vmin=0)
     for (row, column), value in np.ndenumerate(grid.to_numpy()):
         dark = np.isfinite(value) and value > 0.6 * np.nanmax(grid.to_numpy())
-        ax.text(column, row, f"{value:.1f}" if np.isfinite(value) else "-", ha="center", va="center", fontsize=8,
-                color="white" if dark else "#1d2733")
+        ax.text(column, row, f"{value:.1f}" if np.isfinite(value) else "-", ha="center",
+                va="center", fontsize=8, color="white" if dark else "#1d2733")
     ax.set_xticks(range(grid.shape[1]), [f"{level:g}" for level in grid.columns])
     ax.set_yticks(range(len(grid)), grid.index, fontsize=8)
-    ax.set(xlabel="fraction of the layer's channels removed", title="Points of top-1 lost (grey: cannot be removed)")
+    ax.set(xlabel="fraction of the layer's channels removed",
+           title="Points of top-1 lost (grey: cannot be removed)")
     return ax
 
 
@@ -153,7 +173,8 @@ def agreement(correlations: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or _axes(6.5, 5.5)
     ax.imshow(correlations, cmap="RdBu", vmin=-1, vmax=1)
     for (row, column), value in np.ndenumerate(correlations.to_numpy()):
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.7 else "black")
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                color="white" if abs(value) > 0.7 else "black")
     ax.set_xticks(range(len(correlations)), correlations.columns, rotation=45, ha="right")
     ax.set_yticks(range(len(correlations)), correlations.index)
     ax.set(title="Rank correlation of the criteria within a layer (Spearman, mean over layers)")
@@ -161,13 +182,14 @@ def agreement(correlations: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def criteria(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Top-1 against the ratio removed, a line per criterion with its 95 % interval; random orders in grey."""
+    """Top-1 against the ratio removed, a line per criterion with its 95 % interval; random orders
+    in grey."""
     ax = ax or _axes(8, 4.5)
     for name, line in table.groupby("criterion", sort=False):
         chance = str(name).startswith("random")
         errors = [(line.top1 - line.top1_low) * 100, (line.top1_high - line.top1) * 100]
-        ax.errorbar(line.ratio, line.top1 * 100, errors, capsize=2, marker="o", markersize=4, label=name,
-                    color=GREY if chance else None, linestyle=":" if chance else "-")
+        ax.errorbar(line.ratio, line.top1 * 100, errors, capsize=2, marker="o", markersize=4,
+                    label=name, color=GREY if chance else None, linestyle=":" if chance else "-")
     ax.set(xlabel="fraction of the channels removed", ylabel="top-1, %",
            title=f"Accuracy left, by criterion ({table.n.max():,} images)")
     ax.legend(frameon=False, fontsize=8)
@@ -175,14 +197,18 @@ def criteria(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def recovery(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
-    """Top-1 of each criterion and target, as cut (hollow) and after recovery (filled, 95 % interval), over seeds."""
+    """Top-1 of each criterion and target, as cut (hollow) and after recovery (filled, 95 %
+    interval), over seeds."""
     ax = ax or _axes(8, 4.5)
     names = list(dict.fromkeys(table.criterion))
-    for (target, part), shade in zip(table.groupby("macs_left", sort=False), (BLUE, RED, GREY, "#137a4b") * 9, strict=False):
-        at = part.criterion.map(names.index) + 0.15 * list(dict.fromkeys(table.macs_left)).index(target)
+    for (target, part), shade in zip(table.groupby("macs_left", sort=False),
+                                     (BLUE, RED, GREY, "#137a4b") * 9, strict=False):
+        at = (part.criterion.map(names.index) + 0.15
+              * list(dict.fromkeys(table.macs_left)).index(target))
         ax.plot(at, part.top1_cut * 100, "o", markerfacecolor="none", color=shade)
         errors = [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
-        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade, label=f"{target:.0%} of the MACs")
+        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade,
+                    label=f"{target:.0%} of the MACs")
     ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel="top-1, %", title="Hollow: as cut; filled: after recovery")
@@ -191,17 +217,21 @@ def recovery(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) ->
 
 
 def structure(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
-    """Top-1 of each pattern of zeros, fixed and regrown, and of missing channels; hollow as cut, filled recovered (95 %)."""
+    """Top-1 of each pattern of zeros, fixed and regrown, and of missing channels; hollow as cut,
+    filled recovered (95 %)."""
     ax = ax or _axes(8, 4)
     names = list(dict.fromkeys(table.pattern))
-    for (kind, part), shade, shift in zip(table.groupby("zeros", sort=False), (BLUE, RED, GREY), (-0.08, 0.08, 0), strict=False):
+    for (kind, part), shade, shift in zip(table.groupby("zeros", sort=False), (BLUE, RED, GREY),
+                                          (-0.08, 0.08, 0), strict=False):
         at = part.pattern.map(names.index) + shift
         ax.plot(at, part.top1_cut * 100, "o", markerfacecolor="none", color=shade)
         errors = [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
-        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade, label="no zeros" if kind == "none" else kind)
+        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade,
+                    label="no zeros" if kind == "none" else kind)
     ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
     shares = table.groupby("pattern", sort=False).sparsity.first()
-    ax.set_xticks(range(len(names)), [f"{name}\n{shares[name]:.0%} of the weights gone" for name in names], fontsize=8)
+    ax.set_xticks(range(len(names)),
+                  [f"{name}\n{shares[name]:.0%} of the weights gone" for name in names], fontsize=8)
     ax.set(ylabel="top-1, %", title="Hollow: as cut; filled: after recovery")
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -212,25 +242,31 @@ def bits(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axe
     ax = ax or _axes(8, 4.5)
     for name, line in table.groupby("scheme", sort=False):
         errors = [(line.top1 - line.top1_low) * 100, (line.top1_high - line.top1) * 100]
-        ax.errorbar(line.bits, line.top1 * 100, errors, capsize=2, marker="o", markersize=4, label=name)
+        ax.errorbar(line.bits, line.top1 * 100, errors, capsize=2, marker="o", markersize=4,
+                    label=name)
     ax.axhline(baseline * 100, color=GREY, linestyle=":", label="float32")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.invert_xaxis()
-    ax.set(xlabel="bits of each weight", ylabel="top-1, %", title=f"Quantised weights ({table.n.max():,} images)")
+    ax.set(xlabel="bits of each weight", ylabel="top-1, %",
+           title=f"Quantised weights ({table.n.max():,} images)")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 
 def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Paired difference of each row with the first kind of model, in points, with its 95 % interval, one below the other.
+    """Paired difference of each row with the first kind of model, in points, with its 95 %
+    interval, one below the other.
 
-    Columns: top1_change, top1_change_low and top1_change_high, as `accuracy.difference` gives them, and the name of each row in
-    `rung`, `stage`, `candidate` or `model`, else in the first column.
+    Columns: top1_change, top1_change_low and top1_change_high, as `accuracy.difference` gives them,
+    and the name of each row in `rung`, `stage`, `candidate` or `model`, else in the first column.
     """
     ax = ax or _axes(8, 0.45 * len(table) + 1.4)
-    names = next((name for name in ("rung", "stage", "candidate", "model") if name in table), table.columns[0])
-    errors = [(table.top1_change - table.top1_change_low) * 100, (table.top1_change_high - table.top1_change) * 100]
-    ax.errorbar(table.top1_change * 100, range(len(table)), xerr=errors, fmt="o", capsize=3, color=BLUE)
+    names = next((name for name in ("rung", "stage", "candidate", "model") if name in table),
+                 table.columns[0])
+    errors = [(table.top1_change - table.top1_change_low) * 100,
+              (table.top1_change_high - table.top1_change) * 100]
+    ax.errorbar(table.top1_change * 100, range(len(table)), xerr=errors, fmt="o", capsize=3,
+                color=BLUE)
     ax.axvline(0, color=GREY, linestyle=":")
     ax.set_yticks(range(len(table)), table[names])
     ax.invert_yaxis()
@@ -239,7 +275,8 @@ def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def blame(table: pd.DataFrame, *, most: int = 12, ax: Axes | None = None) -> Axes:
-    """Effect of each layer on the logits and what of it a repair takes away, the first suspects of diagnosis.diagnose."""
+    """Effect of each layer on the logits and what of it a repair takes away, the first suspects of
+    diagnosis.diagnose."""
     first = table.head(most)
     ax = ax or _axes(8, 0.35 * len(first) + 1.4)
     at = np.arange(len(first))
@@ -247,34 +284,41 @@ def blame(table: pd.DataFrame, *, most: int = 12, ax: Axes | None = None) -> Axe
     ax.barh(at, first.blame, color=RED, label="blame: what a repair takes away")
     ax.set_yticks(at, [f"{r.layer}: {r.cause}" for r in first.itertuples()], fontsize=8)
     ax.invert_yaxis()
-    ax.set(xlabel="error of the logits by this layer alone, share of their energy", title="Layers in order of blame")
+    ax.set(xlabel="error of the logits by this layer alone, share of their energy",
+           title="Layers in order of blame")
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
 
 def budgets(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
-    """Top-1 by share of the MACs that stays, by kind of factors; hollow as cut, filled with interval after recovery."""
+    """Top-1 by share of the MACs that stays, by kind of factors; hollow as cut, filled with
+    interval after recovery."""
     ax = ax or _axes(7, 4)
     ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
     for k, (kind, part) in enumerate(table.groupby("factors", sort=False)):
-        colour, errors = (BLUE, RED)[k % 2], [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
-        ax.errorbar(part.macs_left * 100, part.top1 * 100, yerr=errors, fmt="o-", capsize=3, color=colour,
-                    label=f"factors of the {kind}")
-        ax.plot(part.macs_left * 100, part.top1_cut * 100, "o", markerfacecolor="none", color=colour)
-    ax.set(xlabel="MACs left, %", ylabel="top-1, %", title="Hollow: as factored; filled: after recovery")
+        colour, errors = (BLUE, RED)[k % 2], [(part.top1 - part.top1_low) * 100,
+                                              (part.top1_high - part.top1) * 100]
+        ax.errorbar(part.macs_left * 100, part.top1 * 100, yerr=errors, fmt="o-", capsize=3,
+                    color=colour, label=f"factors of the {kind}")
+        ax.plot(part.macs_left * 100, part.top1_cut * 100, "o", markerfacecolor="none",
+                color=colour)
+    ax.set(xlabel="MACs left, %", ylabel="top-1, %",
+           title="Hollow: as factored; filled: after recovery")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 
 def load(table: pd.DataFrame, *, by: str = "candidate") -> Figure:
-    """Requests per second and 99th percentile of the wait against the number of clients, of latency.under_load."""
+    """Requests per second and 99th percentile of the wait against the number of clients, of
+    latency.under_load."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, part in table.groupby(by, sort=False):
         left.plot(part.clients, part.requests_per_s, "o-", label=name)
         right.plot(part.clients, part.p99_ms, "o-", label=name)
     for axes, title in ((left, "requests per second"), (right, "99th percentile of the wait, ms")):
         axes.set(xscale="log", xlabel="clients in a closed loop", ylabel=title)
-        axes.set_xticks(sorted(set(table.clients)), [str(count) for count in sorted(set(table.clients))])
+        axes.set_xticks(sorted(set(table.clients)),
+                        [str(count) for count in sorted(set(table.clients))])
         axes.minorticks_off()
     right.set_yscale("log")
     left.legend(frameon=False, fontsize=8)
@@ -282,13 +326,16 @@ def load(table: pd.DataFrame, *, by: str = "candidate") -> Figure:
 
 
 def throughput(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Examples per second by size of batch, a line per candidate and number of threads, of latency.grid."""
+    """Examples per second by size of batch, a line per candidate and number of threads, of
+    latency.grid."""
     ax = ax or _axes(7, 4)
     for k, (name, part) in enumerate(table.groupby("candidate", sort=False)):
         for threads, line in part.groupby("threads"):
-            ax.plot(line.batch, line.examples_per_s, "o" + ("-", "--", ":", "-.")[(threads - 1) % 4], color=f"C{k}",
+            ax.plot(line.batch, line.examples_per_s,
+                    "o" + ("-", "--", ":", "-.")[(threads - 1) % 4], color=f"C{k}",
                     label=f"{name}, threads {threads}")
-    ax.set(xscale="log", xlabel="batch", ylabel="examples per second", title=table.attrs.get("machine", ""))
+    ax.set(xscale="log", xlabel="batch", ylabel="examples per second",
+           title=table.attrs.get("machine", ""))
     ax.set_xticks(sorted(set(table.batch)), [str(size) for size in sorted(set(table.batch))])
     ax.minorticks_off()
     ax.title.set_fontsize(8)
@@ -297,12 +344,15 @@ def throughput(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Paired difference of each way of teaching with labels only, in points, with its 95 % interval."""
+    """Paired difference of each way of teaching with labels only, in points, with its 95 %
+    interval."""
     taught = table[table.taught_by != "labels only"]
     names = list(dict.fromkeys(taught.taught_by))
     ax = ax or _axes(7, 0.45 * len(names) + 1.4)
-    errors = [(taught.top1_change - taught.top1_change_low) * 100, (taught.top1_change_high - taught.top1_change) * 100]
-    ax.errorbar(taught.top1_change * 100, taught.taught_by.map(names.index), xerr=errors, fmt="o", capsize=3, color=BLUE)
+    errors = [(taught.top1_change - taught.top1_change_low) * 100,
+              (taught.top1_change_high - taught.top1_change) * 100]
+    ax.errorbar(taught.top1_change * 100, taught.taught_by.map(names.index), xerr=errors, fmt="o",
+                capsize=3, color=BLUE)
     ax.axvline(0, color=GREY, linestyle=":")
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
@@ -311,13 +361,17 @@ def teaching(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def history(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What is right among the training examples and the metric on the validation examples, epoch by epoch, of training.fit."""
+    """What is right among the training examples and the metric on the validation examples, epoch by
+    epoch, of training.fit."""
     ax = ax or _axes(7, 4)
     column = next(name for name in table.columns if name.startswith("validation_"))
-    ax.plot(table.epoch, table.train_right * 100, color=GREY, label="training examples (pictures augmented), right")
-    ax.plot(table.epoch, table[column] * 100, color=BLUE, label=f"validation examples, {column.partition('_')[2]}")
+    ax.plot(table.epoch, table.train_right * 100, color=GREY,
+            label="training examples (pictures augmented), right")
+    ax.plot(table.epoch, table[column] * 100, color=BLUE,
+            label=f"validation examples, {column.partition('_')[2]}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel="%", title=f"Training: last epoch {table[column].iloc[-1]:.2%} on validation")
+    ax.set(xlabel="epoch", ylabel="%",
+           title=f"Training: last epoch {table[column].iloc[-1]:.2%} on validation")
     ax.legend(frameon=False)
     return ax
 

@@ -10,14 +10,20 @@ from pathlib import Path
 from workbench import files
 
 PACKAGE = Path(__file__).parents[1]
-ROOMS = {"ground": "what a model reads and answers, atomic writes, results kept by what made them, what this computer is",
+ROOMS = {"ground": "what a model reads and answers, atomic writes, results kept by what made "
+                   "them, what this computer is",
          "numbers": "grids, quantisers, histograms, entropy coding, fronts of two numbers",
-         "graph": "a traced model: its layers by name, what follows a layer, running it node by node, channel groups and heads",
+         "graph": "a traced model: its layers by name, what follows a layer, running it node by "
+                  "node, channel groups and heads",
          "subjects": "tasks and objectives, data, models, training: what is compressed",
-         "methods": "one way of compressing a file; each a function that returns a new model, and a step that a plan can name",
-         "deployment": "ONNX export, sessions with named inputs, outputs and state, integer arithmetic, streams, other runtimes",
-         "measures": "accuracy, cost, equivalence, latency, sensitivity, diagnosis, retrieval; peers to measure beside",
-         "plans": "steps in a row, recipes, the whole way to a file, which layer gets which format, the search within limits",
+         "methods": "one way of compressing a file; each a function that returns a new model, "
+                    "and a step that a plan can name",
+         "deployment": "ONNX export, sessions with named inputs, outputs and state, integer "
+                       "arithmetic, streams, other runtimes",
+         "measures": "accuracy, cost, equivalence, latency, sensitivity, diagnosis, retrieval; "
+                     "peers to measure beside",
+         "plans": "steps in a row, recipes, the whole way to a file, which layer gets which "
+                  "format, the search within limits",
          "reporting": "the runner, the pages, the plots"}
 
 
@@ -32,8 +38,8 @@ class Entry:
 
 
 def write(out: Path, render) -> dict[str, str]:
-    """Write OUT/reference/ROOM.html for each room, by `render` (template and values to HTML); return the rooms and what is in
-    each. Pages that are newer than the package stay."""
+    """Write OUT/reference/ROOM.html for each room, by `render` (template and values to HTML);
+    return the rooms and what is in each. Pages that are newer than the package stay."""
     newest = max(path.stat().st_mtime for path in PACKAGE.rglob("*.py"))
     folder = out / "reference"
     for room, about in ROOMS.items():
@@ -41,7 +47,8 @@ def write(out: Path, render) -> dict[str, str]:
         if not page.exists() or page.stat().st_mtime < newest:
             modules = list(_modules(room))
             with files.atomic(page) as new:
-                written = render("reference.html.j2", room=room, about=about, rooms=ROOMS, modules=modules)
+                written = render("reference.html.j2", room=room, about=about, rooms=ROOMS,
+                                 modules=modules)
                 new.write_text(written, encoding="utf-8")
     return ROOMS
 
@@ -70,7 +77,8 @@ def _signature(node: ast.FunctionDef | ast.ClassDef) -> str:
     if isinstance(node, ast.FunctionDef):
         result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return f"{node.name}({_arguments(node)}){result}"
-    made = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
+    made = next((part for part in node.body if isinstance(part, ast.FunctionDef)
+                 and part.name == "__init__"), None)
     fields = [ast.unparse(part) for part in node.body
               if isinstance(part, ast.AnnAssign) and "ClassVar" not in ast.unparse(part.annotation)]
     return f"{node.name}({_arguments(made) if made else ', '.join(fields)})"
@@ -84,10 +92,12 @@ def _html(text: str) -> str:
     """A docstring's paragraphs, its code set as code, its example in a block of its own."""
     made = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
-        words = re.sub(r"\s*\n\s*", " ", paragraph) if not paragraph.lstrip().startswith(("- ", "* ")) else paragraph
+        words = (re.sub(r"\s*\n\s*", " ", paragraph)
+                 if not paragraph.lstrip().startswith(("- ", "* ")) else paragraph)
         example = re.fullmatch(r"Example: `([^`]+)`\.?", words)
         if example:
             made.append(f"<pre class='highlight'>{html.escape(example[1])}</pre>")
         else:
-            made.append("<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words)) + "</p>")
+            made.append("<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words))
+                        + "</p>")
     return "".join(made)

@@ -1,4 +1,5 @@
-"""What a notebook leaves behind: tables, figures, checks and headline figures, in the folder of its report."""
+"""What a notebook leaves behind: tables, figures, checks and headline figures, in the folder of its
+report."""
 
 import json
 import os
@@ -16,47 +17,54 @@ from workbench.reporting.papers import Paper
 class Report:
     """The report of the notebook `name`.
 
-    In a batch run it writes to the folder that the runner gives (WORKBENCH_REPORT), otherwise to reports/lab/NAME.
-    Everything that it is told stands in result.json there at once, so a crash loses nothing.
+    In a batch run it writes to the folder that the runner gives (WORKBENCH_REPORT), otherwise to
+    reports/lab/NAME. Everything that it is told stands in result.json there at once, so a crash
+    loses nothing.
 
     Example: `report = Report("01_baseline"); report.table(frame, "accuracy")`
     """
 
     def __init__(self, name: str):
-        self.folder = Path(os.environ.get("WORKBENCH_REPORT") or Path(__file__).parents[2] / "reports" / "lab" / name)
-        if machine.RUN in os.environ:  # the kernel ends with its runner, also where it stands still at that time
+        self.folder = Path(os.environ.get("WORKBENCH_REPORT")
+                           or Path(__file__).parents[2] / "reports" / "lab" / name)
+        # the kernel ends with its runner, also where it stands still at that time
+        if machine.RUN in os.environ:
             machine.end_with_parent()
         self.checks: list[dict] = []
         self.headlines: list[dict] = []
 
     @property
     def scratch(self) -> Path:
-        """A folder for the states of long work: it outlives a killed run; the runner empties it once all is done."""
+        """A folder for the states of long work: it outlives a killed run; the runner empties it
+        once all is done."""
         path = Path(os.environ.get("WORKBENCH_SCRATCH") or self.folder / "scratch")
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     @property
     def others(self) -> dict[str, Path]:
-        """Where the reports of other notebooks lie: "here", of this run, and "full", the committed ones of the full profile."""
+        """Where the reports of other notebooks lie: "here", of this run, and "full", the committed
+        ones of the full profile."""
         root = Path(__file__).parents[2] / "reports"
         here = self.folder.parent if "WORKBENCH_REPORT" in os.environ else root
         return {"here": here, "full": root / "full"}
 
     def table(self, frame: pd.DataFrame, name: str, *, paper: Paper | None = None) -> pd.DataFrame:
-        """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it; with `paper` also as a paper prints
-        it, NAME.md and NAME.tex. Raises ValueError as papers.latex does."""
+        """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it; with
+        `paper` also as a paper prints it, NAME.md and NAME.tex. Raises ValueError as papers.latex
+        does."""
         written = {"csv": frame.to_csv(index=False)}
         if paper:
-            written |= {"md": papers.markdown(frame, paper), "tex": papers.latex(frame, paper, name)}
+            written |= {"md": papers.markdown(frame, paper),
+                        "tex": papers.latex(frame, paper, name)}
         for kind, text in written.items():
             with files.atomic(self.folder / "tables" / f"{name}.{kind}") as new:
                 new.write_text(text, encoding="utf-8")
         return frame
 
     def figure(self, drawn: Axes | Figure, name: str) -> None:
-        """Write a figure to figures/NAME.png, in 256 colours, a third of the bytes; the notebook shows it at the end of the cell,
-        as it does any plot."""
+        """Write a figure to figures/NAME.png, in 256 colours, a third of the bytes; the notebook
+        shows it at the end of the cell, as it does any plot."""
         from PIL import Image
 
         figure = drawn.get_figure() if isinstance(drawn, Axes) else drawn
@@ -67,24 +75,34 @@ class Report:
             few.save(new, optimize=True)
 
     def check(self, name: str, value, *, at_least=None, at_most=None, equals=None) -> str:
-        """Record one claim with its limit; exactly one limit is given. A value that is NaN does not pass.
+        """Record one claim with its limit; exactly one limit is given. A value that is NaN does not
+        pass.
 
-        Returns the line that the notebook shows. Raises ValueError where no limit or several are given.
+        Returns the line that the notebook shows. Raises ValueError where no limit or several are
+        given.
         """
-        limits = [(kind, limit) for kind, limit in ((">=", at_least), ("<=", at_most), ("=", equals)) if limit is not None]
+        limits = [(kind, limit)
+                  for kind, limit in ((">=", at_least), ("<=", at_most), ("=", equals))
+                  if limit is not None]
         if len(limits) != 1:
-            raise ValueError(f"check {name!r}: give exactly one of at_least, at_most, equals, found {len(limits)}")
+            raise ValueError(f"check {name!r}: give exactly one of at_least, at_most, equals, "
+                             f"found {len(limits)}")
         kind, limit = limits[0]
-        passed = bool({">=": lambda: value >= limit, "<=": lambda: value <= limit, "=": lambda: value == limit}[kind]())
-        return self._record({"name": name, "value": _plain(value), "limit": f"{kind} {limit}", "passed": passed})
+        passed = bool({">=": lambda: value >= limit, "<=": lambda: value <= limit,
+                       "=": lambda: value == limit}[kind]())
+        return self._record({"name": name, "value": _plain(value), "limit": f"{kind} {limit}",
+                             "passed": passed})
 
     def verdict(self, name: str, checks: list[dict]) -> str:
         """Record the checks of a verdict, such as Equivalence.checks(), each under `name`."""
-        return "\n".join(self._record(check | {"name": f"{name}: {check['name']}", "value": _plain(check["value"])})
+        return "\n".join(self._record(check
+                                      | {"name": f"{name}: {check['name']}",
+                                         "value": _plain(check["value"])})
                          for check in checks)
 
     def headline(self, name: str, value, *, text: str | None = None) -> None:
-        """Record a figure for the index page: `text` is how it reads there, with its unit and interval."""
+        """Record a figure for the index page: `text` is how it reads there, with its unit and
+        interval."""
         self.headlines.append({"name": name, "value": _plain(value), "text": text or f"{value}"})
         self._write()
 
@@ -96,7 +114,8 @@ class Report:
 
     def _write(self) -> None:
         with files.atomic(self.folder / "result.json") as new:
-            new.write_text(json.dumps({"checks": self.checks, "headlines": self.headlines}, indent=1))
+            new.write_text(json.dumps({"checks": self.checks, "headlines": self.headlines},
+                                      indent=1))
 
 
 def _plain(value):

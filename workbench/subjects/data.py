@@ -1,4 +1,5 @@
-"""Data sets as tasks: embedded ones, anything the `datasets` library reads, and what the caller brings.
+"""Data sets as tasks: embedded ones, anything the `datasets` library reads, and what the caller
+brings.
 
 Source: Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), embedded whole.
 """
@@ -20,21 +21,24 @@ from workbench.subjects import embedded, intents, stamps, texts
 from workbench.subjects.objectives import Objective, Understanding, objective
 from workbench.subjects.tasks import Pictures, Preprocessing, Split, Task, as_stored, set_aside
 
-DECODE_WHOLE_BELOW = 2**30  # bytes of uint8 pixels that are decoded once and kept; larger sets decode batch by batch
+# bytes of uint8 pixels that are decoded once and kept; larger sets decode batch by batch
+DECODE_WHOLE_BELOW = 2**30
 TEST_EVERY = 5  # every fifth example is test where the caller gives one set only
 
 
 def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) -> Task:
-    """The task `name`: an embedded set ("fashion_mnist", "stamps", "wiki_topics", "wiki_text", "wordnet"),
-    "intents:LANGUAGE", "hub:ID" or "folder:PATH".
+    """The task `name`: an embedded set ("fashion_mnist", "stamps", "wiki_topics", "wiki_text",
+    "wordnet"), "intents:LANGUAGE", "hub:ID" or "folder:PATH".
 
-    ID is a Hugging Face data set. PATH is a folder in the hub's layout (train/CLASS/x.png, or train-*.parquet), a Parquet
-    file, or a pattern of Parquet files whose names say their split. Pictures with labels, text with `label`, `tokens` with
-    `tags` (and an `intent`), or text alone are known by their columns. A set with one split only is all test. preprocessing:
-    what the model expects, models.preprocessing(MODEL), or a tasks.Preprocessing of yours; pictures default to their own size and
-    ImageNet's mean and standard deviation, text needs it for its tokens.
+    ID is a Hugging Face data set. PATH is a folder in the hub's layout (train/CLASS/x.png, or
+    train-*.parquet), a Parquet file, or a pattern of Parquet files whose names say their split.
+    Pictures with labels, text with `label`, `tokens` with `tags` (and an `intent`), or text alone
+    are known by their columns. A set with one split only is all test. preprocessing: what the model
+    expects, models.preprocessing(MODEL), or a tasks.Preprocessing of yours; pictures default to
+    their own size and ImageNet's mean and standard deviation, text needs it for its tokens.
 
-    Raises ValueError for an unknown name or preprocessing of another kind, FileNotFoundError for a missing or empty folder.
+    Raises ValueError for an unknown name or preprocessing of another kind, FileNotFoundError for a
+    missing or empty folder.
 
     Example: `task = data.load("fashion_mnist")`
     """
@@ -45,19 +49,21 @@ def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) ->
         return intents.load(rest, preprocessing)
     if kind in FETCHED and rest:
         return _from_columns(name, partial(FETCHED[kind], rest), preprocessing)
-    raise ValueError(f"unknown data {name!r}; expected one of {', '.join(EMBEDDED)}, intents:LANGUAGE, hub:ID or "
-                     "folder:PATH")
+    raise ValueError(f"unknown data {name!r}; expected one of {', '.join(EMBEDDED)}, "
+                     "intents:LANGUAGE, hub:ID or folder:PATH")
 
 
-def of(train, test=None, *, validation=None, asks: Objective | str = "class", classes: tuple[str, ...] | None = None,
-       prepare: Callable[[Batch], Batch] = as_stored, name: str = "mine") -> Task:
+def of(train, test=None, *, validation=None, asks: Objective | str = "class",
+       classes: tuple[str, ...] | None = None, prepare: Callable[[Batch], Batch] = as_stored,
+       name: str = "mine") -> Task:
     """A task of your own examples.
 
-    train, test, validation: each a pair (inputs, targets) with inputs a tensor, a tuple or a mapping of named tensors, all
-    with the examples along axis 0; a torch Dataset of such pairs; or a Dataset of the `datasets` library with columns that
-    `load` knows. Without `test` every fifth example of `train` is test, without `validation` every twelfth of the rest.
-    asks: "class", "tags", "next_token" or an Objective. prepare: from a stored batch to the one that the model reads, for
-    `datasets` what models.preprocessing gives.
+    train, test, validation: each a pair (inputs, targets) with inputs a tensor, a tuple or a
+    mapping of named tensors, all with the examples along axis 0; a torch Dataset of such pairs; or
+    a Dataset of the `datasets` library with columns that `load` knows. Without `test` every fifth
+    example of `train` is test, without `validation` every twelfth of the rest. asks: "class",
+    "tags", "next_token" or an Objective. prepare: from a stored batch to the one that the model
+    reads, for `datasets` what models.preprocessing gives.
 
     Raises ValueError where inputs and targets are not as many, for an unknown objective, or NaN.
 
@@ -68,25 +74,30 @@ def of(train, test=None, *, validation=None, asks: Objective | str = "class", cl
     if hasattr(train, "features"):
         sets = {kind: part for kind, part in given.items() if part is not None}
         return _from_columns(name, lambda: sets, None if prepare is as_stored else prepare)
-    splits = {kind: _own_split(part, asked, prepare, f"{name} {kind}") for kind, part in given.items() if part is not None}
+    splits = {kind: _own_split(part, asked, prepare, f"{name} {kind}")
+              for kind, part in given.items() if part is not None}
     if "test" not in splits:
-        splits["train"], splits["test"] = set_aside(splits["train"], f"{name} test", every=TEST_EVERY)
+        splits["train"], splits["test"] = set_aside(splits["train"], f"{name} test",
+                                                    every=TEST_EVERY)
     if "validation" not in splits:
         splits["train"], splits["validation"] = set_aside(splits["train"], f"{name} validation")
     if classes is None:
-        highest = max((int(split.targets.max()) for split in splits.values() if len(split)), default=0)
+        highest = max((int(split.targets.max()) for split in splits.values() if len(split)),
+                      default=0)
         classes = getattr(asked, "tags", ()) or tuple(map(str, range(highest + 1)))
-    return Task(name, splits["train"], splits["validation"], splits["test"], tuple(classes), "the caller's own",
-                "the caller's own")
+    return Task(name, splits["train"], splits["validation"], splits["test"], tuple(classes),
+                "the caller's own", "the caller's own")
 
 
 def _own_split(given, asked: Objective, prepare, name: str) -> Split:
     if isinstance(given, Split):
         return given
-    inputs, targets = given if isinstance(given, tuple | list) and len(given) == 2 else _gathered(given, name)
+    inputs, targets = (given if isinstance(given, tuple | list) and len(given) == 2
+                       else _gathered(given, name))
     targets = torch.as_tensor(targets)
     if count(inputs) != len(targets):
-        raise ValueError(f"{name}: {count(inputs)} inputs and {len(targets)} targets; expected as many")
+        raise ValueError(f"{name}: {count(inputs)} inputs and {len(targets)} targets; expected as "
+                         "many")
     mapped(lambda value: _whole(value, name), inputs)
     return Split(inputs, targets, prepare, asked, name)
 
@@ -94,9 +105,11 @@ def _own_split(given, asked: Objective, prepare, name: str) -> Split:
 def _gathered(given, name: str) -> tuple[Inputs, Tensor]:
     """All examples of a torch Dataset."""
     if not hasattr(given, "__getitem__") or not hasattr(given, "__len__"):
-        raise ValueError(f"{name}: found {type(given).__name__}; expected (inputs, targets), a torch Dataset or a `datasets` set")
+        raise ValueError(f"{name}: found {type(given).__name__}; expected (inputs, targets), a "
+                         "torch Dataset or a `datasets` set")
     pairs = [given[k] for k in files.progress(range(len(given)), title=name, unit="example")]
-    inputs = joined([mapped(lambda value: torch.as_tensor(value)[None], inputs) for inputs, _ in pairs])
+    inputs = joined([mapped(lambda value: torch.as_tensor(value)[None], inputs)
+                     for inputs, _ in pairs])
     return inputs, torch.stack([torch.as_tensor(target) for _, target in pairs])
 
 
@@ -120,14 +133,18 @@ def _fashion_mnist(preprocessing: Preprocessing | None) -> Task:
 
     how = preprocessing or Preprocessing(mean=(0.2860,), std=(0.3530,))
     if not isinstance(how, Preprocessing) or len(how.mean) != 1 or how.size not in (None, 28):
-        raise ValueError(f"fashion_mnist has one channel and 28 x 28 pixels; this preprocessing is {how}")
+        raise ValueError("fashion_mnist has one channel and 28 x 28 pixels; this preprocessing is "
+                         f"{how}")
     images = torch.from_numpy(np.concatenate([sheet(f"train_{k}.png") for k in range(6)]))
     train = Split(images, labels("train_labels.npy"), how, name="fashion_mnist train")
-    test = Split(torch.from_numpy(sheet("test_0.png")), labels("test_labels.npy"), how, name="fashion_mnist test")
-    classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+    test = Split(torch.from_numpy(sheet("test_0.png")), labels("test_labels.npy"), how,
+                 name="fashion_mnist test")
+    classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
+               "bag", "ankle boot")
     train, validation = set_aside(train, "fashion_mnist validation")
     return Task("fashion_mnist", train, validation, test, classes,
-                "Zalando Research, github.com/zalandoresearch/fashion-mnist (arXiv 1708.07747)", "MIT")
+                "Zalando Research, github.com/zalandoresearch/fashion-mnist (arXiv 1708.07747)",
+                "MIT")
 
 
 def _fetch(identifier: str):
@@ -135,7 +152,8 @@ def _fetch(identifier: str):
 
     try:
         return datasets.load_dataset(identifier)
-    except Exception as error:  # the library raises some twenty kinds: no network, unknown id, gated, no builder
+    # the library raises some twenty kinds: no network, unknown id, gated, no builder
+    except Exception as error:
         raise FileNotFoundError(f"hub:{identifier} could not be loaded ({reason(error)}); "
                                 "check the id and the network, or use folder:PATH") from error
 
@@ -145,7 +163,8 @@ def _open_folder(path: str):
 
     matches = sorted(glob.glob(path))
     if not matches:
-        raise FileNotFoundError(f"data folder {path!r} does not exist; expected train/CLASS/*.png or train-*.parquet in it")
+        raise FileNotFoundError(f"data folder {path!r} does not exist; expected train/CLASS/*.png "
+                                "or train-*.parquet in it")
     datasets.disable_progress_bars()
     try:
         if os.path.isdir(matches[0]):
@@ -155,12 +174,14 @@ def _open_folder(path: str):
         named = {kind: found for kind, found in named.items() if found} or {"test": matches}
         return datasets.load_dataset("parquet", data_files=named)
     except Exception as error:  # as above, and whatever a damaged image or Parquet file provokes
-        raise FileNotFoundError(f"data folder {path!r} holds no set of images or text ({reason(error)}); "
-                                "expected train/CLASS/*.png or train-*.parquet") from error
+        raise FileNotFoundError(f"data folder {path!r} holds no set of images or text "
+                                f"({reason(error)}); expected train/CLASS/*.png or "
+                                "train-*.parquet") from error
 
 
 EMBEDDED: dict[str, Callable[..., Task]] = {
-    "fashion_mnist": _fashion_mnist, "stamps": stamps.task, "wiki_topics": texts.wiki_topics, "wiki_text": texts.wiki_text,
+    "fashion_mnist": _fashion_mnist, "stamps": stamps.task, "wiki_topics": texts.wiki_topics,
+    "wiki_text": texts.wiki_text,
     "wordnet": texts.glosses}
 FETCHED = {"hub": _fetch, "folder": _open_folder}
 
@@ -177,9 +198,11 @@ def _from_columns(name: str, read, preprocessing: Callable[[Batch], Batch] | Non
         made = _pictures(name, stored, columns, preprocessing)
     else:
         if isinstance(preprocessing, Preprocessing):
-            raise ValueError(f"{name} is text, and this preprocessing is of pictures; load it with that of a language model")
+            raise ValueError(f"{name} is text, and this preprocessing is of pictures; load it with "
+                             "that of a language model")
         tags = _classes(stored, columns.get("tags"), name)
-        made = {kind: texts.of_columns(part, columns, classes, tags, preprocessing, f"{name} {kind}")
+        made = {kind: texts.of_columns(part, columns, classes, tags, preprocessing,
+                                       f"{name} {kind}")
                 for kind, part in stored.items() if len(part)}
         _refuse_unseen(made, classes, name)
     return _task(name, made, classes, getattr(getattr(first, "info", None), "license", ""))
@@ -200,8 +223,8 @@ def _columns(features, name: str) -> dict[str, str]:
         return {"tokens": "tokens", "tags": tags} | ({"label": label} if label else {})
     if text:
         return {"text": text} | ({"label": label} if label else {})
-    raise ValueError(f"{name} has the columns {', '.join(features)}; expected images or text with one named label, tokens with "
-                     "tags, or text alone")
+    raise ValueError(f"{name} has the columns {', '.join(features)}; expected images or text with "
+                     "one named label, tokens with tags, or text alone")
 
 
 def _refuse_unseen(splits: Mapping[str, Split], named: tuple[str, ...], name: str) -> None:
@@ -212,8 +235,8 @@ def _refuse_unseen(splits: Mapping[str, Split], named: tuple[str, ...], name: st
     for split in splits.values():
         for k, marks in enumerate(split.targets.lines):
             if marks[0] not in known:
-                raise ValueError(f"{split.name}: sentence {k} has the intent {named[marks[0]]!r}, which no training sentence "
-                                 f"of {name} has; leave it out")
+                raise ValueError(f"{split.name}: sentence {k} has the intent {named[marks[0]]!r}, "
+                                 f"which no training sentence of {name} has; leave it out")
 
 
 def _classes(stored: Mapping, column: str | None, name: str) -> tuple[str, ...]:
@@ -224,18 +247,21 @@ def _classes(stored: Mapping, column: str | None, name: str) -> tuple[str, ...]:
     if names:
         return tuple(names)
     values = [value for part in stored.values() for value in part[column][:]]
-    values = [tag for line in values for tag in line] if values and isinstance(values[0], list) else values
+    values = ([tag for line in values for tag in line] if values and isinstance(values[0], list)
+              else values)
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(values), key=lambda tag: (tag != "O", tag)))
     try:
         return tuple(map(str, range(max(map(int, values)) + 1)))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: the column {column!r} holds {values[0]!r}; expected whole numbers or names") from error
+        raise ValueError(f"{name}: the column {column!r} holds {values[0]!r}; expected whole "
+                         "numbers or names") from error
 
 
 def _task(name: str, splits: dict[str, Split], classes: tuple[str, ...], licence: str) -> Task:
-    hidden = [kind for kind, part in splits.items() if isinstance(part.targets, Tensor) and part.targets.numel()
-              and part.targets.min() < 0]  # -1: the hub keeps them secret
+    hidden = [kind for kind, part in splits.items()  # -1: the hub keeps them secret
+              if isinstance(part.targets, Tensor) and part.targets.numel()
+              and part.targets.min() < 0]
     splits = {kind: part for kind, part in splits.items() if kind not in hidden}
     if not splits:
         raise ValueError(f"{name} has no split with labels from 0 on")
@@ -243,11 +269,13 @@ def _task(name: str, splits: dict[str, Split], classes: tuple[str, ...], licence
         splits = {"test": next(iter(splits.values()))}
     test = splits.get("test") or splits.get("validation") or splits.get("valid")
     if test is None:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}; expected test or validation among them")
+        raise ValueError(f"{name} has the splits {', '.join(splits)}; expected test or validation "
+                         "among them")
     train, validation = splits.get("train"), splits.get("validation")
     if train is not None and (validation is None or validation is test):
         train, validation = set_aside(train, f"{name} validation")
-    return Task(name, train or test.empty(f"{name} train"), validation or test.empty(f"{name} validation"), test, classes, name,
+    return Task(name, train or test.empty(f"{name} train"),
+                validation or test.empty(f"{name} validation"), test, classes, name,
                 licence or "see its source")
 
 
@@ -256,14 +284,15 @@ def _pictures(name: str, stored, columns: Mapping[str, str],
     import datasets
 
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
-        raise ValueError(f"{name} holds pictures, and this preprocessing is {preprocessing!r}; give that of a picture model, "
-                         "models.preprocessing(NAME)")
+        raise ValueError(f"{name} holds pictures, and this preprocessing is {preprocessing!r}; "
+                         "give that of a picture model, models.preprocessing(NAME)")
     how = preprocessing or Preprocessing()
     splits = {}
     for kind, part in stored.items():
         if len(part):
             part = part.cast_column(columns["image"], datasets.Image())
-            splits[kind] = _picture_split(part, columns["image"], columns["label"], how, f"{name} {kind}")
+            splits[kind] = _picture_split(part, columns["image"], columns["label"], how,
+                                          f"{name} {kind}")
     return splits
 
 
@@ -278,7 +307,8 @@ def _picture_split(part, image: str, label: str, how: Preprocessing, name: str) 
     try:
         labels = torch.tensor(part[label][:], dtype=torch.int64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: the column {label!r} holds {part[label][0]!r}; expected whole numbers") from error
+        raise ValueError(f"{name}: the column {label!r} holds {part[label][0]!r}; expected whole "
+                         "numbers") from error
     if int(np.prod(pictures.shape)) > DECODE_WHOLE_BELOW:
         return Split(pictures, labels, how, name=name)
     blocks = torch.arange(len(labels)).split(512)

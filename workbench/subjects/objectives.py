@@ -1,8 +1,9 @@
 """What a task asks of a model: how its outputs are read, what is right for each example, the loss.
 
-An objective is the only place that knows what kind of answer counts. `statistics` gives each example a row of numbers whose
-sums over examples make the metric: so a metric of a whole set, its interval and a paired difference all come from rows.
-Targets at `IGNORED` do not count, neither in the loss nor in the metric.
+An objective is the only place that knows what kind of answer counts. `statistics` gives each
+example a row of numbers whose sums over examples make the metric: so a metric of a whole set, its
+interval and a paired difference all come from rows. Targets at `IGNORED` do not count, neither in
+the loss nor in the metric.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from workbench.batches import answer, tensors
 
-IGNORED = -100  # as in Hugging Face's label columns: padding, special tokens, all but the first piece of a word
+# as in Hugging Face's label columns: padding, special tokens, all but the first piece of a word
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One class for each example; the base of the others. metric: how its column is called. unit: what the interval is over.
-    output: the name of the output that is the answer, where a model has several."""
+    """One class for each example; the base of the others. metric: how its column is called. unit:
+    what the interval is over. output: the name of the output that is the answer, where a model has
+    several."""
 
     metric: str = "top1"
     unit: str = "image"
@@ -29,11 +32,13 @@ class Objective:
     def read(self, outputs, targets: Tensor | None = None) -> Tensor:
         """Logits float (n, classes) of what a model puts out.
 
-        Raises ValueError where they do not fit the targets, TypeError where there is no tensor to read.
+        Raises ValueError where they do not fit the targets, TypeError where there is no tensor to
+        read.
         """
         logits = answer(outputs, self.output)
         if logits.dim() != 2:
-            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, {self._wanted()}")
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, "
+                             f"{self._wanted()}")
         if targets is not None:
             self._check(logits, targets)
         return logits
@@ -52,7 +57,8 @@ class Objective:
         return logits.argmax(-1)
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """How right each example is, float (n,): 0 or 1 for a class, the share of its tokens otherwise."""
+        """How right each example is, float (n,): 0 or 1 for a class, the share of its tokens
+        otherwise."""
         return (self.answers(logits) == targets).float()
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -64,24 +70,28 @@ class Objective:
         return sums[..., 0] / n
 
     def check_targets(self, inputs, targets: Tensor) -> None:
-        """Raise ValueError where targets do not belong to inputs; nothing to check for one class an example."""
+        """Raise ValueError where targets do not belong to inputs; nothing to check for one class an
+        example."""
 
     def _wanted(self) -> str:
-        return "expected (n, classes), one class an example; give the task another objective or the model another head"
+        return ("expected (n, classes), one class an example; give the task another objective or "
+                "the model another head")
 
     def _check(self, logits: Tensor, targets: Tensor) -> None:
         if len(logits) != len(targets):
             raise ValueError(f"the model answers {len(logits)} times for {len(targets)} examples")
         if len(targets) and int(targets.max()) >= logits.shape[1]:
-            raise ValueError(f"the model knows {logits.shape[1]} classes, a target is class {int(targets.max())}; "
-                             "load the model with a head for this task")
+            raise ValueError(f"the model knows {logits.shape[1]} classes, a target is class "
+                             f"{int(targets.max())}; load the model with a head for this task")
 
 
 @dataclass(frozen=True)
 class Tagging(Objective):
-    """A tag for each token, B- and I- marking entities; the metric is the F1 of whole entities, as seqeval counts them.
+    """A tag for each token, B- and I- marking entities; the metric is the F1 of whole entities, as
+    seqeval counts them.
 
-    tags: their names, in the order of the model's classes. Source: CoNLL-2000 evaluation, Tjong Kim Sang & Buchholz 2000.
+    tags: their names, in the order of the model's classes. Source: CoNLL-2000 evaluation, Tjong Kim
+    Sang & Buchholz 2000.
     """
 
     tags: Sequence[str] = ()
@@ -89,14 +99,16 @@ class Tagging(Objective):
     unit: str = "sentence"
 
     def read(self, outputs, targets: Tensor | None = None) -> Tensor:
-        """Logits float (n, tokens, tags). Raises as `Objective.read` does, and where there is not a target for each token."""
+        """Logits float (n, tokens, tags). Raises as `Objective.read` does, and where there is not a
+        target for each token."""
         logits = answer(outputs, self.output)
         if logits.dim() != 3 or logits.shape[2] != len(self.tags):
-            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, tokens, {len(self.tags)}), a tag "
-                             "for each token")
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, "
+                             f"tokens, {len(self.tags)}), a tag for each token")
         if targets is not None and targets.shape != logits.shape[:2]:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(logits.shape[:2])}; give one tag "
-                             f"a token, {IGNORED} for those that do not count")
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens "
+                             f"{tuple(logits.shape[:2])}; give one tag a token, {IGNORED} for "
+                             "those that do not count")
         return logits
 
     def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +126,8 @@ class Tagging(Objective):
         rows = []
         for chosen, wanted in zip(self.answers(logits).tolist(), targets.tolist(), strict=True):
             kept = [k for k, tag in enumerate(wanted) if tag != IGNORED]
-            found, there = (set(get_entities([self.tags[line[k]] for k in kept])) for line in (chosen, wanted))
+            found, there = (set(get_entities([self.tags[line[k]] for k in kept]))
+                            for line in (chosen, wanted))
             rows.append([len(found & there), len(found), len(there)])
         return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
 
@@ -130,9 +143,11 @@ class Tagging(Objective):
 
 @dataclass(frozen=True)
 class NextToken(Objective):
-    """Each token from those before it; the metric is perplexity, exp of the mean negative log likelihood of a token.
+    """Each token from those before it; the metric is perplexity, exp of the mean negative log
+    likelihood of a token.
 
-    Targets are the tokens themselves, at their own places: the logits at place k answer for place k + 1.
+    Targets are the tokens themselves, at their own places: the logits at place k answer for place k
+    + 1.
     """
 
     metric: str = "perplexity"
@@ -142,25 +157,29 @@ class NextToken(Objective):
         """Logits float (n, tokens, vocabulary). Raises as `Objective.read` does."""
         logits = answer(outputs, self.output)
         if logits.dim() != 3:
-            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, tokens, vocabulary)")
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, "
+                             "tokens, vocabulary)")
         if targets is not None and targets.shape != logits.shape[:2]:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(logits.shape[:2])}; the targets are "
-                             "the tokens themselves")
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens "
+                             f"{tuple(logits.shape[:2])}; the targets are the tokens themselves")
         return logits
 
     def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that follow another and count."""
-        return super().decisions(logits[:, :-1][targets[:, 1:] != IGNORED], targets[:, 1:][targets[:, 1:] != IGNORED])
+        return super().decisions(logits[:, :-1][targets[:, 1:] != IGNORED],
+                                 targets[:, 1:][targets[:, 1:] != IGNORED])
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The share of each sentence's tokens that are guessed from those before them, float (n,)."""
+        """The share of each sentence's tokens that are guessed from those before them, float
+        (n,)."""
         return _share(self.answers(logits)[:, :-1] == targets[:, 1:], targets[:, 1:] != IGNORED)
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
         """By sentence: the negative log likelihood, in nats, and how many tokens it is of."""
         wanted = targets[:, 1:]
         rows = logits[:, :-1].flatten(0, 1).float()  # in double it takes three times as long
-        lost = F.cross_entropy(rows, wanted.flatten(), reduction="none", ignore_index=IGNORED).view(wanted.shape)
+        lost = F.cross_entropy(rows, wanted.flatten(), reduction="none",
+                               ignore_index=IGNORED).view(wanted.shape)
         return torch.stack([lost.double().sum(1), (wanted != IGNORED).sum(1).double()], 1)
 
     def value(self, sums: Tensor, n) -> Tensor:
@@ -176,12 +195,13 @@ class NextToken(Objective):
 class Understanding(Objective):
     """What a sentence wants and what it names: an intent, and a tag for each token.
 
-    A model answers with logits (n, tokens, width), width at least the number of intents and of tags: the first token, which is
-    the tokenizer's own ([CLS]), answers the intent, every other one its tag. Targets lie in the same places.
+    A model answers with logits (n, tokens, width), width at least the number of intents and of
+    tags: the first token, which is the tokenizer's own ([CLS]), answers the intent, every other one
+    its tag. Targets lie in the same places.
 
-    metric: "sentence" (share of sentences whose intent and tags are all right), "intent" (share of intents) or "f1" (of whole
-    entities, as seqeval counts them). The loss is the cross entropy of the intents and that of the tags, added.
-    Source: JointBERT, Chen et al. 2019 (arXiv 1902.10909).
+    metric: "sentence" (share of sentences whose intent and tags are all right), "intent" (share of
+    intents) or "f1" (of whole entities, as seqeval counts them). The loss is the cross entropy of
+    the intents and that of the tags, added. Source: JointBERT, Chen et al. 2019 (arXiv 1902.10909).
     """
 
     intents: Sequence[str] = ()
@@ -191,33 +211,41 @@ class Understanding(Objective):
 
     def __post_init__(self):
         if self.metric not in UNDERSTOOD:
-            raise ValueError(f"unknown metric {self.metric!r} of an understanding; expected one of {', '.join(UNDERSTOOD)}")
+            raise ValueError(f"unknown metric {self.metric!r} of an understanding; expected one of "
+                             f"{', '.join(UNDERSTOOD)}")
 
     def read(self, outputs, targets: Tensor | None = None) -> Tensor:
         """Logits float (n, tokens, width), those that answer nothing at -10,000."""
         logits = answer(outputs, self.output)
         sizes = [len(self.intents), len(self.tags)]
         if logits.dim() != 3 or logits.shape[2] < max(sizes):
-            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, tokens, {max(sizes)}): an intent "
-                             "in the first place, then a tag for each token")
+            raise ValueError(f"the model's answer has shape {tuple(logits.shape)}, expected (n, "
+                             f"tokens, {max(sizes)}): an intent in the first place, then a tag for "
+                             "each token")
         if targets is not None and targets.shape != logits.shape[:2]:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(logits.shape[:2])}; give the intent "
-                             f"and then one tag a token, {IGNORED} for those that do not count")
-        kinds = (torch.arange(logits.shape[1], device=logits.device) > 0).long()  # 0: the intent, 1: a tag
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens "
+                             f"{tuple(logits.shape[:2])}; give the intent and then one tag a "
+                             f"token, {IGNORED} for those that do not count")
+        # 0: the intent, 1: a tag
+        kinds = (torch.arange(logits.shape[1], device=logits.device) > 0).long()
         known = torch.tensor(sizes, device=logits.device)[kinds]
-        return logits.masked_fill(torch.arange(logits.shape[2], device=logits.device) >= known[:, None], -1e4)
+        return logits.masked_fill(torch.arange(logits.shape[2], device=logits.device)
+                                  >= known[:, None], -1e4)
 
     def decisions(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The intents and the tokens that count."""
         return logits[targets != IGNORED], targets[targets != IGNORED]
 
     def loss(self, logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
-        """Mean cross entropy of the intents and of the tags, added, a scalar; smoothing is over what may be answered."""
-        parts = ((logits[:, :1], targets[:, :1], len(self.intents)), (logits[:, 1:], targets[:, 1:], len(self.tags)))
+        """Mean cross entropy of the intents and of the tags, added, a scalar; smoothing is over
+        what may be answered."""
+        parts = ((logits[:, :1], targets[:, :1], len(self.intents)),
+                 (logits[:, 1:], targets[:, 1:], len(self.tags)))
         total = logits.sum() * 0.0
         for chosen, wanted, size in parts:
             if (wanted != IGNORED).any():
-                total = total + F.cross_entropy(chosen[..., :size].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED,
+                total = total + F.cross_entropy(chosen[..., :size].flatten(0, 1).float(),
+                                                wanted.flatten(), ignore_index=IGNORED,
                                                 label_smoothing=smoothing)
         return total
 
@@ -226,11 +254,13 @@ class Understanding(Objective):
         return ((self.answers(logits) == targets) | (targets == IGNORED)).all(1).float()
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """By sentence: all is right, the intent is right, entities that are right, entities found, entities there."""
+        """By sentence: all is right, the intent is right, entities that are right, entities found,
+        entities there."""
         tagging = Tagging(tags=self.tags)
         entities = tagging.statistics(logits[:, 1:, :len(self.tags)], targets[:, 1:])
         intent = (self.answers(logits)[:, 0] == targets[:, 0]).double()
-        return torch.cat([self.right(logits, targets).double()[:, None], intent[:, None], entities], 1)
+        return torch.cat([self.right(logits, targets).double()[:, None], intent[:, None], entities],
+                         1)
 
     def value(self, sums: Tensor, n) -> Tensor:
         """The metric."""
@@ -248,12 +278,14 @@ OBJECTIVES = {"class": Objective, "tags": Tagging, "next_token": NextToken}
 
 
 def objective(name: str, **options) -> Objective:
-    """The objective called `name`: "class", "tags" or "next_token". Raises ValueError for another name.
+    """The objective called `name`: "class", "tags" or "next_token". Raises ValueError for another
+    name.
 
     Example: `objective("class", unit="speaker").unit == "speaker"`
     """
     if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(OBJECTIVES)}, or an Objective of your own")
+        raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(OBJECTIVES)}, or "
+                         "an Objective of your own")
     return OBJECTIVES[name](**options)
 
 
@@ -262,7 +294,9 @@ def _share(hits: Tensor, counted: Tensor) -> Tensor:
 
 
 def _check_lengths(inputs, targets: Tensor) -> None:
-    tokens = next((value for value in tensors(inputs) if value.dim() == 2 and not value.is_floating_point()), None)
+    tokens = next((value for value in tensors(inputs) if value.dim() == 2
+                   and not value.is_floating_point()), None)
     if tokens is not None and targets.shape != tokens.shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens {tuple(tokens.shape)}; give one target a token, "
-                         f"{IGNORED} for those that do not count")
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, the tokens "
+                         f"{tuple(tokens.shape)}; give one target a token, {IGNORED} for those "
+                         "that do not count")

@@ -1,7 +1,9 @@
-"""Networks that listen: the log-mel spectrum as a layer, a network that spots words, a detector of speech.
+"""Networks that listen: the log-mel spectrum as a layer, a network that spots words, a detector of
+speech.
 
-Sources: separable dilated convolutions over time as in TC-ResNet, Choi et al. 2019 (arXiv 1904.03814), made causal; silero-vad
-6.2 (https://github.com/snakers4/silero-vad, MIT), whose weights are in its package.
+Sources: separable dilated convolutions over time as in TC-ResNet, Choi et al. 2019 (arXiv
+1904.03814), made causal; silero-vad 6.2 (https://github.com/snakers4/silero-vad, MIT), whose
+weights are in its package.
 """
 
 import importlib.util
@@ -20,23 +22,26 @@ SECOND = 100  # frames
 
 
 class LogMel(nn.Module):
-    """log(1 + sum_k m_bk |STFT_k|^2 / e) of samples (n, T): (n, bands, T / hop), each frame of samples up to its own end.
+    """log(1 + sum_k m_bk |STFT_k|^2 / e) of samples (n, T): (n, bands, T / hop), each frame of
+    samples up to its own end.
 
-    m: triangles of equal width in mels, mel(f) = 2595 log10(1 + f / 700), between `low` and `high` Hz; e: `least`, so that
-    silence is 0. Computed in double precision, so that a hop gives the same float32 as a whole recording, whose products a
-    library adds up in another order; its numbers are buffers, which nothing prunes or rounds.
+    m: triangles of equal width in mels, mel(f) = 2595 log10(1 + f / 700), between `low` and `high`
+    Hz; e: `least`, so that silence is 0. Computed in double precision, so that a hop gives the same
+    float32 as a whole recording, whose products a library adds up in another order; its numbers are
+    buffers, which nothing prunes or rounds.
 
     Example: `LogMel(40)(torch.zeros(1, 8000)).shape == (1, 40, 100)`
     """
 
-    def __init__(self, bands: int, *, rate: int = RATE, window: int = WINDOW, hop: int = HOP, low: float = 60.0,
-                 high: float = 3_800.0, least: float = 1e-4):
+    def __init__(self, bands: int, *, rate: int = RATE, window: int = WINDOW, hop: int = HOP,
+                 low: float = 60.0, high: float = 3_800.0, least: float = 1e-4):
         super().__init__()
         self.window, self.hop = window, hop
         bins = window // 2 + 1
         angles = 2 * math.pi * torch.arange(bins)[:, None] * torch.arange(window) / window
         waves = torch.cat([angles.cos(), angles.sin()]) * torch.hann_window(window)
-        edges = torch.linspace(*(2595 * math.log10(1 + value / 700) for value in (low, high)), bands + 2)
+        edges = torch.linspace(*(2595 * math.log10(1 + value / 700) for value in (low, high)),
+                               bands + 2)
         edges = 700 * (10 ** (edges / 2595) - 1)
         places = torch.arange(bins) * rate / window
         rising = (places - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
@@ -48,11 +53,13 @@ class LogMel(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         windows = F.pad(samples, (self.window - self.hop, 0)).unfold(1, self.window, self.hop)
         cosines, sines = (windows.to(self.waves.dtype) @ self.waves).chunk(2, 2)
-        return ((cosines * cosines + sines * sines) @ self.triangles).log1p().float().transpose(1, 2)
+        return ((cosines * cosines + sines * sines) @ self.triangles).log1p().float().transpose(1,
+                                                                                                2)
 
 
 class Causal(nn.Module):
-    """A convolution over time, of each channel alone and then of all, that reads nothing to come; its input is added."""
+    """A convolution over time, of each channel alone and then of all, that reads nothing to come;
+    its input is added."""
 
     def __init__(self, width: int, taps: int, dilation: int):
         super().__init__()
@@ -68,9 +75,11 @@ class Causal(nn.Module):
 
 
 class WordSpotter(nn.Module):
-    """Samples (n, T) at 8 kHz -> logits (n, classes, T / 80): for each 10 ms which word has just ended, the last class for none.
+    """Samples (n, T) at 8 kHz -> logits (n, classes, T / 80): for each 10 ms which word has just
+    ended, the last class for none.
 
-    From each band of the spectrum its mean over the last second is taken: what a microphone or a room does to all that is said.
+    From each band of the spectrum its mean over the last second is taken: what a microphone or a
+    room does to all that is said.
 
     Example: `WordSpotter(11)(torch.zeros(1, 8000)).shape == (1, 11, 100)`
     """
@@ -91,24 +100,27 @@ class WordSpotter(nn.Module):
 
 
 class Silero(nn.Module):
-    """silero-vad's network for 16 kHz: samples (n, T) -> the probability of speech (n, 1, T / 512) in each 32 ms.
+    """silero-vad's network for 16 kHz: samples (n, T) -> the probability of speech (n, 1, T / 512)
+    in each 32 ms.
 
-    Each chunk of 512 samples is read behind the 64 before it; in the chunk a spectrum by convolution and four convolutions, over
-    the chunks an LSTM.
+    Each chunk of 512 samples is read behind the 64 before it; in the chunk a spectrum by
+    convolution and four convolutions, over the chunks an LSTM.
     """
 
     def __init__(self):
         super().__init__()
         self.register_buffer("waves", torch.zeros(258, 1, 1, 256))
         sizes = ((129, 128, 1), (128, 64, 2), (64, 64, 2), (64, 128, 1))
-        self.convolutions = nn.ModuleList(nn.Conv2d(*channels, (1, 3), stride=(1, stride), padding=(0, 1))
+        self.convolutions = nn.ModuleList(nn.Conv2d(*channels, (1, 3), stride=(1, stride),
+                                                    padding=(0, 1))
                                           for *channels, stride in sizes)
         self.lstm = nn.LSTM(128, 128, batch_first=True)
         self.out = nn.Linear(128, 1)
 
     def forward(self, samples: Tensor) -> Tensor:
         chunks = F.pad(samples, (64, 0)).unfold(1, 576, 512)
-        parts = F.conv2d(F.pad(chunks, (0, 64), mode="reflect")[:, None], self.waves, stride=(1, 128))
+        parts = F.conv2d(F.pad(chunks, (0, 64), mode="reflect")[:, None], self.waves,
+                         stride=(1, 128))
         cosines, sines = parts.chunk(2, 1)
         values = (cosines * cosines + sines * sines).sqrt()
         for convolution in self.convolutions:
@@ -118,38 +130,49 @@ class Silero(nn.Module):
 
 
 def silero() -> Silero:
-    """silero-vad with the weights of its own ONNX file, which is in its package; the safetensors file beside it, of version
-    6.2.3, holds those of another training, and answers otherwise. Raises ModuleNotFoundError where it is not installed."""
+    """silero-vad with the weights of its own ONNX file, which is in its package; the safetensors
+    file beside it, of version 6.2.3, holds those of another training, and answers otherwise. Raises
+    ModuleNotFoundError where it is not installed."""
     import onnx
 
-    network, parts = Silero(), list(onnx.load(package_file("silero_vad", "data", "silero_vad_16k_op15.onnx")).graph.initializer)
-    known = {part.name.removeprefix("model."): torch.from_numpy(onnx.numpy_helper.to_array(part).copy()) for part in parts}
-    names = {"waves": "stft.forward_basis_buffer", "out.weight": "decoder.decoder.2.weight", "out.bias": "decoder.decoder.2.bias"}
+    network, parts = (Silero(),
+                      list(onnx.load(package_file("silero_vad", "data",
+                                                  "silero_vad_16k_op15.onnx")).graph.initializer))
+    known = {
+        part.name.removeprefix("model."): torch.from_numpy(onnx.numpy_helper.to_array(part).copy())
+        for part in parts}
+    names = {"waves": "stft.forward_basis_buffer", "out.weight": "decoder.decoder.2.weight",
+             "out.bias": "decoder.decoder.2.bias"}
     names |= {f"convolutions.{place}.{kind}": f"encoder.{place}.reparam_conv.{kind}"
               for place in range(4) for kind in ("weight", "bias")}
-    names |= {f"lstm.{kind}_l0": f"decoder.rnn.{kind}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    names |= {f"lstm.{kind}_l0": f"decoder.rnn.{kind}"
+              for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
     own = network.state_dict()
-    network.load_state_dict({name: known[names[name]].reshape(value.shape) for name, value in own.items()})
+    network.load_state_dict({name: known[names[name]].reshape(value.shape)
+                             for name, value in own.items()})
     network.origin = {"architecture": "silero"}
     return network.eval()
 
 
 def word_spotter(header: Mapping[str, str] | None = None) -> WordSpotter:
     """A word spotter at random, as wide as the header of a checkpoint says."""
-    known = {"classes": "11", "width": "88"} | {key: header[key] for key in ("classes", "width") if header and key in header}
+    known = ({"classes": "11", "width": "88"}
+             | {key: header[key] for key in ("classes", "width") if header and key in header})
     model = WordSpotter(int(known["classes"]), width=int(known["width"]))
     model.origin = {"architecture": "word_spotter", **known}
     return model
 
 
 def package_file(package: str, *inside: str) -> Path:
-    """A file of an installed package, which is not imported: silero_vad would set torch's threads, pulsevad asks for torchaudio.
+    """A file of an installed package, which is not imported: silero_vad would set torch's threads,
+    pulsevad asks for torchaudio.
 
     Raises ModuleNotFoundError where it is not installed.
     """
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise ModuleNotFoundError(f"speech needs the package {package}; pip install 'workbench[speech]'")
+        raise ModuleNotFoundError(f"speech needs the package {package}; pip install "
+                                  "'workbench[speech]'")
     return Path(found.origin).parent.joinpath(*inside)
 
 
@@ -158,4 +181,5 @@ def resampled(samples: np.ndarray, rate: int, wanted: int = RATE) -> np.ndarray:
     from scipy.signal import resample_poly
 
     whole = math.gcd(rate, wanted)
-    return samples if rate == wanted else resample_poly(samples, wanted // whole, rate // whole).astype(np.float32)
+    return (samples if rate == wanted
+            else resample_poly(samples, wanted // whole, rate // whole).astype(np.float32))

@@ -1,7 +1,8 @@
-"""A training between two steps as one safetensors file, written whole, taken up only by the same training.
+"""A training between two steps as one safetensors file, written whole, taken up only by the same
+training.
 
-A finished one can be kept without what only its steps needed, and committed: `finish` writes it, `finished` finds it again, on
-any processor.
+A finished one can be kept without what only its steps needed, and committed: `finish` writes it,
+`finished` finds it again, on any processor.
 """
 
 import functools
@@ -20,13 +21,14 @@ from workbench.subjects import embedded
 
 
 def mark(tensors: Iterable[Tensor]) -> dict:
-    """What tells one start, or one set of examples, from another: "exact" to the bit, "about" (mean |x| of each tensor) to the
-    rounding of another processor.
+    """What tells one start, or one set of examples, from another: "exact" to the bit, "about" (mean
+    |x| of each tensor) to the rounding of another processor.
 
     Example: `states.mark([torch.ones(2)])["about"] == [1.0]`
     """
     tensors = list(tensors)
-    return {"exact": files.fingerprint(tensors), "about": [float(tensor.double().abs().mean()) for tensor in tensors]}
+    return {"exact": files.fingerprint(tensors),
+            "about": [float(tensor.double().abs().mean()) for tensor in tensors]}
 
 
 def told(function: Callable) -> str:
@@ -39,31 +41,40 @@ def told(function: Callable) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def save(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict, progress: dict) -> None:
-    """Write the state_dict of each of `parts`, the optimizer's slots, what the training is and how far it has come."""
+def save(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict,
+         progress: dict) -> None:
+    """Write the state_dict of each of `parts`, the optimizer's slots, what the training is and how
+    far it has come."""
     tensors = {f"{name}.{k}": v.contiguous().clone()  # a copy: two names may share one tensor
                for name, part in parts.items() for k, v in part.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items() if v is not None}
+        tensors |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in slots.items()
+                    if v is not None}
     with files.atomic(path) as new:
-        save_file(tensors, new, {"identity": json.dumps(identity), "progress": json.dumps(progress)})
+        save_file(tensors, new,
+                  {"identity": json.dumps(identity), "progress": json.dumps(progress)})
 
 
 def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
-    """Take up what `save` wrote and return its progress. Raises ValueError where it is damaged or of another training."""
+    """Take up what `save` wrote and return its progress. Raises ValueError where it is damaged or
+    of another training."""
     try:
         with safe_open(path, framework="pt") as stored:
-            header, tensors = stored.metadata(), {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+            header, names = stored.metadata(), stored.keys()
+            tensors = {name: stored.get_tensor(name) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"training state {path} is damaged ({error}); delete it to start anew") from error
+        raise ValueError(f"training state {path} is damaged ({error}); delete it to start "
+                         "anew") from error
     theirs = json.loads(header["identity"])
     for key, mine in json.loads(json.dumps(identity)).items():
         if theirs.get(key) != mine:
-            other, own = (value["exact"] if isinstance(value, dict) else value for value in (theirs.get(key), mine))
-            raise ValueError(f"training state {path} is of another run: its {key} is {other!r}, here {own!r}; delete it or give "
-                             "another path")
+            other, own = (value["exact"] if isinstance(value, dict) else value
+                          for value in (theirs.get(key), mine))
+            raise ValueError(f"training state {path} is of another run: its {key} is {other!r}, "
+                             f"here {own!r}; delete it or give another path")
     for name, part in parts.items():
-        part.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f"{name}.")})
+        part.load_state_dict({k[len(name) + 1:]: v for k, v in tensors.items()
+                              if k.startswith(f"{name}.")})
     slots: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
@@ -74,36 +85,44 @@ def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identi
 
 
 def finish(state: Path, path: Path) -> None:
-    """Write of the finished training `state` what `finished` takes up: its model (matrices and filters as float16, the rest as it
-    is), what the training is, its history and the machine.
+    """Write of the finished training `state` what `finished` takes up: its model (matrices and
+    filters as float16, the rest as it is), what the training is, its history and the machine.
 
     Raises ValueError where its last step is not done.
     """
     with safe_open(state, framework="pt") as stored:
-        header, names = stored.metadata(), [k for k in stored.keys() if k.startswith("model.")]  # noqa: SIM118
+        header, every = stored.metadata(), stored.keys()
+        names = [name for name in every if name.startswith("model.")]
         tensors = {name: stored.get_tensor(name) for name in names}
     progress, steps = json.loads(header["progress"]), json.loads(header["identity"])["steps"]
     if progress["step"] < steps:
-        raise ValueError(f"training state {state} is at step {progress['step']} of {steps}; go on with it first")
-    small = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in tensors.items()}
+        raise ValueError(f"training state {state} is at step {progress['step']} of {steps}; go on "
+                         "with it first")
+    small = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t
+             for name, t in tensors.items()}
     with files.atomic(path) as new:
         save_file(small, new, header | {"machine": machine.describe()})
 
 
 def finished(model: nn.Module, identity: dict, folder: Path | str) -> dict | None:
-    """Fill `model` from the training of `folder` that is the same one, but for the rounding of its start, and return its
-    progress; None where there is none. Raises ValueError where a file is damaged."""
+    """Fill `model` from the training of `folder` that is the same one, but for the rounding of its
+    start, and return its progress; None where there is none. Raises ValueError where a file is
+    damaged."""
     mine = json.loads(json.dumps(identity))
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as stored:
                 header = stored.metadata()
         except SafetensorError as error:
-            raise ValueError(f"finished training {path} is damaged ({error}); delete it or write it again") from error
+            raise ValueError(f"finished training {path} is damaged ({error}); delete it or write "
+                             "it again") from error
         if _same(json.loads(header["identity"]), mine):
-            tensors = load_file(embedded.verified(path) if (path.parent / "SHA256SUMS").exists() else path)
-            model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
-            print(f"{path.stem}: trained before, {mine['steps']:,} steps, on {header['machine'].partition(';')[0]}")
+            tensors = load_file(embedded.verified(path) if (path.parent / "SHA256SUMS").exists()
+                                else path)
+            model.load_state_dict({name.removeprefix("model."): tensor
+                                   for name, tensor in tensors.items()})
+            print(f"{path.stem}: trained before, {mine['steps']:,} steps, on "
+                  f"{header['machine'].partition(';')[0]}")
             return json.loads(header["progress"])
     return None
 

@@ -19,8 +19,9 @@ Globs = str | list[str]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the task that it is for. reference: the model before any step, which teaches where no other teacher is
-    given; made: what the steps so far leave for later ones and for the reader (a history, a table), by name.
+    """A model and the task that it is for. reference: the model before any step, which teaches
+    where no other teacher is given; made: what the steps so far leave for later ones and for the
+    reader (a history, a table), by name.
 
     Example: `Subject(model, task)`
     """
@@ -35,7 +36,8 @@ class Subject:
             object.__setattr__(self, "reference", self.model)
 
     def __repr__(self) -> str:
-        return f"Subject({type(self.model).__name__}, {self.task.name}{', ' + ', '.join(self.made) if self.made else ''})"
+        return (f"Subject({type(self.model).__name__}, "
+                f"{self.task.name}{', ' + ', '.join(self.made) if self.made else ''})")
 
     @property
     def example(self) -> Inputs:
@@ -50,8 +52,8 @@ class Subject:
 class Step(Protocol):
     """One method with its settings: a frozen dataclass whose fields are what a recipe writes.
 
-    A class may have keeps_shape: whether the model that comes out has the layers and tensors of the one that went in, with other
-    numbers; where it has none, it is taken not to.
+    A class may have keeps_shape: whether the model that comes out has the layers and tensors of the
+    one that went in, with other numbers; where it has none, it is taken not to.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

@@ -1,4 +1,5 @@
-"""A task: examples with what is right for them, how they are prepared for a model, and what is asked of it."""
+"""A task: examples with what is right for them, how they are prepared for a model, and what is
+asked of it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,14 @@ from workbench.subjects.objectives import IGNORED, Objective
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become a network's input: resized and cropped when decoded; called, (pixel / 255 - mean) / std by channel.
+    """How pictures become a network's input: resized and cropped when decoded; called, (pixel / 255
+    - mean) / std by channel.
 
     size: side in pixels of the square input; None keeps the pictures' own size.
     crop: fraction of the resized shorter side that the centre crop keeps.
 
-    Example: `Preprocessing(mean=(0.5,), std=(0.5,))(Batch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))).inputs.min() == -1`
+    Example: `Preprocessing(mean=(0.5,), std=(0.5,))(Batch(torch.zeros(2, 1, 8, 8,
+    dtype=torch.uint8))).inputs.min() == -1`
     """
 
     size: int | None = None
@@ -33,7 +36,8 @@ class Preprocessing:
     def __call__(self, stored: Batch) -> Batch:
         """Pictures uint8 (n, C, H, W) as float32, channels-last."""
         mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in (self.mean, self.std))
-        made = ((stored.inputs.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        made = ((stored.inputs.float() / 255 - mean)
+                / std).contiguous(memory_format=torch.channels_last)
         return Batch(made, stored.targets)
 
 
@@ -43,12 +47,14 @@ def as_stored(stored: Batch) -> Batch:
 
 
 class Pictures:
-    """Encoded pictures of a `datasets` column, decoded to uint8 (n, C, H, W) when indexed by an int64 tensor or a slice.
+    """Encoded pictures of a `datasets` column, decoded to uint8 (n, C, H, W) when indexed by an
+    int64 tensor or a slice.
 
     `take` chooses pictures without decoding them.
     """
 
-    def __init__(self, column, preprocessing: Preprocessing, name: str, places: Tensor | None = None):
+    def __init__(self, column, preprocessing: Preprocessing, name: str,
+                 places: Tensor | None = None):
         self.column, self.preprocessing, self.name = column, preprocessing, name
         self.places = torch.arange(len(column)) if places is None else places
         self.shape = (len(self.places), *self._decode(int(self.places[0])).shape)
@@ -65,7 +71,8 @@ class Pictures:
         how = self.preprocessing
         try:
             picture = self.column[index].convert("RGB" if len(how.mean) == 3 else "L")
-        except (OSError, AttributeError) as error:  # damaged or truncated; None where there is no picture
+        # damaged or truncated; None where there is no picture
+        except (OSError, AttributeError) as error:
             raise ValueError(f"{self.name}: image {index} cannot be decoded ({reason(error)}); "
                              "remove or replace it") from error
         if how.size:
@@ -74,16 +81,19 @@ class Pictures:
             picture = picture.resize((wide, high), Image.Resampling[how.interpolation.upper()])
             left, top = (wide - how.size) // 2, (high - how.size) // 2
             picture = picture.crop((left, top, left + how.size, top + how.size))
-        return torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+        return torch.from_numpy(np.array(picture)).view(picture.height, picture.width,
+                                                        -1).permute(2, 0, 1)
 
     def __getitem__(self, places: Tensor | slice) -> Tensor:
         chosen = self.places[places].tolist()
         with ThreadPoolExecutor() as threads:
             decoded = list(threads.map(self._decode, chosen))
-        odd = next((i for i, image in zip(chosen, decoded, strict=True) if image.shape != self.shape[1:]), None)
+        odd = next((i for i, image in zip(chosen, decoded, strict=True)
+                    if image.shape != self.shape[1:]), None)
         if odd is not None:
-            raise ValueError(f"{self.name}: image {odd} has another size than image 0, {self.shape[2]} x {self.shape[3]} "
-                             "pixels; give preprocessing=models.preprocessing(MODEL), which resizes them")
+            raise ValueError(f"{self.name}: image {odd} has another size than image 0, "
+                             f"{self.shape[2]} x {self.shape[3]} pixels; give "
+                             "preprocessing=models.preprocessing(MODEL), which resizes them")
         return torch.stack(decoded)
 
 
@@ -107,9 +117,10 @@ class Texts:
 class Split:
     """Examples with what is right for them.
 
-    inputs: what is stored, a tensor, a tuple or mapping of tensors, `Pictures` or `Texts`, N examples along axis 0.
-    targets: int64 (N, ...), or `Texts` of lists of numbers. prepare: stored Batch -> the Batch that a model reads.
-    units: int64 (N,), equal where examples belong together (sentences of one speaker), None where each stands for itself.
+    inputs: what is stored, a tensor, a tuple or mapping of tensors, `Pictures` or `Texts`, N
+    examples along axis 0. targets: int64 (N, ...), or `Texts` of lists of numbers. prepare: stored
+    Batch -> the Batch that a model reads. units: int64 (N,), equal where examples belong together
+    (sentences of one speaker), None where each stands for itself.
     """
 
     inputs: Inputs | Pictures | Texts
@@ -127,7 +138,8 @@ class Split:
 
     def stored(self, places: Tensor | slice) -> Batch:
         """The examples at `places` as they are stored."""
-        inputs = self.inputs[places] if isinstance(self.inputs, Pictures | Texts) else rows(self.inputs, places)
+        inputs = (self.inputs[places] if isinstance(self.inputs, Pictures | Texts)
+                  else rows(self.inputs, places))
         return Batch(inputs, self.targets[places])
 
     def batch(self, places: Tensor | slice = slice(None)) -> Batch:
@@ -142,8 +154,9 @@ class Split:
         Raises ValueError where the split is empty.
         """
         if not len(self):
-            raise ValueError(f"{self.name} holds no {self.objective.unit}s; a set that has one split only is all test: give "
-                             "folder:PATH files or folders named train, validation and test, or data.of(train, test)")
+            raise ValueError(f"{self.name} holds no {self.objective.unit}s; a set that has one "
+                             "split only is all test: give folder:PATH files or folders named "
+                             "train, validation and test, or data.of(train, test)")
         for places in torch.arange(len(self)).split(size):
             yield self.batch(places)
 
@@ -155,18 +168,23 @@ class Split:
         return replace(self, inputs=inputs, targets=self.targets[places], units=units)
 
     def subset(self, count: int, *, seed: int = 0) -> "Split":
-        """`count` of the examples (all, if there are fewer), drawn without replacement by `seed`, in their old order."""
+        """`count` of the examples (all, if there are fewer), drawn without replacement by `seed`,
+        in their old order."""
         if count < 1:
-            raise ValueError(f"a subset of {self.name} needs at least 1 {self.objective.unit}, found {count}")
+            raise ValueError(f"a subset of {self.name} needs at least 1 {self.objective.unit}, "
+                             f"found {count}")
         if count >= len(self):
             return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        chosen = torch.randperm(len(self),
+                                generator=torch.Generator().manual_seed(seed))[:count].sort().values
         return self.take(chosen)
 
     def empty(self, name: str) -> "Split":
         """A split of the same kind without examples."""
-        inputs = self.inputs if isinstance(self.inputs, Pictures | Texts) else rows(self.inputs, slice(0, 0))
-        inputs = torch.empty(0) if isinstance(inputs, Pictures) else Texts([]) if isinstance(inputs, Texts) else inputs
+        inputs = (self.inputs if isinstance(self.inputs, Pictures | Texts)
+                  else rows(self.inputs, slice(0, 0)))
+        inputs = (torch.empty(0) if isinstance(inputs, Pictures) else Texts([])
+                  if isinstance(inputs, Texts) else inputs)
         return replace(self, inputs=inputs, targets=self.targets[:0], name=name,
                        units=None if self.units is None else self.units[:0])
 
@@ -194,8 +212,10 @@ class Task:
         return self.test.batch(torch.arange(1)).inputs
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{len(split):,} {kind}" for kind, split in (("train", self.train), ("validation", self.validation),
-                                                                       ("test", self.test)) if split is not None)
+        sizes = ", ".join(f"{len(split):,} {kind}"
+                          for kind, split in (("train", self.train),
+                                              ("validation", self.validation), ("test", self.test))
+                          if split is not None)
         return f"Task({self.name!r}: {sizes}; {len(self.classes)} classes)"
 
 
@@ -215,39 +235,48 @@ def described(inputs: Inputs) -> str:
 def with_unlabelled(labelled: Split, more: Split) -> Split:
     """The examples of both splits, those of `more` without their labels: their targets are IGNORED.
 
-    Raises ValueError where they hold other kinds of input, or something else than one class an example is asked for.
+    Raises ValueError where they hold other kinds of input, or something else than one class an
+    example is asked for.
     """
     if not isinstance(labelled.targets, Tensor) or labelled.targets.dim() != 1:
-        raise ValueError(f"{labelled.name}: unlabelled examples can stand beside those with one class each, not beside tags or "
-                         "plain text")
+        raise ValueError(f"{labelled.name}: unlabelled examples can stand beside those with one "
+                         "class each, not beside tags or plain text")
     texts = isinstance(labelled.inputs, Texts) and isinstance(more.inputs, Texts)
     if not texts and _kind(labelled.inputs) != _kind(more.inputs):
-        raise ValueError(f"unlabelled examples of {more.name} are not of the kind of those of {labelled.name}; give texts beside "
-                         "texts, tensors beside tensors of the same shape and type")
-    inputs = Texts([*labelled.inputs.lines, *more.inputs.lines]) if texts else joined([labelled.inputs, more.inputs])
+        raise ValueError(f"unlabelled examples of {more.name} are not of the kind of those of "
+                         f"{labelled.name}; give texts beside texts, tensors beside tensors of the "
+                         "same shape and type")
+    inputs = (Texts([*labelled.inputs.lines, *more.inputs.lines]) if texts
+              else joined([labelled.inputs, more.inputs]))
     targets = torch.cat([labelled.targets, torch.full((len(more),), IGNORED)])
     return replace(labelled, inputs=inputs, targets=targets, units=None)
 
 
 def _kind(inputs) -> object:
-    """What has to agree before examples can be joined; never equal for pictures that are not decoded yet, or texts."""
-    return object() if isinstance(inputs, Pictures | Texts) else [(value.dtype, value.shape[1:]) for value in tensors(inputs)]
+    """What has to agree before examples can be joined; never equal for pictures that are not
+    decoded yet, or texts."""
+    return (object() if isinstance(inputs, Pictures | Texts)
+            else [(value.dtype, value.shape[1:]) for value in tensors(inputs)])
 
 
 def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split]:
     """Every twelfth example of `train` as a split called `name`: (the rest, those)."""
     aside = torch.arange(len(train)) % every == 0
-    return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]), name=name)
+    return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]),
+                                                         name=name)
 
 
 def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Images uint8 (n, C, H, W), each moved by up to `shift` pixels (zeros enter) and, by an even chance, mirrored."""
+    """Images uint8 (n, C, H, W), each moved by up to `shift` pixels (zeros enter) and, by an even
+    chance, mirrored."""
     n, _, high, wide = images.shape
     if shift:
         corner = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-        rows, columns = corner[0] + torch.arange(high), corner[1] + torch.arange(wide)  # (n, H), (n, W)
+        # (n, H), (n, W)
+        rows, columns = corner[0] + torch.arange(high), corner[1] + torch.arange(wide)
         padded = F.pad(images, (shift,) * 4).permute(0, 2, 3, 1)  # (n, H + 2 shift, W + 2 shift, C)
-        images = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        images = padded[torch.arange(n)[:, None, None], rows[:, :, None],
+                        columns[:, None, :]].permute(0, 3, 1, 2)
     if flip:
         mirrored = torch.rand(n, generator=generator) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)

@@ -1,7 +1,9 @@
-"""Spoken commands: clips, scenes of them amid noise and other speech, and how a word spotter is trained on such scenes.
+"""Spoken commands: clips, scenes of them amid noise and other speech, and how a word spotter is
+trained on such scenes.
 
-A scene is what a microphone hears: clips one after the other, with pauses, over a noise. Each frame of 10 ms is labelled with the
-word that has just ended, for a quarter of a second, and with "none" elsewhere; while a word is being said any answer is right.
+A scene is what a microphone hears: clips one after the other, with pauses, over a noise. Each frame
+of 10 ms is labelled with the word that has just ended, for a quarter of a second, and with "none"
+elsewhere; while a word is being said any answer is right.
 """
 
 import io
@@ -28,7 +30,8 @@ QUIET = 1e-4  # least level of noise, of full scale
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording. samples: float32 (T,) at 8 kHz; what: "command", "speech" or "effect"; word: of a command; voice: whose."""
+    """A recording. samples: float32 (T,) at 8 kHz; what: "command", "speech" or "effect"; word: of
+    a command; voice: whose."""
 
     samples: np.ndarray
     what: str
@@ -38,15 +41,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a microphone hears. samples: float32 (T,); clean: before the noise; said: one row per clip, with what, word, voice,
-    start_s and end_s."""
+    """What a microphone hears. samples: float32 (T,); clean: before the noise; said: one row per
+    clip, with what, word, voice, start_s and end_s."""
 
     samples: np.ndarray
     clean: np.ndarray
     said: pd.DataFrame
 
     def labels(self) -> np.ndarray:
-        """What is to be named in each frame, int64 (T / 80,): a place in WORDS, their number for none, -1 where any is right."""
+        """What is to be named in each frame, int64 (T / 80,): a place in WORDS, their number for
+        none, -1 where any is right."""
         found = np.full(len(self.samples) // HOP, len(WORDS))
         for row in self.said[self.said.what == "command"].itertuples():
             start, end = round(row.start_s * RATE / HOP), round(row.end_s * RATE / HOP)
@@ -56,65 +60,78 @@ class Scene:
 
 
 def embedded() -> list[Clip]:
-    """The clips of data/speech: a voice that speaks the ten words, phrases in four languages, effects.
+    """The clips of data/speech: a voice that speaks the ten words, phrases in four languages,
+    effects.
 
     Raises ValueError for a file that was changed, and as read_audio does.
     """
     table = pd.read_csv(shipped.verified("speech", "clips.csv"), keep_default_na=False)
     samples = read_audio(shipped.verified("speech", "clips.wav"))[0]
-    return [Clip(samples[row.start:row.end], row.what, row.word, row.voice) for row in table.itertuples()]
+    return [Clip(samples[row.start:row.end], row.what, row.word, row.voice)
+            for row in table.itertuples()]
 
 
 def digits(path: Path | str) -> list[Clip]:
-    """Spoken digits of a Parquet file with columns digit, speaker and audio (the bytes of a WAV file).
+    """Spoken digits of a Parquet file with columns digit, speaker and audio (the bytes of a WAV
+    file).
 
-    Raises FileNotFoundError for a file that is not there, ValueError for other columns, or a recording that is none.
+    Raises FileNotFoundError for a file that is not there, ValueError for other columns, or a
+    recording that is none.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a Parquet file with columns digit, speaker, audio")
+        raise FileNotFoundError(f"{path} does not exist; give a Parquet file with columns digit, "
+                                "speaker, audio")
     table = pd.read_parquet(path)
     missing = {"digit", "speaker", "audio"} - set(table)
     if missing:
         raise ValueError(f"{path} has no column {min(missing)!r}; it has {', '.join(table)}")
-    return [Clip(read_audio(io.BytesIO(row.audio), name=f"{path}, row {place}")[0], "command", WORDS[row.digit], row.speaker)
+    return [Clip(read_audio(io.BytesIO(row.audio), name=f"{path}, row {place}")[0], "command",
+                 WORDS[row.digit], row.speaker)
             for place, row in enumerate(table.itertuples())]
 
 
 def read_audio(source, *, rate: int = RATE, name: str | None = None) -> tuple[np.ndarray, int]:
     """Samples float32 (T,) of a sound file at `rate`, and the rate that it has itself.
 
-    Raises ModuleNotFoundError without the package soundfile, FileNotFoundError for no file, ValueError for one that is no sound,
-    empty, of several channels, or with samples that are no numbers.
+    Raises ModuleNotFoundError without the package soundfile, FileNotFoundError for no file,
+    ValueError for one that is no sound, empty, of several channels, or with samples that are no
+    numbers.
     """
     try:
         import soundfile
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("sound files need the package soundfile; pip install 'workbench[speech]'") from error
+        raise ModuleNotFoundError("sound files need the package soundfile; pip install "
+                                  "'workbench[speech]'") from error
     name = name or str(source)
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"sound file {source} does not exist")
     try:
         samples, own = soundfile.read(source, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{name} is no sound file that can be read ({reason(error)}); give WAV, FLAC or OGG") from error
+        raise ValueError(f"{name} is no sound file that can be read ({reason(error)}); give WAV, "
+                         "FLAC or OGG") from error
     if not len(samples):
         raise ValueError(f"{name} holds no samples")
     if samples.shape[1] > 1:
-        raise ValueError(f"{name} has {samples.shape[1]} channels; make one of them, for example by sox IN OUT remix -")
+        raise ValueError(f"{name} has {samples.shape[1]} channels; make one of them, for example "
+                         "by sox IN OUT remix -")
     if not np.isfinite(samples).all():
         raise ValueError(f"{name}: sample {int((~np.isfinite(samples)).argmax())} is no number")
     return resampled(samples[:, 0], own, rate), own
 
 
-def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator, pause: tuple[float, float] = (0.2, 1.0),
-          noise: tuple[float, float] = (5.0, 30.0), level: tuple[float, float] = (-32.0, -14.0),
+def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator,
+          pause: tuple[float, float] = (0.2, 1.0), noise: tuple[float, float] = (5.0, 30.0),
+          level: tuple[float, float] = (-32.0, -14.0),
           speed: tuple[float, float] = (1.0, 1.0)) -> Scene:
     """The clips in their order, as many as there is room for, over a coloured noise.
 
-    pause: seconds between two; noise: how many dB it lies below the clips' mean level; level: of each clip, in dB of full scale
-    (root mean square); speed: how much faster a clip is played, drawn for each.
+    pause: seconds between two; noise: how many dB it lies below the clips' mean level; level: of
+    each clip, in dB of full scale (root mean square); speed: how much faster a clip is played,
+    drawn for each.
     """
-    samples, rows, at = np.zeros(round(seconds * RATE), np.float32), [], round(draw.uniform(*pause) * RATE)
+    samples, rows, at = np.zeros(round(seconds * RATE),
+                                 np.float32), [], round(draw.uniform(*pause) * RATE)
     for clip in clips:
         values = _faster(clip.samples, draw.uniform(*speed))
         if at + len(values) > len(samples):
@@ -125,13 +142,14 @@ def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator, p
         at += len(values) + round(draw.uniform(*pause) * RATE)
     hum = 10 ** ((np.mean(level) - draw.uniform(*noise)) / 20)
     noisy = (samples + np.float32(max(hum, QUIET)) * _coloured(len(samples), draw)).clip(-1, 1)
-    return Scene(noisy, samples, pd.DataFrame(rows, columns=["what", "word", "voice", "start_s", "end_s"]))
+    return Scene(noisy, samples,
+                 pd.DataFrame(rows, columns=["what", "word", "voice", "start_s", "end_s"]))
 
 
 def programme(commands: Sequence[Clip], others: Sequence[Clip], *, minutes: float, every_s: float,
               draw: np.random.Generator) -> list[Clip]:
-    """Clips for so many minutes with pauses of 0.8 s: a command about every `every_s` seconds, others in between, each clip as
-    often as the next."""
+    """Clips for so many minutes with pauses of 0.8 s: a command about every `every_s` seconds,
+    others in between, each clip as often as the next."""
     chosen, seconds, due, turns = [], 0.0, every_s / 2, {True: [], False: []}
     while seconds < 60 * minutes:
         asked = seconds >= due
@@ -159,12 +177,14 @@ def _coloured(count: int, draw: np.random.Generator) -> np.ndarray:
     return (made / max(np.sqrt(np.mean(made**2)), 1e-12)).astype(np.float32)
 
 
-def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], *, steps: int = 2000, batch: int = 32,
-          seconds: float = 3.0, learning_rate: float = 4e-3, seed: int = 0) -> list[float]:
-    """Train a word spotter, itself, on scenes made anew for each step; returns the loss of each step.
+def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], *,
+          steps: int = 2000, batch: int = 32, seconds: float = 3.0, learning_rate: float = 4e-3,
+          seed: int = 0) -> list[float]:
+    """Train a word spotter, itself, on scenes made anew for each step; returns the loss of each
+    step.
 
-    Half of a scene's clips are commands. Cross-entropy over the frames, those without a word at a third of the weight; AdamW, one
-    cycle of the learning rate.
+    Half of a scene's clips are commands. Cross-entropy over the frames, those without a word at a
+    third of the weight; AdamW, one cycle of the learning rate.
     """
     draw, losses = np.random.default_rng(seed), []
     torch.manual_seed(seed)
@@ -188,7 +208,8 @@ def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], 
     return losses
 
 
-def _drawn(commands: Sequence[Clip], others: Sequence[Clip], seconds: float, draw: np.random.Generator) -> Scene:
+def _drawn(commands: Sequence[Clip], others: Sequence[Clip], seconds: float,
+           draw: np.random.Generator) -> Scene:
     """A scene of clips drawn at random, of those that are long a piece."""
     clips = []
     for _ in range(6):
@@ -199,26 +220,33 @@ def _drawn(commands: Sequence[Clip], others: Sequence[Clip], seconds: float, dra
             start = draw.integers(len(clip.samples) - longest)
             clip = replace(clip, samples=clip.samples[start:start + longest])
         tilt = draw.uniform(-0.7, 0.7)  # brighter or duller, as rooms and microphones make it
-        clips.append(replace(clip, samples=clip.samples + tilt * np.r_[0, clip.samples[:-1]].astype(np.float32)))
-    return scene(clips, seconds=seconds, draw=draw, pause=(0.03, 0.7), noise=(3.0, 35.0), level=(-38.0, -10.0),
-                 speed=(0.8, 1.25))
+        clips.append(replace(clip,
+                             samples=clip.samples + tilt
+                             * np.r_[0, clip.samples[:-1]].astype(np.float32)))
+    return scene(clips, seconds=seconds, draw=draw, pause=(0.03, 0.7), noise=(3.0, 35.0),
+                 level=(-38.0, -10.0), speed=(0.8, 1.25))
 
 
-def accuracy(network: nn.Module, clips: Sequence[Clip], *, seed: int = 0, noise: float = 20.0) -> pd.DataFrame:
-    """One row per clip said alone, at -23 dB over a noise `noise` dB below: word, voice, named ("none" where nothing was).
+def accuracy(network: nn.Module, clips: Sequence[Clip], *, seed: int = 0,
+             noise: float = 20.0) -> pd.DataFrame:
+    """One row per clip said alone, at -23 dB over a noise `noise` dB below: word, voice, named
+    ("none" where nothing was).
 
-    Named is the word whose probability, averaged over ten frames, is greatest around the clip's end.
+    Named is the word whose probability, averaged over ten frames, is greatest around the clip's
+    end.
     """
     draw, rows = np.random.default_rng(seed), []
     for clip in clips:
         seconds = 1.0 + len(clip.samples) / RATE
-        one = scene([clip], seconds=seconds, draw=draw, pause=(0.4, 0.4), noise=(noise, noise), level=(-23.0, -23.0))
+        one = scene([clip], seconds=seconds, draw=draw, pause=(0.4, 0.4), noise=(noise, noise),
+                    level=(-23.0, -23.0))
         end = round(one.said.end_s[0] * RATE / HOP)
         with torch.inference_mode():
             scores = averaged(network(torch.from_numpy(one.samples)[None]).softmax(1)[0])
         best = scores[:-1, max(end - 10, 0):end + ANSWERED + 5]
         value, word = best.max(1).values.max(0)
-        rows.append((clip.word, clip.voice, WORDS[int(word)] if value > 0.5 else "none", float(value)))
+        rows.append((clip.word, clip.voice, WORDS[int(word)] if value > 0.5 else "none",
+                     float(value)))
     return pd.DataFrame(rows, columns=["word", "voice", "named", "score"])
 
 
