@@ -197,42 +197,50 @@ def criteria(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def recovery(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
-    """Top-1 of each criterion and target, as cut (hollow) and after recovery (filled, 95 %
-    interval), over seeds."""
+    """Change of top-1 against the baseline after recovery, of each criterion and target (95 %,
+    paired), over seeds; beneath each what it was as cut."""
     ax = ax or _axes(8, 4.5)
     names = list(dict.fromkeys(table.criterion))
     for (target, part), shade in zip(table.groupby("macs_left", sort=False),
                                      (BLUE, RED, GREY, "#137a4b") * 9, strict=False):
-        at = (part.criterion.map(names.index) + 0.15
-              * list(dict.fromkeys(table.macs_left)).index(target))
-        ax.plot(at, part.top1_cut * 100, "o", markerfacecolor="none", color=shade)
-        errors = [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
-        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade,
-                    label=f"{target:.0%} of the MACs")
-    ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
+        shift = 0.15 * list(dict.fromkeys(table.macs_left)).index(target)
+        at = part.criterion.map(names.index) + shift
+        _recovered(ax, at, part, shade, f"{target:.0%} of the MACs")
+        for place, here in part.groupby(at):
+            where = place + 0.015 * (len(here) - 1), 100 * here.top1_change_low.min()
+            ax.annotate(f"as cut {here.top1_cut.mean():.1%}", where, xytext=(0, -6), ha="center",
+                        textcoords="offset points", va="top", fontsize=7, color=shade)
     ax.set_xticks(range(len(names)), names)
-    ax.set(ylabel="top-1, %", title="Hollow: as cut; filled: after recovery")
-    ax.legend(frameon=False)
-    return ax
+    return _against_baseline(ax, baseline)
 
 
 def structure(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> Axes:
-    """Top-1 of each pattern of zeros, fixed and regrown, and of missing channels; hollow as cut,
-    filled recovered (95 %)."""
+    """Change of top-1 against the baseline of each pattern of zeros, fixed and regrown, and of
+    missing channels, recovered (95 %, paired); beneath them what they were as cut."""
     ax = ax or _axes(8, 4)
     names = list(dict.fromkeys(table.pattern))
     for (kind, part), shade, shift in zip(table.groupby("zeros", sort=False), (BLUE, RED, GREY),
                                           (-0.08, 0.08, 0), strict=False):
-        at = part.pattern.map(names.index) + shift
-        ax.plot(at, part.top1_cut * 100, "o", markerfacecolor="none", color=shade)
-        errors = [(part.top1 - part.top1_low) * 100, (part.top1_high - part.top1) * 100]
-        ax.errorbar(at, part.top1 * 100, errors, fmt="o", capsize=3, color=shade,
-                    label="no zeros" if kind == "none" else kind)
-    ax.axhline(baseline * 100, color=GREY, linestyle=":", label="baseline")
-    shares = table.groupby("pattern", sort=False).sparsity.first()
-    ax.set_xticks(range(len(names)),
-                  [f"{name}\n{shares[name]:.0%} of the weights gone" for name in names], fontsize=8)
-    ax.set(ylabel="top-1, %", title="Hollow: as cut; filled: after recovery")
+        _recovered(ax, part.pattern.map(names.index) + shift, part, shade,
+                   "no zeros" if kind == "none" else kind)
+    firsts = table.groupby("pattern", sort=False)[["sparsity", "top1_cut"]].first()
+    told = [f"{row.Index}\n{row.sparsity:.0%} of the weights gone\nas cut {row.top1_cut:.1%}"
+            for row in firsts.itertuples()]
+    ax.set_xticks(range(len(names)), told, fontsize=8)
+    return _against_baseline(ax, baseline)
+
+
+def _recovered(ax: Axes, at: pd.Series, part: pd.DataFrame, shade: str, label: str) -> None:
+    """Points of paired changes with their intervals, those of one place side by side."""
+    change, beside = part.top1_change, 0.03 * part.groupby(at).cumcount()
+    errors = [(change - part.top1_change_low) * 100, (part.top1_change_high - change) * 100]
+    ax.errorbar(at + beside, change * 100, errors, fmt="o", capsize=3, color=shade, label=label)
+
+
+def _against_baseline(ax: Axes, baseline: float) -> Axes:
+    ax.axhline(0, color=GREY, linestyle=":", label=f"baseline, {baseline:.2%}")
+    ax.set(ylabel="change of top-1 after recovery, points")
+    ax.margins(x=0.15, y=0.15)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
