@@ -1,10 +1,13 @@
-"""Which single changes of the package no test notices: tokens drawn at random, each changed in a copy of the repository.
+"""Which single changes of the package no test notices: tokens drawn at random, each changed in a
+copy of the repository.
 
     python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 300]
 
-A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one, True becomes False, min max. The
-four test files that name the changed module most run until one fails; a change that makes them take longer than --seconds counts
-as noticed. Writes reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an hour or two.
+A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
+True becomes False, min max. The four test files that name the changed module most run until one
+fails; a change that makes them take longer than --seconds counts as noticed. Writes
+reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an hour or
+two.
 """
 
 import argparse
@@ -20,8 +23,10 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).parents[1]
-TURNED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "/", "/": "*", "and": "or",
-          "or": "and", "True": "False", "False": "True", "min": "max", "max": "min", "is": "is not", "not in": "in"}
+TURNED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+",
+          "*": "/", "/": "*", "and": "or",
+          "or": "and", "True": "False", "False": "True", "min": "max", "max": "min", "is": "is not",
+          "not in": "in"}
 ROOMS = ("numbers", "graph", "subjects", "methods", "deployment", "measures", "plans")
 
 
@@ -31,29 +36,36 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rooms", nargs="+", default=ROOMS)
-    parser.add_argument("--seconds", type=float, default=300, help="that the tests of one change may take")
+    parser.add_argument("--seconds", type=float, default=300,
+                        help="that the tests of one change may take")
     options = parser.parse_args()
-    places = [(path, *place) for room in options.rooms for path in sorted((ROOT / "workbench" / room).glob("*.py"))
+    places = [(path, *place) for room in options.rooms
+              for path in sorted((ROOT / "workbench" / room).glob("*.py"))
               for place in _places(path)]
     drawn = random.Random(options.seed).sample(places, min(options.count, len(places)))
     out, rows = ROOT / "reports" / "benchmarks" / "mutations.csv", []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "reports", ".*cache"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "reports",
+                                                                  ".*cache"))
         for number, (path, line, column, old, new) in enumerate(drawn, 1):
-            noticed = _noticed(copy, path.relative_to(ROOT), line, column, old, new, options.seconds)
+            noticed = _noticed(copy, path.relative_to(ROOT), line, column, old, new,
+                               options.seconds)
             text = path.read_text().splitlines()[line - 1].strip()
-            rows.append({"module": path.relative_to(ROOT / "workbench"), "line": line, "change": f"{old} to {new}",
+            rows.append({"module": path.relative_to(ROOT / "workbench"), "line": line,
+                         "change": f"{old} to {new}",
                          "noticed": noticed, "text": text})
             word = "noticed" if noticed else "SURVIVED"
-            print(f"{number} of {len(drawn)}: {word}, {rows[-1]['module']}:{line}, {old} to {new}: {text}", flush=True)
+            print(f"{number} of {len(drawn)}: {word}, {rows[-1]['module']}:{line}, {old} "
+                  f"to {new}: {text}", flush=True)
             pd.DataFrame(rows).to_csv(out, index=False)
     share = sum(row["noticed"] for row in rows) / len(rows)
     print(f"noticed {share:.0%} of {len(rows)} changes (seed {options.seed}); {out}")
 
 
 def _places(path: Path) -> list[tuple[int, int, str, str]]:
-    """What can be changed: line, column, token, its substitute. Docstrings and annotations are left alone."""
+    """What can be changed: line, column, token, its substitute. Docstrings and annotations are left
+    alone."""
     text = path.read_text()
     lines, found = text.splitlines(), []
     for node in ast.walk(ast.parse(text)):
@@ -65,16 +77,21 @@ def _places(path: Path) -> list[tuple[int, int, str, str]]:
         elif isinstance(node, (ast.Compare, ast.BinOp, ast.BoolOp)):
             left = {ast.Compare: "left", ast.BinOp: "left"}.get(type(node))
             first = getattr(node, left) if left else node.values[0]
-            rest = lines[first.end_lineno - 1][first.end_col_offset:] if first.end_lineno == node.lineno else ""
-            token = re.match(r"\)*\s*(not in|<=|>=|==|!=|<|>|and|or|is|\+|-|\*(?!\*)|/(?!/))(?=[\s(])", rest)
+            rest = lines[first.end_lineno
+                         - 1][first.end_col_offset:] if first.end_lineno == node.lineno else ""
+            token = re.match(
+                r"\)*\s*(not in|<=|>=|==|!=|<|>|and|or|is|\+|-|\*(?!\*)|/(?!/))(?=[\s(])", rest)
             if token and lines[first.end_lineno - 1].isascii() and token[1] in TURNED:
-                found.append((first.end_lineno, first.end_col_offset + token.start(1), token[1], TURNED[token[1]]))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
+                found.append((first.end_lineno, first.end_col_offset + token.start(1), token[1],
+                              TURNED[token[1]]))
+        elif isinstance(node, ast.Call) and isinstance(node.func,
+                                                       ast.Name) and node.func.id in ("min", "max"):
             found.append((node.lineno, node.col_offset, node.func.id, TURNED[node.func.id]))
     return sorted(set(found))
 
 
-def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: str, seconds: float) -> bool:
+def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: str,
+             seconds: float) -> bool:
     """Whether a test of the copy fails with this one change; the copy is put right again."""
     target, whole = copy / module, (ROOT / module).read_text()
     lines = whole.splitlines(keepends=True)
@@ -82,10 +99,14 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
     lines[line - 1] = lines[line - 1][:column] + new + lines[line - 1][column + len(old):]
     target.write_text("".join(lines))
     try:
-        named = {path: len(re.findall(rf"\b{module.stem}\b", path.read_text())) for path in (copy / "tests").glob("test_*.py")
-                 if path.name not in ("test_reporting.py", "test_architecture.py", "test_examples.py")}
-        chosen = [str(path) for path in sorted(named, key=named.get, reverse=True)[:4] if named[path]]
-        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen], cwd=copy,
+        named = {path: len(re.findall(rf"\b{module.stem}\b", path.read_text()))
+                 for path in (copy / "tests").glob("test_*.py")
+                 if path.name not in ("test_reporting.py", "test_architecture.py",
+                                      "test_examples.py")}
+        chosen = [str(path) for path in sorted(named, key=named.get, reverse=True)[:4]
+                  if named[path]]
+        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                              *chosen], cwd=copy,
                              timeout=seconds, capture_output=True, check=False)
         return run.returncode != 0
     except subprocess.TimeoutExpired:

@@ -1,12 +1,14 @@
-"""An exact front to judge searches by: ResNet-20 on Fashion-MNIST, every subnet of a space, in float and in 8 bits.
+"""An exact front to judge searches by: ResNet-20 on Fashion-MNIST, every subnet of a space, in
+float and in 8 bits.
 
-    python benchmarks/search.py accuracy [--workers 2]   # cuts, recovers and scores 512 subnets twice: an hour on two cores
-    python benchmarks/search.py latency                  # times their 1,024 files; needs a quiet machine, three minutes
-    python benchmarks/search.py judge                    # every sampler against the true front, 20 seeds: a quarter of an hour
+    python benchmarks/search.py accuracy [--workers 2]  # 512 subnets twice: an hour on two cores
+    python benchmarks/search.py latency  # their 1,024 files: three minutes of a quiet machine
+    python benchmarks/search.py judge  # every sampler, 20 seeds: a quarter of an hour
 
-The nine groups of channels inside the blocks are whole or halved; each subnet is cut by L1, distilled for 60 steps of 64
-pictures, scored on the 5,000 validation pictures in float and on the first 2,500 in 8 bits. Writes the tables under
-reports/benchmarks/search; a run that is stopped goes on.
+The nine groups of channels inside the blocks are whole or halved; each subnet is cut by L1,
+distilled for 60 steps of 64 pictures, scored on the 5,000 validation pictures in float and on the
+first 2,500 in 8 bits. Writes the tables under reports/benchmarks/search; a run that is stopped goes
+on.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import pandas as pd
 
 FOLDER = Path("reports/benchmarks/search")
 ROUNDED = 2500  # validation pictures that judge in 8 bits, whose exact arithmetic is slow in torch
-PLAN_S = 3.6  # seconds that making and scoring a plan took, measured on two cores: 7.2 a subnet, which is two plans
+# seconds that making and scoring a plan took, measured on two cores: 7.2 a subnet, which is two
+# plans
+PLAN_S = 3.6
 
 
 def subject_and_space():
@@ -29,7 +33,8 @@ def subject_and_space():
 
     task = data.load("fashion_mnist")
     subject = Subject(models.load("resnet20", task), task)
-    return subject, Space.of(subject.model, task.example, shares=(1.0, 0.5), bits=(32, 8), rounding=())
+    return subject, Space.of(subject.model, task.example, shares=(1.0, 0.5), bits=(32, 8),
+                             rounding=())
 
 
 def accuracy_of(plan: tuple[int, ...]) -> list[dict]:
@@ -54,7 +59,8 @@ def accuracy_of(plan: tuple[int, ...]) -> list[dict]:
 
 
 def _row(plan, bits: int, score, total: dict) -> dict:
-    return {"plan": "".join(map(str, plan)), "bits": bits, "right": round(score.value * score.n), "n": score.n,
+    return {"plan": "".join(map(str, plan)), "bits": bits, "right": round(score.value * score.n),
+            "n": score.n,
             "params": total.get("params"), "macs": total.get("macs")}
 
 
@@ -74,8 +80,8 @@ def accuracy_table(workers: int, limit: int = 0) -> None:
 
 
 def latency_table(blocks: int) -> None:
-    """Time every subnet's file in both formats, all of them interleaved. Weights do not change what a file takes, so each is the
-    whole network's file with rows and columns left out."""
+    """Time every subnet's file in both formats, all of them interleaved. Weights do not change what
+    a file takes, so each is the whole network's file with rows and columns left out."""
     import onnx as onnx_library
     from onnx import numpy_helper
 
@@ -89,7 +95,8 @@ def latency_table(blocks: int) -> None:
     folder = FOLDER / "files"
     folder.mkdir(parents=True, exist_ok=True)
     whole = {32: onnx.export(subject.model, subject.example, folder / "whole-32.onnx"),
-             8: onnx.export(quantize(subject.model, seen), subject.example, folder / "whole-8.onnx")}
+             8: onnx.export(quantize(subject.model, seen), subject.example,
+                            folder / "whole-8.onnx")}
     paths = {}
     for bits, path in whole.items():
         proto = onnx_library.load(path)
@@ -100,8 +107,10 @@ def latency_table(blocks: int) -> None:
             plan, new = f"{k:09b}", dict(values)
             for block, halved in enumerate(plan):
                 if halved == "1":
-                    half = values[_stored(convolutions[1 + 2 * block].input[1], makers)[0]].shape[0] // 2
-                    for slot in convolutions[1 + 2 * block].input[1:]:  # weight and bias of the first convolution: its rows
+                    half = values[_stored(convolutions[1 + 2 * block].input[1],
+                                          makers)[0]].shape[0] // 2
+                    # weight and bias of the first convolution: its rows
+                    for slot in convolutions[1 + 2 * block].input[1:]:
                         for name in _stored(slot, makers):
                             new[name] = new[name][:half] if new[name].ndim else new[name]
                     reader = _stored(convolutions[2 + 2 * block].input[1], makers)[0]
@@ -109,7 +118,8 @@ def latency_table(blocks: int) -> None:
             cut = onnx_library.ModelProto()
             cut.CopyFrom(proto)
             del cut.graph.initializer[:], cut.graph.value_info[:]
-            cut.graph.initializer.extend(numpy_helper.from_array(value.copy(), name) for name, value in new.items())
+            cut.graph.initializer.extend(numpy_helper.from_array(value.copy(), name)
+                                         for name, value in new.items())
             paths[f"{plan} {bits}"] = folder / f"{plan}-{bits}.onnx"
             onnx_library.save(cut, paths[f"{plan} {bits}"])
     candidates = {f"{'0' * 9} 32": paths[f"{'0' * 9} 32"]} | paths
@@ -121,13 +131,14 @@ def latency_table(blocks: int) -> None:
 
 
 def _stored(value: str, makers: dict) -> list[str]:
-    """The initializers that a convolution's input is made of: itself, or what a DequantizeLinear reads."""
+    """The initializers that a convolution's input is made of: itself, or what a DequantizeLinear
+    reads."""
     return list(makers[value].input) if value in makers else [value]
 
 
 def exact():
-    """The whole table as plan -> (lost, latency), its space, and how lost is counted: against the whole network in float on the
-    same pictures."""
+    """The whole table as plan -> (lost, latency), its space, and how lost is counted: against the
+    whole network in float on the same pictures."""
     import torch
 
     from workbench.measures import accuracy
@@ -136,15 +147,19 @@ def exact():
     scores = pd.read_csv(FOLDER.parent / "search_accuracy.csv", dtype={"plan": str})
     times = pd.read_csv(FOLDER.parent / "search_latency.csv", dtype={"plan": str})
     table = scores.merge(times, on=["plan", "bits"])
-    few = accuracy.evaluate(subject.model, subject.task.validation.take(torch.arange(ROUNDED))).value
+    few = accuracy.evaluate(subject.model,
+                            subject.task.validation.take(torch.arange(ROUNDED))).value
     base = scores[(scores.plan == "0" * 9) & (scores.bits == 32)].iloc[0]
-    table["lost"] = [(base.right / base.n if row.bits == 32 else few) - row.right / row.n for row in table.itertuples()]
-    known = {(*map(int, row.plan), int(row.bits == 8)): (row.lost, row.ratio) for row in table.itertuples()}
+    table["lost"] = [(base.right / base.n if row.bits == 32 else few) - row.right / row.n
+                     for row in table.itertuples()]
+    known = {(*map(int, row.plan), int(row.bits == 8)): (row.lost, row.ratio)
+             for row in table.itertuples()}
     return subject, space, known, table
 
 
 def judge(seeds: int, evaluations: int) -> None:
-    """Every sampler on the table: the share of the exact front's area after each evaluation, and what asking took."""
+    """Every sampler on the table: the share of the exact front's area after each evaluation, and
+    what asking took."""
     import numpy as np
 
     from workbench import files, machine
@@ -157,12 +172,15 @@ def judge(seeds: int, evaluations: int) -> None:
     points = np.array(list(known.values()))
     corner = tuple(points.max(0) + 1e-9)
     whole = dominated_area(points, corner)
-    expected = [forecast(subject, space, judged_by(subject, 500, seed), folder=FOLDER / "forecast")  # from other pictures each
+    # from other pictures each
+    expected = [forecast(subject, space, judged_by(subject, 500, seed), folder=FOLDER / "forecast")
                 for seed in files.progress(range(seeds), title="forecasts")]
     expected[0].write(FOLDER.parent / "search_forecast")
     rows, reached = [], []
-    for name, seed in files.progress([(name, seed) for name in NAMES for seed in range(seeds)], title="samplers"):
-        asked = replayed(name, space, known, forecast=expected[seed], evaluations=evaluations, seed=seed)
+    for name, seed in files.progress([(name, seed) for name in NAMES for seed in range(seeds)],
+                                     title="samplers"):
+        asked = replayed(name, space, known, forecast=expected[seed], evaluations=evaluations,
+                         seed=seed)
         reached.append(asked[["lost", "latency"]].assign(sampler=name, seed=seed))
         for count in range(4, len(asked) + 1, 4):
             area = dominated_area(asked[["lost", "latency"]].to_numpy()[:count], corner)
@@ -178,31 +196,39 @@ def judge(seeds: int, evaluations: int) -> None:
     front = table[undominated(table[["lost", "latency"]].to_numpy())].sort_values("latency")
     print(front[["plan", "bits", "lost", "latency", "size_bytes"]].to_string(index=False))
     last = curves[curves.evaluations == evaluations].groupby("sampler").share
-    in_time = curves[curves.seconds <= evaluations * PLAN_S * 1.01]  # what asking at random takes, to a hundredth
+    # what asking at random takes, to a hundredth
+    in_time = curves[curves.seconds <= evaluations * PLAN_S * 1.01]
     in_time = in_time.groupby(["sampler", "seed"]).share.last().groupby("sampler").mean()
     draws = np.random.default_rng(0)
     lines = []
     for name, shares in last:
         means = draws.choice(shares.to_numpy(), (2000, len(shares))).mean(1)
         low, high = np.percentile(means, [2.5, 97.5])
-        lines.append({"sampler": name, "share": shares.mean(), "low": low, "high": high, "seeds": len(shares),
+        lines.append({"sampler": name, "share": shares.mean(), "low": low, "high": high,
+                      "seeds": len(shares),
                       "share_in_time": in_time[name],
-                      "asking_s": curves[curves.sampler == name].groupby("seed").asking_s.max().mean()})
-    made = pd.DataFrame(lines).sort_values("share", ascending=False).assign(evaluations=evaluations, machine=machine.describe())
+                      "asking_s": curves[curves.sampler == name].groupby(
+                          "seed").asking_s.max().mean()})
+    made = pd.DataFrame(lines).sort_values("share",
+                                           ascending=False).assign(evaluations=evaluations,
+                                                                   machine=machine.describe())
     made.to_csv(FOLDER.parent / "search.csv", index=False)
     print(made.drop(columns="machine").round(4).to_string(index=False))
 
 
 def attainment(reached: pd.DataFrame) -> pd.DataFrame:
-    """What a quarter, a half and three quarters of a sampler's seeds attain: the corners of its attainment surfaces.
+    """What a quarter, a half and three quarters of a sampler's seeds attain: the corners of its
+    attainment surfaces.
 
     reached: sampler, seed, lost, latency, of every plan asked for."""
     import moocore
 
     parts = []
     for name, part in reached.groupby("sampler", sort=False):
-        corners = moocore.eaf(part[["lost", "latency"]].to_numpy(), part.seed.to_numpy(), percentiles=[25, 50, 75])
-        parts.append(pd.DataFrame(corners, columns=["lost", "latency", "percentile"]).assign(sampler=name))
+        corners = moocore.eaf(part[["lost", "latency"]].to_numpy(), part.seed.to_numpy(),
+                              percentiles=[25, 50, 75])
+        parts.append(pd.DataFrame(corners, columns=["lost", "latency",
+                                                    "percentile"]).assign(sampler=name))
     return pd.concat(parts, ignore_index=True)[["sampler", "percentile", "lost", "latency"]]
 
 

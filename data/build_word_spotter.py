@@ -1,13 +1,15 @@
-"""Train data/checkpoints/word_spotter-digits.safetensors: the ten English digits, spotted in a stream.
+"""Train data/checkpoints/word_spotter-digits.safetensors: the ten English digits, spotted in a
+stream.
 
-    apt-get install flite espeak-ng asterisk-core-sounds-{fr,it,ru}-gsm tuxpaint-stamps-default
-    pip install 'workbench[speech]'
-    python data/build_word_spotter.py --digits spoken_digits.parquet [--source DIR] [--without SPEAKER] [--steps N] [--out FILE]
+    apt-get install flite espeak-ng asterisk-core-sounds-{fr,it,ru}-gsm tuxpaint-stamps-default pip
+    install 'workbench[speech]' python data/build_word_spotter.py --digits spoken_digits.parquet
+    [--source DIR] [--without SPEAKER] [--steps N] [--out FILE]
 
-Commands: recordings of people (a Parquet file with digit, speaker and audio; the Free Spoken Digit Dataset, CC BY-SA 4.0) and the
-voices of flite and espeak-ng. What is no command: sentences and words like digits in those voices, phrases in French, Italian and
-Russian, effects of the stamps, but for those that data/build_speech.py keeps to be tested with. --without leaves a speaker out,
-for a test by speaker. Only the weights are kept.
+Commands: recordings of people (a Parquet file with digit, speaker and audio; the Free Spoken Digit
+Dataset, CC BY-SA 4.0) and the voices of flite and espeak-ng. What is no command: sentences and
+words like digits in those voices, phrases in French, Italian and Russian, effects of the stamps,
+but for those that data/build_speech.py keeps to be tested with. --without leaves a speaker out, for
+a test by speaker. Only the weights are kept.
 """
 
 import argparse
@@ -26,7 +28,9 @@ from workbench.subjects import models, speech, words
 from workbench.subjects.words import RATE, WORDS, Clip
 
 HERE = Path(__file__).parent
-FLITE = {"kal": (75, 90, 110, 135), "awb": (100, 125, 150, 180), "rms": (80, 100, 125, 150), "slt": (140, 165, 190, 230)}  # Hz
+# Hz
+FLITE = {"kal": (75, 90, 110, 135), "awb": (100, 125, 150, 180), "rms": (80, 100, 125, 150),
+         "slt": (140, 165, 190, 230)}
 STRETCHES = (0.75, 1.0, 1.4, 1.8)
 ESPEAK = [
     "m1", "m2", "m3", "m4", "m5", "m7", "f1", "f2", "f3", "f4",
@@ -34,7 +38,8 @@ ESPEAK = [
     "gustave", "iven", "john", "linda", "marcelo", "max", "michel", "pablo", "paul", "rob",
     "sandro", "shelby", "steph", "travis", "victor", "Mike", "Gene", "Denis", "Marco", "Alicia",
 ]
-ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
+ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbclan",
+           "en-gb-x-gbcwmd")
 ALIKE = [
     "won", "to", "for", "ate", "tree", "free", "thrive", "wine", "line", "mine", "nice",
     "sick", "fix", "mix", "heaven", "eleven", "sever", "zeal", "hero", "forty", "sixty", "seventy",
@@ -42,7 +47,8 @@ ALIKE = [
     "straight", "great", "hate", "none", "nun", "run", "sun", "wonder", "seventh", "sixth",
 ]
 SENTENCES, LONG = 200, 14  # of each engine, and their words
-SHORTEST, SILENCE_DB = 0.3, 35  # seconds of a phrase; how far below the loudest lies what is cut at both ends
+# seconds of a phrase; how far below the loudest lies what is cut at both ends
+SHORTEST, SILENCE_DB = 0.3, 35
 
 
 def main() -> None:
@@ -52,27 +58,34 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path("/"))
     parser.add_argument("--without", default="")
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--out", type=Path, default=HERE / "checkpoints" / "word_spotter-digits.safetensors")
+    parser.add_argument("--out", type=Path,
+                        default=HERE / "checkpoints" / "word_spotter-digits.safetensors")
     asked = parser.parse_args()
     random.seed(0)
     people = [clip for clip in words.digits(asked.digits) if clip.voice != asked.without]
-    commands, others = 2 * people + spoken_digits(), other_speech() + recorded(asked.source / "usr/share")
+    commands, others = 2 * people + spoken_digits(), other_speech() + recorded(
+        asked.source / "usr/share")
     network = speech.word_spotter()
     losses = words.train(network, commands, others, steps=asked.steps)
-    recipe = {"steps": asked.steps, "commands": len(commands), "others": len(others), "without": asked.without or "nobody",
+    recipe = {"steps": asked.steps, "commands": len(commands), "others": len(others),
+              "without": asked.without or "nobody",
               "last_loss": round(float(np.mean(losses[-50:])), 4)}
-    models.save(network.half(), asked.out, notes={name: str(value) for name, value in recipe.items()})
+    models.save(network.half(), asked.out,
+                notes={name: str(value) for name, value in recipe.items()})
     print(recipe)
 
 
 def spoken_digits() -> list[Clip]:
     """The digits in the voices of both engines, at several pitches and speeds."""
     made = [Clip(cut(flite(word, voice, stretch, pitch)), "command", word, f"flite {voice}")
-            for voice, pitches in FLITE.items() for word in WORDS for pitch in pitches for stretch in STRETCHES]
+            for voice, pitches in FLITE.items() for word in WORDS for pitch in pitches
+            for stretch in STRETCHES]
     for voice in ESPEAK:
         for accent in random.sample(ACCENTS, 3):
-            speeds = [(random.choice((95, 130, 165, 200)), random.choice((30, 50, 70))) for _ in WORDS]
-            made += [Clip(cut(espeak(word, f"{accent}+{voice}", *how)), "command", word, f"espeak {voice}")
+            speeds = [(random.choice((95, 130, 165, 200)), random.choice((30, 50, 70)))
+                      for _ in WORDS]
+            made += [Clip(cut(espeak(word, f"{accent}+{voice}", *how)), "command", word,
+                          f"espeak {voice}")
                      for word, how in zip(WORDS, speeds, strict=True)]
     return made
 
@@ -83,10 +96,13 @@ def other_speech() -> list[Clip]:
     lines = table[next(name for name in table if "text" in name or "summ" in name)]
     made = []
     for place in range(2 * SENTENCES):
-        said = [word for word in re.findall(r"[a-z]{3,}", lines.iloc[place * 11].lower()) if word not in WORDS][:LONG]
+        said = [word for word in re.findall(r"[a-z]{3,}", lines.iloc[place * 11].lower())
+                if word not in WORDS][:LONG]
         voice = random.choice(ESPEAK)
-        made.append(flite(" ".join(said), random.choice([*FLITE]), random.choice((0.85, 1.0, 1.2)), 0) if place % 2 else
-                    espeak(" ".join(said), f"{random.choice(ACCENTS[:2])}+{voice}", random.choice((140, 175, 210)), 50))
+        made.append(flite(" ".join(said), random.choice([*FLITE]), random.choice((0.85, 1.0, 1.2)),
+                          0) if place % 2 else
+                    espeak(" ".join(said), f"{random.choice(ACCENTS[:2])}+{voice}",
+                           random.choice((140, 175, 210)), 50))
     for word in ALIKE:
         made += [cut(espeak(word, f"en-us+{voice}", 165, 50)) for voice in random.sample(ESPEAK, 6)]
         made += [cut(flite(word, voice, 1.0, 0)) for voice in FLITE]
@@ -95,21 +111,25 @@ def other_speech() -> list[Clip]:
 
 def recorded(source: Path) -> list[Clip]:
     """Phrases in three languages, and effects twice; not those that are kept for tests."""
-    paths = [path for language in ("fr", "it", "ru") for path in phrases(source, VOICES[language]) if not kept(path)]
+    paths = [path for language in ("fr", "it", "ru") for path in phrases(source, VOICES[language])
+             if not kept(path)]
     spoken = [samples for path in paths if len(samples := gsm(path)) > SHORTEST * RATE]
     sounds = [effect(path) for path in effects(source) if not kept(path)]
-    return [Clip(samples, "speech") for samples in spoken] + 2 * [Clip(samples, "effect") for samples in sounds]
+    return [Clip(samples, "speech") for samples in spoken] + 2 * [Clip(samples, "effect")
+                                                                  for samples in sounds]
 
 
 def flite(text: str, voice: str, stretch: float, pitch: int) -> np.ndarray:
     """What flite says; pitch in Hz, 0 for the voice's own."""
-    how = ["--setf", f"duration_stretch={stretch}", *(["--setf", f"int_f0_target_mean={pitch}"] if pitch else [])]
+    how = ["--setf", f"duration_stretch={stretch}", *(["--setf", f"int_f0_target_mean={pitch}"]
+                                                      if pitch else [])]
     return said(lambda path: ["flite", "-voice", voice, *how, "-t", text, "-o", path])
 
 
 def espeak(text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
     """What espeak-ng says, so many words a minute, its pitch between 0 and 99."""
-    return said(lambda path: ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", path, text])
+    return said(lambda path: ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w",
+                              path, text])
 
 
 def said(command) -> np.ndarray:

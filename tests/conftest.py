@@ -7,8 +7,10 @@ import pytest
 from workbench import machine
 
 os.environ.setdefault("WORKBENCH_PROGRESS", os.devnull)
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: each on cores of its own, and so its notebooks
-    place, among = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+# several processes side by side: each on cores of its own, and so its notebooks
+if "PYTEST_XDIST_WORKER" in os.environ:
+    place, among = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(
+        os.environ["PYTEST_XDIST_WORKER_COUNT"])
     own = machine.processors()[place::among] or machine.processors()
     os.sched_setaffinity(0, own)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(own)))
@@ -20,7 +22,8 @@ from workbench.subjects.tasks import Task  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks first, so that none runs at the end while other processes have nothing left to do."""
+    """Notebooks first, so that none runs at the end while other processes have nothing left to
+    do."""
     items.sort(key=lambda item: "a_notebook_of_the_house" not in item.name)
 
 
@@ -39,7 +42,8 @@ def tiny(task) -> Task:
     """The same task with 384 training images, 100 validation and 200 test images."""
     from dataclasses import replace
 
-    return replace(task, train=task.train.subset(384), validation=task.validation.subset(100), test=task.test.subset(200))
+    return replace(task, train=task.train.subset(384), validation=task.validation.subset(100),
+                   test=task.test.subset(200))
 
 
 @pytest.fixture
@@ -47,7 +51,8 @@ def network():
     """A network small enough for the slowest test: convolution, norm, convolution, linear."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 6, 3, stride=2),
+        layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+                  torch.nn.Conv2d(4, 6, 3, stride=2),
                   torch.nn.Flatten(), torch.nn.LazyLinear(10)]
         built = torch.nn.Sequential(*layers).eval()
         built(torch.zeros(1, 1, 28, 28))

@@ -16,12 +16,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workbench"
 GROUND = {"errors", "files", "machine", "batches", "store"}
 BELOW = {  # what each room may import of the package
-    "": set(), "errors": set(), "files": set(), "machine": set(), "store": {"files"}, "batches": {"errors"}, "numbers": GROUND,
+    "": set(), "errors": set(), "files": set(), "machine": set(), "store": {"files"},
+    "batches": {"errors"}, "numbers": GROUND,
     "graph": GROUND | {"numbers"}, "subjects": GROUND | {"numbers", "graph"},
     "methods": GROUND | {"numbers", "graph", "subjects"},
-    "deployment": GROUND | {"numbers", "graph"}, "measures": GROUND | {"numbers", "graph", "subjects", "deployment"},
+    "deployment": GROUND | {"numbers", "graph"},
+    "measures": GROUND | {"numbers", "graph", "subjects", "deployment"},
     "plans": GROUND | {"numbers", "graph", "subjects", "methods", "deployment", "measures"},
-    "reporting": {"files", "machine"}, "__main__": {"errors", "machine", "reporting", "measures", "plans", "subjects"},
+    "reporting": {"files", "machine"},
+    "__main__": {"errors", "machine", "reporting", "measures",
+                                                    "plans", "subjects"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -34,7 +38,8 @@ def room(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "workbench":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[
+            0] == "workbench":
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("workbench")}
@@ -52,9 +57,11 @@ def test_a_room_imports_only_what_is_below_it(path):
 
 
 def test_no_circle_runs_through_modules():
-    modules = {".".join(("workbench", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    modules = {".".join(("workbench", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+               for path in FILES}
     read = {name: imports(path) for name, path in modules.items()}
-    needs = {name: {m for m in modules if any(f"{i}.".startswith(f"{m}.") for i in read[name])} - {name, "workbench"}
+    needs = {name: {m for m in modules if any(f"{i}.".startswith(f"{m}.") for i in read[name])}
+             - {name, "workbench"}
              for name in modules}
     while needs:
         free = {name for name, others in needs.items() if not others}
@@ -64,9 +71,13 @@ def test_no_circle_runs_through_modules():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_fits_in_the_head(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 420
-    assert max(map(len, lines), default=0) <= 100
+    assert len(path.read_text().splitlines()) <= 420
+
+
+def test_ruff_finds_nothing_notebooks_and_lines_of_100_columns_included():
+    made = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
 
 
 def test_the_types_agree():
@@ -81,19 +92,24 @@ def test_importing_the_package_loads_no_torch():
 
 
 def test_onnx_runtime_tells_its_maker_nothing():
-    code = "import workbench, onnxruntime, os, sys; sys.exit(len(os.listdir('/proc/self/task')) - 1)"
+    code = ("import workbench, onnxruntime, os, sys; "
+            "sys.exit(len(os.listdir('/proc/self/task')) - 1)")
     without = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    quiet = subprocess.run([sys.executable, "-c", code], env=without | {"OPENBLAS_NUM_THREADS": "1"}, check=False)
+    quiet = subprocess.run([sys.executable, "-c", code],
+                           env=without | {"OPENBLAS_NUM_THREADS": "1"}, check=False)
     assert quiet.returncode == 0, "ONNX Runtime started a thread when it was imported: its reporter"
 
 
 def test_the_command_line_helps_without_loading_torch_or_papermill():
-    code = "import sys, workbench.__main__; sys.exit(any(m in sys.modules for m in ('torch', 'papermill', 'pandas')))"
+    code = ("import sys, workbench.__main__; "
+            "sys.exit(any(m in sys.modules for m in ('torch', 'papermill', 'pandas')))")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     started = time.monotonic()
-    shown = subprocess.run([sys.executable, "-m", "workbench", "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run([sys.executable, "-m", "workbench", "--help"], capture_output=True,
+                           text=True, check=True)
     assert "report" in shown.stdout
-    assert time.monotonic() - started < 5  # half a second on an idle machine; the import list above is the real check
+    # half a second on an idle machine; the import list above is the real check
+    assert time.monotonic() - started < 5
 
 
 def test_the_pins_agree_wherever_they_stand():
@@ -122,22 +138,23 @@ def test_notebooks_hold_no_output_and_define_nothing():
                 assert cell.execution_count is None, path
                 assert not re.search(r"^(def|class) ", cell.source, re.M), path
                 if "parameters" not in cell.metadata.get("tags", []):
-                    lines = cell.source.splitlines()
-                    assert len(lines) <= 12, (path, cell.source)
-                    assert max(map(len, lines)) <= 110, (path, cell.source)
+                    assert len(cell.source.splitlines()) <= 12, (path, cell.source)
 
 
 def test_what_contributing_shows_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["A method", "A notebook", "A data set", "A runtime"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["A method", "A notebook", "A data set",
+                                                            "A runtime"]
     known = {"__name__": "contributing"}
     for place, block in enumerate(blocks):
-        exec(compile(block, f"CONTRIBUTING.md, block {place + 1}", "exec"), known)  # of our own page
+        # of our own page
+        exec(compile(block, f"CONTRIBUTING.md, block {place + 1}", "exec"), known)
     assert known["table"].stage.tolist() == ["start", "threshold"]
     assert known["verdict"].passed
     assert known["score"].n == 20
-    made = subprocess.run([sys.executable, "-m", "workbench", "report", "--notebooks", ".", "--out", "site"], cwd=tmp_path,
+    made = subprocess.run([sys.executable, "-m", "workbench", "report", "--notebooks", ".", "--out",
+                           "site"], cwd=tmp_path,
                           capture_output=True, text=True, check=False)
     assert "1 of 1 checks hold" in made.stdout, made.stderr

@@ -1,4 +1,5 @@
-"""Channels: cut and silenced models compute the same, on networks of every kind; bad requests are refused."""
+"""Channels: cut and silenced models compute the same, on networks of every kind; bad requests are
+refused."""
 
 import copy
 
@@ -19,7 +20,9 @@ from workbench.subjects import models
 class Concatenating(nn.Module):
     def __init__(self):
         super().__init__()
-        self.one, self.two, self.three = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 6, 1), nn.Conv2d(14, 12, 3)
+        self.one, self.two, self.three = nn.Conv2d(3, 8, 3,
+                                                   padding=1), nn.Conv2d(3, 6, 1), nn.Conv2d(
+                                                       14, 12, 3)
         self.last = nn.Linear(12, 10)
 
     def forward(self, x):
@@ -28,11 +31,13 @@ class Concatenating(nn.Module):
 
 
 class Splitting(nn.Module):
-    """Halves that change places, channels that are shuffled, and a split whose sizes the forward fixes."""
+    """Halves that change places, channels that are shuffled, and a split whose sizes the forward
+    fixes."""
 
     def __init__(self):
         super().__init__()
-        self.one, self.two, self.three = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 12, 1)
+        self.one, self.two, self.three = nn.Conv2d(3, 16,
+                                                   3), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 12, 1)
         self.four, self.last = nn.Conv2d(12, 20, 1), nn.Linear(20, 10)
 
     def forward(self, x):
@@ -44,8 +49,10 @@ class Splitting(nn.Module):
 
 
 def grouped() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, groups=4), nn.ReLU(),
-                         nn.Conv2d(24, 8, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 24, 3, groups=4), nn.ReLU(),
+                         nn.Conv2d(24, 8, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.Linear(32, 10))
 
 
 def zoo(name: str):
@@ -59,13 +66,15 @@ def zoo(name: str):
     if name == "vit":
         import timm
 
-        return timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=2), torch.randn(2, 3, 64, 64)
+        return timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10,
+                                 depth=2), torch.randn(2, 3, 64, 64)
     side = sizes.get(name, 64)
     return models.load(name, pretrained=False), torch.randn(2, 3, side, side)
 
 
 def disturbed(model: nn.Module) -> nn.Module:
-    """The model in eval mode with norms that do something, and outputs of a size that a difference would show in."""
+    """The model in eval mode with norms that do something, and outputs of a size that a difference
+    would show in."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -74,7 +83,8 @@ def disturbed(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet56", "torchvision:resnet18", "torchvision:mobilenet_v2", "concatenating",
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "torchvision:resnet18",
+                                  "torchvision:mobilenet_v2", "concatenating",
                                   "torchvision:shufflenet_v2_x0_5", "splitting", "grouped", "vit"])
 def test_masked_and_removed_models_agree_and_the_removed_one_is_smaller(name):
     torch.manual_seed(0)
@@ -82,11 +92,14 @@ def test_masked_and_removed_models_agree_and_the_removed_one_is_smaller(name):
     disturbed(model)
     scores = channels.score(model, "l1", example=example)
     removed = channels.select(scores, 0.5, scope="layer")
-    small, masked = (make(model, removed, example=example) for make in (channels.remove, channels.mask))
+    small, masked = (make(model, removed, example=example)
+                     for make in (channels.remove, channels.mask))
     inputs = torch.randn(3, *example.shape[1:])
     with torch.inference_mode():
-        assert torch.allclose(small(inputs), masked(inputs), atol=1e-4 * masked(inputs).abs().max().item())
-        assert not torch.allclose(masked(inputs), model(inputs), atol=1e-3 * model(inputs).abs().max().item())
+        assert torch.allclose(small(inputs), masked(inputs),
+                              atol=1e-4 * masked(inputs).abs().max().item())
+        assert not torch.allclose(masked(inputs), model(inputs),
+                                  atol=1e-3 * model(inputs).abs().max().item())
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert sizes[0] < 0.8 * sizes[1]
 
@@ -95,8 +108,10 @@ def test_channels_that_are_split_go_by_parts_or_stay_and_say_why():
     model, example = zoo("splitting")
     found = {group.layer: group for group in coupling.groups(disturbed(model), example)}
     assert {name: (group.channels, group.kept) for name, group in found.items()} == {
-        "one": (8, None), "two": (6, None), "three": (12, Kept.FIXED), "four": (20, None), "last": (10, Kept.OUTPUT)}
-    assert found["one"].read_by["two"][0].tolist() == [8, 0], "one of each half, at the place of the other"
+        "one": (8, None), "two": (6, None), "three": (12, Kept.FIXED), "four": (20, None),
+        "last": (10, Kept.OUTPUT)}
+    read = found["one"].read_by["two"][0].tolist()
+    assert read == [8, 0], "one of each half, at the place of the other"
 
 
 def test_the_callers_model_is_left_as_it_was():
@@ -104,7 +119,8 @@ def test_the_callers_model_is_left_as_it_was():
     before = copy.deepcopy(model.state_dict())
     channels.remove(model, {"layer1.0.conv1": [0, 5]}, example=example)
     channels.mask(model, {"layer1.0.conv1": [0, 5]}, example=example)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(),
+                                                 strict=True))
 
 
 def test_the_callers_mode_is_left_as_it_was():
@@ -140,7 +156,8 @@ def test_scores_are_the_formula_of_each_criterion():
     model, example = zoo("resnet20")
     weight = model.layer3[1].conv1.weight.detach()
     model.layer3[1].bn1.weight.data.uniform_(-1, 1)
-    expected = {"l1": [w.abs().sum() for w in weight], "l2": [w.pow(2).sum().sqrt() for w in weight],
+    expected = {"l1": [w.abs().sum() for w in weight],
+                "l2": [w.pow(2).sum().sqrt() for w in weight],
                     "fpgm": [sum((w - v).norm() for v in weight) for w in weight],
                     "bn_gamma": model.layer3[1].bn1.weight.detach().abs()}
     for criterion, values in expected.items():
@@ -150,9 +167,11 @@ def test_scores_are_the_formula_of_each_criterion():
 
 def test_taylor_scores_are_weight_times_gradient(tiny, model):
     batches = list(tiny.test.batches(100))
-    table = channels.score(model, "taylor", example=tiny.example, batches=batches).query("layer == 'layer1.1.conv1'")
+    table = channels.score(model, "taylor", example=tiny.example,
+                           batches=batches).query("layer == 'layer1.1.conv1'")
     work = copy.deepcopy(model)
-    nn.functional.cross_entropy(work(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches])).backward()
+    nn.functional.cross_entropy(work(torch.cat([x for x, _ in batches])),
+                                torch.cat([y for _, y in batches])).backward()
     weight = work.layer1[1].conv1.weight
     expected = (weight * weight.grad).abs().sum((1, 2, 3))
     assert table.score.tolist() == pytest.approx(expected.tolist(), rel=1e-2)
@@ -160,14 +179,16 @@ def test_taylor_scores_are_weight_times_gradient(tiny, model):
 
 def test_random_scores_follow_from_their_seed():
     model, example = zoo("resnet20")
-    one, same, other = (channels.score(model, "random", example=example, seed=s).score for s in (0, 0, 1))
+    one, same, other = (channels.score(model, "random", example=example, seed=s).score
+                        for s in (0, 0, 1))
     assert one.equals(same)
     assert not one.equals(other)
 
 
 def test_selection_takes_the_lowest_keeps_multiples_and_what_is_kept():
     values = [*range(16), *range(32, 48)]
-    scores = pd.DataFrame({"layer": ["a"] * 16 + ["b"] * 16, "channel": [*range(16)] * 2, "score": values, "kept": False})
+    scores = pd.DataFrame({"layer": ["a"] * 16 + ["b"] * 16, "channel": [*range(16)] * 2,
+                           "score": values, "kept": False})
     assert channels.select(scores, 0.5, scope="layer") == {"a": list(range(8)), "b": list(range(8))}
     for ratio in (0.1, 0.4, 0.7, 0.99):
         for places in channels.select(scores, ratio, multiple=8).values():
@@ -177,8 +198,10 @@ def test_selection_takes_the_lowest_keeps_multiples_and_what_is_kept():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"ratio": 1.0}, "ratio is 1.0, expected 0 <= ratio < 1"), ({"ratio": 1.2}, "ratio is 1.2"), ({"ratio": -0.1}, "ratio is -0"),
-    ({"scope": "all"}, "unknown scope 'all'"), ({"keep": "layer9.*"}, r"keep: no layer matches 'layer9.\*'"),
+    ({"ratio": 1.0}, "ratio is 1.0, expected 0 <= ratio < 1"), ({"ratio": 1.2}, "ratio is 1.2"),
+    ({"ratio": -0.1}, "ratio is -0"),
+    ({"scope": "all"}, "unknown scope 'all'"), ({"keep": "layer9.*"},
+                                                r"keep: no layer matches 'layer9.\*'"),
 ])
 def test_bad_selections_are_refused(change, message):
     model, example = zoo("resnet20")
@@ -204,7 +227,8 @@ def test_what_cannot_be_scored_or_cut_is_named():
         channels.score(model, "entropy", example=example)
     with pytest.raises(ValueError, match="needs batches"):
         channels.score(model, "taylor", example=example)
-    with pytest.raises(UnsupportedModelError, match="channels of layer conv1 cannot be removed: they run through a shortcut"):
+    with pytest.raises(UnsupportedModelError, match="channels of layer conv1 cannot be removed: "
+                       "they run through a shortcut"):
         channels.remove(model, {"conv1": [0]}, example=example)
     with pytest.raises(ValueError, match="no group of channels is called 'layer9'"):
         channels.remove(model, {"layer9": [0]}, example=example)
@@ -219,7 +243,8 @@ def test_a_model_that_cannot_be_traced_is_refused():
         def forward(self, x):
             raise RuntimeError("not today")
 
-    with pytest.raises(UnsupportedModelError, match=r"Odd does not run on the example \(not today\)"):
+    with pytest.raises(UnsupportedModelError,
+                       match=r"Odd does not run on the example \(not today\)"):
         channels.groups(Odd(), torch.zeros(1, 3, 8, 8))
 
 
@@ -228,10 +253,13 @@ def test_a_cut_meets_its_target_and_not_by_much(target):
     from workbench.graph.layers import macs_of
 
     model, example = zoo("resnet20")
-    with pytest.warns(UserWarning, match="still hold the statistics of the whole one; before it is judged give batches="):
-        small = channels.cut_to(model, channels.score(model, "l1", example=example), example=example, scope="layer", **target)
+    with pytest.warns(UserWarning, match="still hold the statistics of the whole one; before it is "
+                      "judged give batches="):
+        small = channels.cut_to(model, channels.score(model, "l1", example=example),
+                                example=example, scope="layer", **target)
     left = {"macs": macs_of(small, example) / macs_of(model, example),
-            "params": sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())}
+            "params": sum(p.numel() for p in small.parameters()) / sum(p.numel()
+                                                                       for p in model.parameters())}
     (kind, wanted), = target.items()
     assert wanted - 0.05 < left[kind] <= wanted
 
@@ -244,7 +272,8 @@ def test_any_cost_can_be_the_target():
         return sum(p.numel() for p in candidate.layer1.parameters())
 
     seen = [(torch.randn(8, *example.shape[1:]), None)]
-    small = channels.cut_to(model, scores, example=example, share=0.6, cost=first_stage, scope="layer", batches=seen)
+    small = channels.cut_to(model, scores, example=example, share=0.6, cost=first_stage,
+                            scope="layer", batches=seen)
     assert 0.5 < first_stage(small) / first_stage(model) <= 0.6
 
 
@@ -256,7 +285,8 @@ def test_cutting_by_turns_reaches_the_target_and_recovers_after_each():
         costs.append((step, macs_of(candidate, example) / macs_of(model, example)))
         return candidate
 
-    small = channels.iteratively(model, macs=0.25, steps=2, score=lambda m: channels.score(m, "l1", example=example),
+    small = channels.iteratively(model, macs=0.25, steps=2,
+                                 score=lambda m: channels.score(m, "l1", example=example),
                                  recover=recover, example=example, scope="layer")
     assert [step for step, _ in costs] == [1, 2]
     assert 0.45 < costs[0][1] <= 0.5
@@ -271,13 +301,15 @@ def test_a_cut_network_takes_the_statistics_of_its_own_activations(model, tiny):
     small = channels.cut_to(model, scores, batches=tiny.validation.batches(50), **cut)
     with pytest.warns(UserWarning, match="batch norms"):
         stale = channels.cut_to(model, scores, **cut)
-    assert accuracy.evaluate(small, tiny.test).value > accuracy.evaluate(stale, tiny.test).value + 0.1
+    assert accuracy.evaluate(small,
+                             tiny.test).value > accuracy.evaluate(stale, tiny.test).value + 0.1
 
 
 def test_impossible_targets_are_refused():
     model, example = zoo("resnet20")
     scores = channels.score(model, "l1", example=example)
-    with pytest.raises(ValueError, match="2% of the cost cannot be reached: .* stay when all that may go is gone"):
+    with pytest.raises(ValueError, match="2% of the cost cannot be reached: .* stay when all that "
+                       "may go is gone"):
         channels.cut_to(model, scores, example=example, macs=0.02)
     with pytest.raises(ValueError, match="exactly one of macs, params, and share with cost"):
         channels.cut_to(model, scores, example=example)
@@ -286,7 +318,8 @@ def test_impossible_targets_are_refused():
 
 
 def test_a_cut_keeps_the_widths_that_the_runtime_likes_as_far_as_they_come_near_the_target():
-    model, example = models.load("torchvision:mobilenet_v2", pretrained=False), torch.randn(2, 3, 64, 64)
+    model, example = models.load("torchvision:mobilenet_v2",
+                                 pretrained=False), torch.randn(2, 3, 64, 64)
     scores = channels.score(model, "l1", example=example)
     small = channels.cut_to(model, scores, macs=0.8, example=example, batches=[(example, None)])
     assert 0.8 * channels.NEAR <= macs_of(small, example) / macs_of(model, example) <= 0.8
@@ -298,20 +331,22 @@ def test_a_cut_keeps_the_widths_that_the_runtime_likes_as_far_as_they_come_near_
 
 
 class Derived(nn.Module):
-    """Attention whose forward takes the width of a head from the model's, as older code of timm does, and a token that is
-    handed to a module."""
+    """Attention whose forward takes the width of a head from the model's, as older code of timm
+    does, and a token that is handed to a module."""
 
     def __init__(self):
         super().__init__()
         self.num_heads, self.token = 4, nn.Parameter(torch.randn(1, 1, 32))
-        self.qkv, self.proj, self.fc, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(64, 5)
+        self.qkv, self.proj, self.fc, self.head = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(
+            32, 64), nn.Linear(64, 5)
         self.same = nn.Identity()
 
     def forward(self, x):
         x = torch.cat([self.same(self.token).expand(x.shape[0], -1, -1), x], 1)
         shape = x.shape[0], x.shape[1], 3, self.num_heads, x.shape[2] // self.num_heads
         q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.proj(nn.functional.scaled_dot_product_attention(q, k,
+                                                                     v).transpose(1, 2).flatten(2))
         return self.head(torch.relu(self.fc(x)).mean(1))
 
 

@@ -14,11 +14,13 @@ from workbench.numbers import coding
 
 
 def cloud(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:
-    return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)),
+                       dim=1)
 
 
 def made(**other) -> SharedCodebook:
-    return SharedCodebook(**({"size": 32, "dim": 8, "modalities": {"image": 16, "text": 16}, "heads": 2} | other))
+    return SharedCodebook(**({"size": 32, "dim": 8, "modalities": {"image": 16, "text": 16},
+                              "heads": 2} | other))
 
 
 @pytest.mark.parametrize("cosine", [True, False])
@@ -33,7 +35,8 @@ def test_search_in_tiles_finds_what_one_product_finds(cosine, monkeypatch):
                                    {"levels": 2, "update": "gradient"}])
 def test_codes_decode_to_what_forward_gives_and_training_lowers_the_loss(other):
     book, batch = made(**other), {"image": cloud(200), "text": cloud(200, seed=1)}
-    history = codebook.fit(book, batch, {name: torch.arange(200) for name in batch}, steps=60, batch=128,
+    history = codebook.fit(book, batch, {name: torch.arange(200) for name in batch}, steps=60,
+                           batch=128,
                            learning_rate=1e-2)
     assert history.loss.iloc[-5:].mean() < history.loss.iloc[1:6].mean()
     found = book(batch)
@@ -41,7 +44,8 @@ def test_codes_decode_to_what_forward_gives_and_training_lowers_the_loss(other):
         codes = book.encode(name, batch[name])
         assert torch.equal(codes, found.codes[name])
         assert codes.shape == (200, 2 * book.levels)
-        torch.testing.assert_close(book.decode(name, codes), found.values[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(book.decode(name, codes), found.values[name], atol=1e-5,
+                                   rtol=1e-4)
     assert book.bits == 2 * book.levels * 5
 
 
@@ -75,12 +79,14 @@ def test_moving_averages_are_those_of_the_formula():
 
 
 def test_dead_codes_come_back_where_the_vectors_are():
-    vectors = {"image": F.normalize(cloud(300) + 0.5, dim=1)}  # all in one corner: most random codes are never nearest
+    # all in one corner: most random codes are never nearest
+    vectors = {"image": F.normalize(cloud(300) + 0.5, dim=1)}
     used = {}
     for revive in (0, 0.5):
         book = SharedCodebook(64, 16, modalities={"image": 16}, kmeans=False, revive=revive)
         codebook.fit(book, vectors, {"image": torch.arange(300)}, steps=60, batch=300)
-        used[revive] = codes_of.usage({"image": book.encode("image", vectors["image"])}, 64).used.iloc[0]
+        used[revive] = codes_of.usage({"image": book.encode("image", vectors["image"])},
+                                      64).used.iloc[0]
     assert used[0] < 0.5 < used[0.5]
 
 
@@ -95,7 +101,8 @@ def test_a_missing_modality_is_skipped_and_said():
     ({"image": cloud(40), "text": cloud(39)}, "40 of image, 39 of text"),
     ({"image": cloud(40), "smell": cloud(40)}, "'smell'.*image, text"),
     ({}, "image, text"),
-    ({"image": torch.cat([cloud(3), torch.zeros(1, 16)]), "text": cloud(4)}, "vector 3 of image is zero"),
+    ({"image": torch.cat([cloud(3), torch.zeros(1, 16)]), "text": cloud(4)},
+     "vector 3 of image is zero"),
     ({"image": torch.full((4, 16), torch.nan), "text": cloud(4)}, "image is NaN"),
     ({"image": cloud(4), "text": cloud(4)}, "32 codes cannot start from 16 pieces"),
 ])
@@ -105,7 +112,8 @@ def test_bad_batches_get_one_line(batch, told):
 
 
 def test_bad_settings_and_bad_files_get_one_line(tmp_path):
-    for other, told in (({"size": 0}, "size is 0"), ({"update": "magic"}, "unknown update 'magic'"), ({"modalities": {}}, "0")):
+    for other, told in (({"size": 0}, "size is 0"), ({"update": "magic"}, "unknown update 'magic'"),
+                        ({"modalities": {}}, "0")):
         with pytest.raises(ValueError, match=told):
             made(**other)
     with pytest.raises(FileNotFoundError, match="does not exist"):

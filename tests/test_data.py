@@ -114,9 +114,12 @@ def test_preprocessing_resizes_and_crops(tmp_path):
     how = Preprocessing(size=16, crop=0.875)
     task = data.load(f"folder:{tmp_path / 'photos.parquet'}", preprocessing=how)
     assert task.example.shape == (1, 3, 16, 16)
-    stored = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in pd.read_parquet(tmp_path / "photos.parquet").image]
-    scaled = [picture.resize((18, 18), Image.Resampling[how.interpolation.upper()]) for picture in stored]
-    middles = [torch.from_numpy(np.array(picture.crop((1, 1, 17, 17)))).permute(2, 0, 1) for picture in scaled]
+    stored = [Image.open(io.BytesIO(row["bytes"])).convert("RGB")
+              for row in pd.read_parquet(tmp_path / "photos.parquet").image]
+    scaled = [picture.resize((18, 18), Image.Resampling[how.interpolation.upper()])
+              for picture in stored]
+    middles = [torch.from_numpy(np.array(picture.crop((1, 1, 17, 17)))).permute(2, 0, 1)
+               for picture in scaled]
     assert any(torch.equal(task.test.inputs[0], middle) for middle in middles)
 
 
@@ -143,7 +146,8 @@ def test_images_of_different_sizes_need_preprocessing(tmp_path):
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
-    rows = [{"image": encoded(1), "label": 0}, {"image": {"bytes": b"nonsense", "path": None}, "label": 0}]
+    rows = [{"image": encoded(1), "label": 0}, {"image": {"bytes": b"nonsense", "path": None},
+                                                "label": 0}]
     pd.DataFrame(rows).to_parquet(tmp_path / "photos.parquet")
     with pytest.raises(ValueError, match="image 1 cannot be decoded"):
         data.load(f"folder:{tmp_path / 'photos.parquet'}")

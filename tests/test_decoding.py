@@ -1,4 +1,5 @@
-"""Decoders with their cache: the same tokens with and without it, in the module and in its file; GGUF; what is refused."""
+"""Decoders with their cache: the same tokens with and without it, in the module and in its file;
+GGUF; what is refused."""
 
 import json
 
@@ -21,8 +22,10 @@ IDS = torch.randint(1, 90, (3, 9), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def model():
-    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=40,
+    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96,
+                                      num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2,
+                                      max_position_embeddings=40,
                                       tie_word_embeddings=True)
     torch.manual_seed(0)
     return language.build("next_token", config)
@@ -80,10 +83,12 @@ def test_an_integer_cache_is_off_by_half_a_step_at_most():
     integers, scale = decoding._rounded(vectors)
     assert integers.dtype == torch.int8
     assert ((integers * scale - vectors).abs() <= scale / 2 + 1e-6).all()
-    assert torch.equal(decoding._rounded(torch.zeros(1, 1, 1, 4))[0], torch.zeros(1, 1, 1, 4, dtype=torch.int8))
+    assert torch.equal(decoding._rounded(torch.zeros(1, 1, 1, 4))[0],
+                       torch.zeros(1, 1, 1, 4, dtype=torch.int8))
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, True, "group", 32), Scheme(4, False, "group", 32), Scheme(8, True, "group", 32),
+@pytest.mark.parametrize("scheme", [Scheme(4, True, "group", 32), Scheme(4, False, "group", 32),
+                                    Scheme(8, True, "group", 32),
                                     Scheme(4, False, "group", 32, "shifted")],
                          ids=["4 bits", "4 bits, zeros", "8 bits", "4 bits, shifted"])
 def test_rounded_weights_stand_in_the_file(scheme, model, tmp_path):
@@ -91,13 +96,15 @@ def test_rounded_weights_stand_in_the_file(scheme, model, tmp_path):
 
     seen = [Batch({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, None)]
     rounded = quantization.quantize(model, seen, weights=scheme, activations=None, tables=None)
-    path = decoding.export(decoding.Cached(model, layers=quantization.rounded(rounded)), tmp_path / "few.onnx", tolerance=0.5)
+    path = decoding.export(decoding.Cached(model, layers=quantization.rounded(rounded)),
+                           tmp_path / "few.onnx", tolerance=0.5)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("MatMulNBits") == 2 * 7 + 1
     found = decoding.Decoder(path, threads=1).logits(IDS, torch.ones_like(IDS))
     expected = sessions.open(rounded)({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
     plain = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
-    assert (found - expected).norm() < 0.05 * expected.norm()  # its kernel rounds what it reads to 8 bits
+    # its kernel rounds what it reads to 8 bits
+    assert (found - expected).norm() < 0.05 * expected.norm()
     assert (found - expected).norm() < (plain - expected).norm() or scheme.bits == 8
 
 
@@ -116,19 +123,23 @@ def test_gpt2_has_another_attention_and_generates_alike(tmp_path):
     config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=40)
     torch.manual_seed(0)
     other = language.build("next_token", config)
-    file = decoding.Decoder(decoding.export(decoding.Cached(other), tmp_path / "gpt2.onnx"), threads=1)
-    assert torch.equal(file.generate(IDS, new=6).tokens, decoders.Transformers(other, threads=1).generate(IDS, new=6).tokens)
+    file = decoding.Decoder(decoding.export(decoding.Cached(other), tmp_path / "gpt2.onnx"),
+                            threads=1)
+    assert torch.equal(file.generate(IDS, new=6).tokens,
+                       decoders.Transformers(other, threads=1).generate(IDS, new=6).tokens)
 
 
 def test_genai_generates_the_same_tokens_and_its_file_is_read(model, tmp_path):
     pytest.importorskip("onnxruntime_genai")
     vocabulary = {f"w{k}": k for k in range(96)}
     (tmp_path / "tokenizer.json").write_text(_tokenizer(vocabulary))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="w0")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(
+        tmp_path / "tokenizer.json"), eos_token="w0")
     model.config.eos_token_id = model.config.bos_token_id = model.config.pad_token_id = 0
     theirs = decoders.GenAI(model, tokenizer, tmp_path / "genai", bits=32, threads=1)
     made = theirs.generate(IDS, new=6)
-    assert torch.equal(made.tokens, decoders.Transformers(model, threads=1).generate(IDS, new=6).tokens)
+    assert torch.equal(made.tokens,
+                       decoders.Transformers(model, threads=1).generate(IDS, new=6).tokens)
     assert torch.equal(theirs.decoder.generate(IDS, new=6).tokens, made.tokens)
     assert len(made.token_s) == 5
     served, took = theirs.serve(list(IDS), new=[2, 6, 4])
@@ -148,16 +159,22 @@ def test_the_embedded_decoder_reads_its_text():
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    (lambda file, _: file.generate(IDS[:, :0], new=3), "expected (n, T) and at least one token of each"),
+    (lambda file, _: file.generate(IDS[:, :0], new=3),
+     "expected (n, T) and at least one token of each"),
     (lambda file, _: file.generate(IDS, new=0), "0 new tokens"),
-    (lambda file, _: file.generate(IDS, new=32), "9 tokens and 32 new ones are more than the 40 positions"),
-    (lambda file, _: file.generate(IDS, new=2, mask=torch.zeros_like(IDS)), "fill prompts up at their front"),
+    (lambda file, _: file.generate(IDS, new=32),
+     "9 tokens and 32 new ones are more than the 40 positions"),
+    (lambda file, _: file.generate(IDS, new=2, mask=torch.zeros_like(IDS)),
+     "fill prompts up at their front"),
     (lambda file, _: file.step(1, seen=40), "40 tokens and 1 more are beyond the 40 positions"),
     (lambda _, model: decoding.Cached(model, bits=4), "a cache of 4 bits; expected one of 32, 8"),
-    (lambda _, model: decoding.Cached(torch.nn.Linear(2, 2)), "Linear is no causal language model of transformers"),
+    (lambda _, model: decoding.Cached(torch.nn.Linear(2, 2)),
+     "Linear is no causal language model of transformers"),
     (lambda _, model: decoding.Decoder(torch.nn.Linear(2, 2)), "Linear takes no cache"),
-    (lambda _, model: decoders.GenAI(model, None, "nowhere", bits=5), "5 bits; expected one of 4, 8, 32"),
-], ids=["no tokens", "nothing new", "beyond the cache", "mask", "step", "bits", "no decoder", "no cache", "genai's bits"])
+    (lambda _, model: decoders.GenAI(model, None, "nowhere", bits=5),
+     "5 bits; expected one of 4, 8, 32"),
+], ids=["no tokens", "nothing new", "beyond the cache", "mask", "step", "bits", "no decoder",
+"no cache", "genai's bits"])
 def test_bad_input_is_one_line(pair, model, wrong, said):
     with pytest.raises((ValueError, UnsupportedModelError)) as caught:
         wrong(pair[2], model)
@@ -180,7 +197,9 @@ def test_a_gguf_file_that_is_cut_off_unknown_missing_or_without_its_package(tmp_
     path.write_bytes(whole[:len(whole) // 2])
     with pytest.raises(FileNotFoundError, match="cut off, or its quantisation is unknown"):
         models.load(f"hf:{path}", _plain())
-    kind = (len("token_embd.weight")).to_bytes(8, "little") + b"token_embd.weight" + (2).to_bytes(4, "little")
+    kind = (len("token_embd.weight")).to_bytes(8,
+                                               "little") + b"token_embd.weight" + (2).to_bytes(
+                                                   4, "little")
     place = whole.index(kind) + len(kind) + 16
     path.write_bytes(whole[:place] + (99).to_bytes(4, "little") + whole[place + 4:])
     with pytest.raises(FileNotFoundError, match="cut off, or its quantisation is unknown"):
@@ -200,18 +219,24 @@ def _plain():
 def _write(gguf, path) -> None:
     """A Llama of one layer, float32, in GGUF."""
     writer = gguf.GGUFWriter(path, "llama")
-    for name, value in (("context_length", 40), ("embedding_length", 32), ("block_count", 1), ("feed_forward_length", 48),
+    for name, value in (("context_length", 40), ("embedding_length", 32), ("block_count", 1),
+                        ("feed_forward_length", 48),
                         ("head_count", 2), ("head_count_kv", 2), ("vocab_size", 64)):
         getattr(writer, f"add_{name}")(value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"w{k}" for k in range(64)])
-    draw, shapes = np.random.default_rng(0), {"attn_q": (32, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 32),
-                                              "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    draw, shapes = np.random.default_rng(0), {"attn_q": (32, 32), "attn_k": (32, 32),
+                                              "attn_v": (32, 32), "attn_output": (32, 32),
+                                              "ffn_gate": (48, 32), "ffn_up": (48, 32),
+                                              "ffn_down": (32, 48)}
     table = np.repeat(np.arange(64, dtype=np.float32)[:, None] / 64, 32, 1)
-    tensors = {"token_embd.weight": table, "output.weight": table + 1, "output_norm.weight": np.ones(32, np.float32)}
-    tensors |= {f"blk.0.{name}.weight": draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    tensors |= {f"blk.0.{name}.weight": np.ones(32, np.float32) for name in ("attn_norm", "ffn_norm")}
+    tensors = {"token_embd.weight": table, "output.weight": table + 1,
+               "output_norm.weight": np.ones(32, np.float32)}
+    tensors |= {f"blk.0.{name}.weight": draw.normal(size=shape).astype(np.float32)
+                for name, shape in shapes.items()}
+    tensors |= {f"blk.0.{name}.weight": np.ones(32, np.float32)
+                for name in ("attn_norm", "ffn_norm")}
     for name, value in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(value))
     writer.write_header_to_file()
@@ -221,6 +246,7 @@ def _write(gguf, path) -> None:
 
 
 def _tokenizer(vocabulary: dict[str, int]) -> str:
-    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
+    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
+                       "pre_tokenizer": {"type": "Whitespace"},
                        "post_processor": None, "decoder": None, "truncation": None, "padding": None,
                        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}})

@@ -44,7 +44,8 @@ def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
 
 def test_a_truncated_file_is_refused(exported):
     exported.write_bytes(exported.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="network.onnx is not an ONNX file that ONNX Runtime can open"):
+    with pytest.raises(ValueError, match="network.onnx is not an ONNX file that ONNX "
+                       "Runtime can open"):
         sessions.open(exported)
 
 
@@ -73,7 +74,8 @@ def test_a_file_without_layer_names_is_refused(network, exported):
     stored = standard.load(str(exported))
     for tensor in stored.graph.initializer:
         for node in stored.graph.node:
-            node.input[:] = [f"w_{tensor.name.replace('.', '_')}" if i == tensor.name else i for i in node.input]
+            node.input[:] = [f"w_{tensor.name.replace('.', '_')}" if i == tensor.name else i
+                             for i in node.input]
         tensor.name = f"w_{tensor.name.replace('.', '_')}"
     standard.save(stored, str(exported))
     with pytest.raises(UnsupportedModelError, match="no node has a weight called LAYER.weight"):
@@ -82,7 +84,8 @@ def test_a_file_without_layer_names_is_refused(network, exported):
 
 def test_named_layers_follow_globs_and_refuse_what_matches_nothing(model):
     assert list(layers.named(model, "layer3.2.*")) == ["layer3.2.conv1", "layer3.2.conv2"]
-    with pytest.raises(ValueError, match=r"no layer matches 'layer9\.\*'; the layers are conv1, layer1.0.conv1"):
+    with pytest.raises(ValueError, match=r"no layer matches 'layer9\.\*'; the layers are conv1, "
+                       r"layer1.0.conv1"):
         layers.named(model, "layer9.*")
 
 
@@ -107,8 +110,10 @@ def trained(model, task, tmp_path_factory):
 
 
 @pytest.mark.parametrize("calibrator", list(peers.CALIBRATORS))
-def test_the_runtimes_own_static_quantisation_answers_as_float_does(trained, tiny, tmp_path, calibrator):
-    path = peers.quantize_static(trained, tiny.validation.batches(50), tmp_path / "static.onnx", calibrator=calibrator)
+def test_the_runtimes_own_static_quantisation_answers_as_float_does(trained, tiny, tmp_path,
+                                                                    calibrator):
+    path = peers.quantize_static(trained, tiny.validation.batches(50), tmp_path / "static.onnx",
+                                 calibrator=calibrator)
     images, _ = next(tiny.test.batches(200))
     same = sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(1)
     assert same.float().mean() > 0.85
@@ -118,11 +123,13 @@ def test_the_runtimes_own_static_quantisation_answers_as_float_does(trained, tin
 def test_the_runtimes_own_dynamic_quantisation_answers_as_float_does(trained, tiny, tmp_path):
     path = peers.quantize_dynamic(trained, tmp_path / "dynamic.onnx")
     images, _ = next(tiny.test.batches(200))
-    assert (sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(1)).float().mean() > 0.95
+    assert (sessions.open(path)(images).argmax(1) == sessions.open(trained)(images).argmax(
+        1)).float().mean() > 0.95
 
 
 def test_static_quantisation_refuses_what_it_cannot_use(trained, tmp_path):
-    with pytest.raises(ValueError, match="unknown calibrator 'mse'; ONNX Runtime has minmax, entropy, percentile"):
+    with pytest.raises(ValueError, match="unknown calibrator 'mse'; ONNX Runtime has minmax, "
+                       "entropy, percentile"):
         peers.quantize_static(trained, [], tmp_path / "s.onnx", calibrator="mse")
     with pytest.raises(ValueError, match="calibration saw no examples"):
         peers.quantize_static(trained, [], tmp_path / "s.onnx")
@@ -139,23 +146,28 @@ def test_an_activation_that_the_integers_end_at_is_left_out_and_any_other_is_kep
 
     torch.manual_seed(0)
     images = 20 * torch.randn(40, 3, 8, 8)  # far beyond 6 on both sides
-    for wide, kept in ((nn.ReLU6(), 0), (nn.ReLU(), 0), (nn.Hardtanh(-1.0, 3.0), 1)):  # the last ends between integers
+    # the last ends between integers
+    for wide, kept in ((nn.ReLU6(), 0), (nn.ReLU(), 0), (nn.Hardtanh(-1.0, 3.0), 1)):
         net = nn.Sequential(nn.Conv2d(3, 6, 3), wide, nn.Conv2d(6, 4, 3), nn.Flatten()).eval()
         small = quantization.quantize(net, [(images, None)])
         path = onnx.export(small, images[:1], tmp_path / "small.onnx")
         kinds = [node.op_type for node in format.load(path).graph.node]
         assert kinds.count("Clip") + kinds.count("Relu") == kept
         with torch.no_grad():
-            torch.testing.assert_close(sessions.open(path)(images), small(images), atol=0.2, rtol=0.02)
+            torch.testing.assert_close(sessions.open(path)(images), small(images), atol=0.2,
+                                       rtol=0.02)
     narrow = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.Conv2d(6, 4, 3), nn.Flatten()).eval()
     small = quantization.quantize(narrow, [(images, None)])
     list(dict(quantizers(small)).values())[1].scale.data.mul_(2)  # to 12: the cut at 6 is needed
-    kinds = [node.op_type for node in format.load(onnx.export(small, images[:1], tmp_path / "wide.onnx")).graph.node]
+    kinds = [node.op_type
+             for node in format.load(onnx.export(small, images[:1],
+                                                 tmp_path / "wide.onnx")).graph.node]
     assert kinds.count("Clip") == 1
 
 
 class Attending(nn.Module):
-    """Attention over x (N, 8, 16) with its numbers on so many axes, a mask or fewer keys than queries."""
+    """Attention over x (N, 8, 16) with its numbers on so many axes, a mask or fewer keys than
+    queries."""
 
     def __init__(self, way):
         super().__init__()
@@ -166,27 +178,33 @@ class Attending(nn.Module):
         if self.way == "three axes":
             return F.scaled_dot_product_attention(*parts)
         if self.way == "five axes":
-            return F.scaled_dot_product_attention(*(part.reshape(count, 2, 4, 2, 8).transpose(2, 3) for part in parts)).flatten(1)
+            return F.scaled_dot_product_attention(*(part.reshape(count, 2, 4, 2, 8).transpose(2, 3)
+                                                    for part in parts)).flatten(1)
         parts = [part.reshape(count, 8, 2, 8).transpose(1, 2) for part in parts]
         if self.way == "few keys":
-            few = (part.reshape(count, 8, 2, 8).transpose(1, 2) for part in self.few(x).chunk(2, -1))
+            few = (part.reshape(count, 8, 2, 8).transpose(1, 2)
+                   for part in self.few(x).chunk(2, -1))
             many = self.made(x).reshape(count, 8, 6, 8).transpose(1, 2)
             return F.scaled_dot_product_attention(many, *few, enable_gqa=True).flatten(1)
         near = x.sum(-1)[:, None, None]
-        more = {"plain": {}, "causal": {"is_causal": True}, "scaled": {"scale": 0.1}, "float mask": {"attn_mask": near},
+        more = {"plain": {}, "causal": {"is_causal": True}, "scaled": {"scale": 0.1},
+                "float mask": {"attn_mask": near},
                 "boolean mask": {"attn_mask": (near > -1) | torch.eye(8, dtype=torch.bool)}}
         return F.scaled_dot_product_attention(*parts, **more[self.way]).flatten(1)
 
 
-@pytest.mark.parametrize("way", ["plain", "three axes", "five axes", "causal", "scaled", "few keys", "float mask",
+@pytest.mark.parametrize("way", ["plain", "three axes", "five axes", "causal", "scaled", "few keys",
+                                 "float mask",
                                  "boolean mask"])
 def test_attention_in_each_of_its_spellings_is_exported(way, tmp_path):
     torch.manual_seed(0)
-    onnx.export(Attending(way).eval(), torch.randn(2, 8, 16), tmp_path / "model.onnx", tolerance=1e-5)
+    onnx.export(Attending(way).eval(), torch.randn(2, 8, 16), tmp_path / "model.onnx",
+                tolerance=1e-5)
 
 
 def test_an_export_is_judged_by_what_rounding_does_to_the_model_itself(tmp_path):
-    """A layer norm far from zero: torch and the runtime both answer, and either rounds in its own way."""
+    """A layer norm far from zero: torch and the runtime both answer, and either rounds in its own
+    way."""
 
     class Coarse(nn.Sequential):
         def forward(self, x):
@@ -206,8 +224,10 @@ def test_activations_in_place_and_norms_with_their_own_are_not_taken_for_a_parti
 
     kind = timm.layers.BatchNormAct2d if norm == "timm" else norm
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), kind(4), nn.Identity(), nn.ReLU(inplace=True), nn.Identity(), nn.Conv2d(4, 6, 3),
-                          nn.ReLU(inplace=True), kind(6), nn.Flatten(), nn.Linear(6 * 24 * 24, 10)).eval()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), kind(4), nn.Identity(), nn.ReLU(inplace=True),
+                          nn.Identity(), nn.Conv2d(4, 6, 3),
+                          nn.ReLU(inplace=True), kind(6), nn.Flatten(),
+                          nn.Linear(6 * 24 * 24, 10)).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -224,11 +244,13 @@ def test_a_refusal_of_the_runtime_says_which_axis(network, exported):
 
 
 class InPlace(torch.nn.Module):
-    """What is done in place is seen elsewhere, a norm has no scale of its own, or a pool is wide."""
+    """What is done in place is seen elsewhere, a norm has no scale of its own, or a pool is
+    wide."""
 
     def __init__(self, kind):
         super().__init__()
-        self.kind, self.first, self.second = kind, torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 1)
+        self.kind, self.first, self.second = kind, torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(
+            4, 4, 1)
         self.norm = torch.nn.BatchNorm2d(4, affine=kind != "bare norm")
         self.pool = torch.nn.AdaptiveAvgPool2d(2 if kind == "wide pool" else 1)
 
@@ -246,14 +268,17 @@ class InPlace(torch.nn.Module):
         return self.pool(self.second(torch.relu_(x)).add_(1.0))
 
 
-@pytest.mark.parametrize("kind", ["plain", "cast", "seen elsewhere", "a view", "bare norm", "wide pool"])
+@pytest.mark.parametrize("kind", ["plain", "cast", "seen elsewhere", "a view", "bare norm",
+                                  "wide pool"])
 def test_a_plain_graph_goes_the_short_way_and_only_that(kind, tmp_path):
     torch.manual_seed(0)
     model, example = InPlace(kind).eval(), torch.randn(3, 1, 8, 8)
     model.norm.running_mean.normal_()
     free = ({0: torch.export.Dim.AUTO},)
-    assert (capture.captured(model, (example,), None, free) is None) == (kind in ("a view", "wide pool"))
-    path = onnx.export(model, example, tmp_path / "model.onnx")  # which holds it to the model's own answers
+    assert (capture.captured(model, (example,), None,
+                             free) is None) == (kind in ("a view", "wide pool"))
+    # which holds it to the model's own answers
+    path = onnx.export(model, example, tmp_path / "model.onnx")
     assert equivalence.compare(model, path, [example]).passed
 
 
@@ -263,7 +288,8 @@ def test_the_short_way_writes_the_same_file(model, tiny, bits, tmp_path, monkeyp
     short = onnx.export(exported, tiny.example, tmp_path / "short.onnx")
     monkeypatch.setattr(capture, "captured", lambda *_arguments: None)
     whole = onnx.export(exported, tiny.example, tmp_path / "long.onnx")
-    kinds = [[node.op_type for node in onnx_library.load(path).graph.node] for path in (short, whole)]
+    kinds = [[node.op_type for node in onnx_library.load(path).graph.node]
+             for path in (short, whole)]
     assert kinds[0] == kinds[1]
     assert torch.equal(sessions.open(short)(tiny.example), sessions.open(whole)(tiny.example))
 
@@ -273,7 +299,11 @@ class Remembering(torch.nn.Module):
 
     def __init__(self, kind, **how):
         super().__init__()
-        self.cells, self.read = kind(3, 5, batch_first=True, **how), torch.nn.Linear(5 * (1 + how.get("bidirectional", False)), 2)
+        self.cells, self.read = kind(3, 5, batch_first=True,
+                                     **how), torch.nn.Linear(5
+                                                             * (1
+                                                                + how.get("bidirectional", False)),
+                                                             2)
 
     def forward(self, x):
         return self.read(self.cells(x)[0])
@@ -297,7 +327,8 @@ def test_the_exporters_table_is_built_once_and_a_files_own_operators_stay_its_ow
         first = ONNXRegistry.from_torchlib(18)
         first.register_op(torch.ops.aten.relu.default, lambda x: x)
         second = ONNXRegistry.from_torchlib(18)
-    assert len(first.get_decomps(torch.ops.aten.relu.default)) == 1 + len(second.get_decomps(torch.ops.aten.relu.default))
+    assert len(first.get_decomps(torch.ops.aten.relu.default)) == 1 + len(second.get_decomps(
+        torch.ops.aten.relu.default))
     assert second.functions.keys() == ONNXRegistry.from_torchlib(18).functions.keys()
 
 
@@ -305,8 +336,10 @@ def test_the_exporter_knows_every_operator_of_a_plain_graph():
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     known = ONNXRegistry.from_torchlib()
-    dropped = {torch.ops.aten._assert_tensor_metadata.default}  # which the exporter takes out itself
-    assert {kind for kind in capture.PLAIN - dropped - set(capture.TRANSLATIONS) if not known.is_registered(kind)} == set()
+    # which the exporter takes out itself
+    dropped = {torch.ops.aten._assert_tensor_metadata.default}
+    assert {kind for kind in capture.PLAIN - dropped - set(capture.TRANSLATIONS)
+            if not known.is_registered(kind)} == set()
 
 
 def test_a_file_whose_nodes_share_a_weight_answers_alike_with_a_copy_for_each(tmp_path):
@@ -319,8 +352,11 @@ def test_a_file_whose_nodes_share_a_weight_answers_alike_with_a_copy_for_each(tm
             return self.layer(self.layer(x).relu())
 
     twice = Twice().eval()
-    assert nodes.with_own_weights(onnx.export(twice, torch.zeros(1, 4), tmp_path / "float.onnx")) is None, "float is no trouble"
-    path = onnx.export(quantize(twice, [(torch.randn(16, 4), None)]), torch.zeros(1, 4), tmp_path / "twice.onnx")
+    assert nodes.with_own_weights(onnx.export(twice, torch.zeros(1, 4),
+                                              tmp_path
+                                              / "float.onnx")) is None, "float is no trouble"
+    path = onnx.export(quantize(twice, [(torch.randn(16, 4), None)]), torch.zeros(1, 4),
+                       tmp_path / "twice.onnx")
     alone = tmp_path / "alone.onnx"
     alone.write_bytes(nodes.with_own_weights(path))
     read = [value for node in onnx_library.load(alone).graph.node for value in node.input]

@@ -16,7 +16,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, much: float):
         super().__init__()
-        self.one, self.two = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.one, self.two = nn.Linear(width, width,
+                                       bias=False), nn.Linear(width, width, bias=False)
         with torch.no_grad():
             self.one.weight.copy_(torch.eye(width))
             self.two.weight.copy_(much * torch.eye(width))
@@ -42,7 +43,9 @@ class Listed(nn.Module):
 @pytest.fixture
 def sequence():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 4), nn.Sequential(Block(4, 0.5), Block(4, 0.01), Block(4, 0.1)), nn.Linear(4, 3)).eval()
+    return nn.Sequential(nn.Linear(6, 4),
+                         nn.Sequential(Block(4, 0.5), Block(4, 0.01), Block(4, 0.1)),
+                         nn.Linear(4, 3)).eval()
 
 
 @pytest.fixture
@@ -76,7 +79,8 @@ def test_the_block_that_does_least_goes_first(sequence, batches):
     assert order.params.tolist() == [32, 32]
     without = depth.drop(sequence, ["1.1"], example=batches[0][0])
     whole = sequence(batches[0][0])
-    assert order.distance[0] == pytest.approx(((without(batches[0][0]) - whole).norm() / whole.norm()).item(), rel=1e-5)
+    assert order.distance[0] == pytest.approx(((without(batches[0][0]) - whole).norm()
+                                               / whole.norm()).item(), rel=1e-5)
 
 
 def test_a_look_at_the_answers_copies_no_weights(sequence):
@@ -107,7 +111,8 @@ def test_nothing_to_leave_out_is_said(batches):
 def test_a_step_drops_by_name_or_by_share_and_is_written_and_read(model, tiny):
     start = Subject(model, tiny)
     by_name = Drop(blocks=["layer3.*"]).apply(start)
-    stages = {name.rpartition("conv1")[0] for name in by_name.model.state_dict() if name.startswith("layer3")}
+    stages = {name.rpartition("conv1")[0] for name in by_name.model.state_dict()
+              if name.startswith("layer3")}
     assert "layer3.0." in stages  # the first block of the stage makes its width, and stays
     assert not {"layer3.1.", "layer3.2."} & stages
     by_share = Drop(share=0.7, examples=50).apply(start)
@@ -121,7 +126,8 @@ def test_a_step_drops_by_name_or_by_share_and_is_written_and_read(model, tiny):
 
 def test_a_checkpoint_remembers_what_was_dropped(model, tiny, tmp_path):
     small = depth.drop(model, ["layer1.1", "layer3.2"], example=tiny.example)
-    cut = steps.plan(Subject(small, tiny), {"prune": recipe.STEPS["prune"](macs=0.7)})["prune"].model
+    cut = steps.plan(Subject(small, tiny),
+                     {"prune": recipe.STEPS["prune"](macs=0.7)})["prune"].model
     for number, kept in enumerate((small, cut)):
         models.save(kept, tmp_path / f"{number}.safetensors")
         again = models.load(tmp_path / f"{number}.safetensors", tiny)
@@ -166,7 +172,8 @@ def test_a_teacher_alone_says_what_is_right_of_unlabelled_examples(tiny, model):
         with_unlabelled(tiny.train, data.load("stamps").train)
     with pytest.raises(ValueError, match="'decoupled' needs the label"):
         distillation.Distil(recipe.training.Recipe(), kind="decoupled", unlabelled="wordnet")
-    step = distillation.Distil(recipe.training.Recipe(epochs=1, learning_rate=0.01), unlabelled="fashion_mnist",
+    step = distillation.Distil(recipe.training.Recipe(epochs=1, learning_rate=0.01),
+                               unlabelled="fashion_mnist",
                                unlabelled_examples=100, examples=128)
     history = step.apply(Subject(model, tiny)).made["history"]
     assert 0.5 < history.train_right.iloc[0] <= 1  # of those with labels

@@ -8,7 +8,8 @@ from workbench.measures import accuracy, diagnosis
 from workbench.methods import quantization, reparameterization
 from workbench.subjects import data, models
 
-CAUSES = {"scale": "weight scale off", "range": "activation range off", "per_tensor": "one scale for all channels",
+CAUSES = {"scale": "weight scale off", "range": "activation range off",
+          "per_tensor": "one scale for all channels",
           "stale_norm": "stale batch norm"}
 
 
@@ -48,7 +49,8 @@ def test_a_healthy_candidate_has_no_fault_and_its_effects_add_up(folded, healthy
     assert (found.table.blame == 0).all()
     assert found.table.effect.is_monotonic_decreasing
     assert set(found.table.cause) <= {"few bits for its weights", "few bits for its activations"}
-    assert abs(found.unexplained) < 0.7  # errors of many layers add up roughly; joins have their own
+    # errors of many layers add up roughly; joins have their own
+    assert abs(found.unexplained) < 0.7
 
 
 def test_the_effect_of_a_layer_is_that_of_the_network_with_it_alone_changed(folded, healthy, look):
@@ -67,14 +69,16 @@ def test_the_effect_of_a_layer_is_that_of_the_network_with_it_alone_changed(fold
 
 
 @pytest.mark.parametrize(("fault", "layer", "by"), [
-    ("scale", "layer1.1.conv2", 8.0), ("scale", "linear", 1 / 8), ("range", "layer2.2.conv1", 8.0), ("per_tensor", "conv1", 1.0)])
+    ("scale", "layer1.1.conv2", 8.0), ("scale", "linear", 1 / 8), ("range", "layer2.2.conv1", 8.0),
+    ("per_tensor", "conv1", 1.0)])
 def test_a_planted_fault_is_the_first_suspect(folded, healthy, look, fault, layer, by):
     sick = diagnosis.plant(healthy, layer, fault, by=by)
     first = diagnosis.diagnose(folded, sick, look).table.iloc[0]
     assert (first.layer, first.cause, bool(first.fault)) == (layer, CAUSES[fault], True)
 
 
-def test_stale_statistics_are_found_and_their_repair_brings_the_accuracy_back(model, with_norms, look, task):
+def test_stale_statistics_are_found_and_their_repair_brings_the_accuracy_back(
+        model, with_norms, look, task):
     val = task.validation.subset(300, seed=2)
     dark = [val.prepare(Batch(val.inputs // 3, val.targets))]
     sick = diagnosis.plant(with_norms, "layer2.1.conv1", "stale_norm", batches=dark)
@@ -128,7 +132,8 @@ def test_what_cannot_be_diagnosed_says_why(folded, healthy, look, task):
         diagnosis.diagnose(folded, healthy, [(look[0][0] * float("nan"), None)])
     with pytest.raises(UnsupportedModelError, match="differ in their layers"):
         diagnosis.diagnose(folded, models.load("resnet56", task, pretrained=False), look)
-    with pytest.raises(ValueError, match="no layer has a fault to repair: .* try scales by channel, .* or more bits for"):
+    with pytest.raises(ValueError, match="no layer has a fault to repair: .* try scales by "
+                       "channel, .* or more bits for"):
         diagnosis.diagnose(folded, healthy, look).repaired()
     with pytest.raises(ValueError, match="unknown fault 'rust'"):
         diagnosis.plant(healthy, "conv1", "rust")

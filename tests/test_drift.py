@@ -1,4 +1,5 @@
-"""The monitor is silent on images like its own, names the layers that drifted and when, and wins accuracy back."""
+"""The monitor is silent on images like its own, names the layers that drifted and when, and wins
+accuracy back."""
 
 import math
 
@@ -22,7 +23,8 @@ def darker(images):
 
 def top1(call, task, change):
     batches = list(task.test.subset(600).batches(100))
-    return sum(int((call(change(images)).argmax(1) == labels).sum()) for images, labels in batches) / 600
+    return sum(int((call(change(images)).argmax(1) == labels).sum())
+               for images, labels in batches) / 600
 
 
 def test_images_like_its_own_raise_no_alarm_and_change_nothing(model, task, seen):
@@ -74,7 +76,8 @@ def test_a_running_average_equals_the_loop():
     found = monitor.running["0"]
     assert [v.item() for v in found] == [mean, squares]
     assert monitor.table().mean_shift.item() == pytest.approx(abs(mean - 1) / 1)
-    assert monitor.table().std_stretch.item() == pytest.approx(abs(math.log((squares - mean**2) ** 0.5)))
+    assert monitor.table().std_stretch.item() == pytest.approx(
+        abs(math.log((squares - mean**2) ** 0.5)))
 
 
 def test_single_images_like_its_own_raise_no_alarm(model, task, seen):
@@ -94,8 +97,10 @@ def test_only_calls_through_the_monitor_are_watched(model, task, seen):
     assert monitor.table().empty
 
 
-@pytest.mark.parametrize(("options", "words"), [({"limit": 0}, "limit is 0"), ({"momentum": 0}, "momentum 0"),
-                                                ({"layers": "layer9"}, "no layer matches 'layer9'")])
+@pytest.mark.parametrize(("options", "words"), [({"limit": 0}, "limit is 0"),
+                                                ({"momentum": 0}, "momentum 0"),
+                                                ({"layers": "layer9"},
+                                                 "no layer matches 'layer9'")])
 def test_bad_input_gets_one_line(model, seen, options, words):
     with pytest.raises(ValueError, match=words):
         drift.Monitor(model, seen, **options)

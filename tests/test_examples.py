@@ -20,29 +20,44 @@ import workbench
 PACKAGE = Path(workbench.__file__).parent
 # examples that are not run here, and why
 NOT_RUN = {
-    "distillation.embeddings": "trains three encoders: test_alignment", "alignment.align": "trains encoders: test_alignment",
-    "stamps.load": "seconds: test_stamps", "rejection.outside": "wants sentences: test_understanding",
+    "distillation.embeddings": "trains three encoders: test_alignment",
+    "alignment.align": "trains encoders: test_alignment",
+    "stamps.load": "seconds: test_stamps",
+    "rejection.outside": "wants sentences: test_understanding",
     "accuracy.by": "wants commands: test_understanding",
-    "rejection.sureness": "wants commands: test_understanding", "intents.recombined": "wants commands: test_understanding",
-    "intents.load": "an optional package: test_understanding", "chain.understood": "seconds: test_streaming",
-    "models.preprocessing": "wants a folder of photographs: test_data", "search.search": "a minute: test_search",
+    "rejection.sureness": "wants commands: test_understanding",
+    "intents.recombined": "wants commands: test_understanding",
+    "intents.load": "an optional package: test_understanding",
+    "chain.understood": "seconds: test_streaming",
+    "models.preprocessing": "wants a folder of photographs: test_data",
+    "search.search": "a minute: test_search",
     "space.forecast": "a minute: test_search", "space.steps": "what a search found: test_search",
-    "samplers.replayed": "a table of plans: test_search", "runtimes.open": "an optional runtime: test_deployment",
-    "published.systems": "tables of 90_articles: test_published", "published.order": "tables of 91_published: test_published",
-    "published.beside": "files of the notebook: test_published", "decoders.tokens_of": "a decoder: test_decoding",
+    "samplers.replayed": "a table of plans: test_search",
+    "runtimes.open": "an optional runtime: test_deployment",
+    "published.systems": "tables of 90_articles: test_published",
+    "published.order": "tables of 91_published: test_published",
+    "published.beside": "files of the notebook: test_published",
+    "decoders.tokens_of": "a decoder: test_decoding",
     "decoding.export": "a decoder: test_decoding", "decoding.Decoder": "a decoder: test_decoding",
-    "detection.scored": "a scene: test_streaming", "sessions.Stateful": "a recurrent file: test_streaming",
-    "streaming.Stream": "a streaming file: test_streaming", "streaming.export": "a streaming network: test_streaming",
-    "rounding.adaround": "40 s: test_quantization", "chain.chain": "13 s: test_streaming", "parameters.plan": "runs in a clone",
-    "latency.grid": "wants two cores: test_latency", "equivalence.batch_proof": "wants sentences: test_understanding",
+    "detection.scored": "a scene: test_streaming",
+    "sessions.Stateful": "a recurrent file: test_streaming",
+    "streaming.Stream": "a streaming file: test_streaming",
+    "streaming.export": "a streaming network: test_streaming",
+    "rounding.adaround": "40 s: test_quantization", "chain.chain": "13 s: test_streaming",
+    "parameters.plan": "runs in a clone",
+    "latency.grid": "wants two cores: test_latency", "equivalence.batch_proof": "wants sentences: "
+    "test_understanding",
     "understanding.Understanding": "changes a model: test_understanding",
-    "recipe.load": "a file that recipe.dump's example writes", "compress.compress": "a minute: test_plans",
-    "checkup.checkup": "seconds: the README's own model", "orders.order": "a minute: the notebook 41",
+    "recipe.load": "a file that recipe.dump's example writes",
+    "compress.compress": "a minute: test_plans",
+    "checkup.checkup": "seconds: the README's own model",
+    "orders.order": "a minute: the notebook 41",
 }
 
 
 def _examples() -> dict[str, tuple[str, str]]:
-    """The code of each example by MODULE.NAME, with the whole name of the module that it stands in."""
+    """The code of each example by MODULE.NAME, with the whole name of the module that it stands
+    in."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
@@ -58,14 +73,18 @@ EXAMPLES = _examples()
 
 
 class Names:
-    """What the examples call task, model, seen, ..., made when first asked for; steps by name; modules by their short names."""
+    """What the examples call task, model, seen, ..., made when first asked for; steps by name;
+    modules by their short names."""
 
     def __init__(self, task, model):
-        self.made = {"task": task, "model": model, "teacher": model, "small": model, "cut": model, "one": model, "other": model,
+        self.made = {"task": task, "model": model, "teacher": model, "small": model, "cut": model,
+                     "one": model, "other": model,
                      "torch": torch, "nn": nn, "np": np, "pd": pd, "Path": Path, "time": time,
                      "MyNetwork": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10))}
-        self.modules = {info.name.rpartition(".")[2]: info.name for info in pkgutil.walk_packages([str(PACKAGE)], "workbench.")
-                        if not info.ispkg and "__main__" not in info.name}  # of two of one name the later room's
+        self.modules = {info.name.rpartition(".")[2]: info.name
+                        for info in pkgutil.walk_packages([str(PACKAGE)], "workbench.")
+                        # of two of one name the later room's
+                        if not info.ispkg and "__main__" not in info.name}
 
     def of(self, name: str):
         """The object that stands for this name in an example, None where there is none."""
@@ -78,33 +97,45 @@ class Names:
         return self.made.get(name)
 
 
-FROM = {"Subject": "subjects.subject", "Prune": "methods.channels", "Quantize": "methods.quantization",
+FROM = {"Subject": "subjects.subject", "Prune": "methods.channels",
+        "Quantize": "methods.quantization",
         "Repair": "methods.rounding",
-        "Fold": "methods.reparameterization", "Train": "subjects.training", "Recipe": "subjects.training", "Batch": "batches",
+        "Fold": "methods.reparameterization", "Train": "subjects.training",
+        "Recipe": "subjects.training", "Batch": "batches",
         "Scheme": "numbers.grid"}
 MADE = {
-    "x": lambda of: of("task").example, "inputs": lambda of: of("task").test.batch(slice(64)).inputs,
+    "x": lambda of: of("task").example,
+    "inputs": lambda of: of("task").test.batch(slice(64)).inputs,
     "targets": lambda of: of("task").test.targets[:64], "image": lambda of: of("x")[0],
-    "images": lambda of: of("inputs"), "seen": lambda of: list(of("task").train.subset(64).batches(32)),
-    "batches": lambda of: of("seen"), "folded": lambda of: of("norms").fold_batchnorm(of("model"), of("x")),
+    "images": lambda of: of("inputs"),
+    "seen": lambda of: list(of("task").train.subset(64).batches(32)),
+    "batches": lambda of: of("seen"),
+    "folded": lambda of: of("norms").fold_batchnorm(of("model"), of("x")),
     "quantised": lambda of: of("quantization").quantize(of("folded"), of("seen")),
     "student": lambda of: of("models").load("resnet20", of("task"), pretrained=False),
     "start": lambda of: of("Subject")(of("model"), of("task")),
-    "score": lambda of: of("accuracy").evaluate(of("model"), of("task").test), "before": lambda of: of("score"),
-    "after": lambda of: of("score"), "scores": lambda of: of("channels").score(of("model"), "l1", example=of("x")),
-    "curves": lambda of: of("sensitivity").scan(of("model"), of("task").test, of("quantization").quantizing(of("model")),
+    "score": lambda of: of("accuracy").evaluate(of("model"), of("task").test),
+    "before": lambda of: of("score"),
+    "after": lambda of: of("score"),
+    "scores": lambda of: of("channels").score(of("model"), "l1", example=of("x")),
+    "curves": lambda of: of("sensitivity").scan(of("model"), of("task").test,
+                                                of("quantization").quantizing(of("model")),
                                                 levels=[0.5, 1.0]),
     "frame": lambda of: of("latency").paired({"torch": of("model")}, of("x"), threads=1, blocks=5),
-    "mark": lambda of: "0", "a": lambda of: torch.randn(80, 256), "b": lambda of: torch.randn(80, 256),
+    "mark": lambda of: "0", "a": lambda of: torch.randn(80, 256),
+    "b": lambda of: torch.randn(80, 256),
     "of_a": lambda of: torch.arange(80), "of_b": lambda of: torch.arange(80),
-    "book": lambda of: of("codebook").SharedCodebook(16, 32, modalities={"image": 256, "speech": 256}, heads=8),
+    "book": lambda of: of("codebook").SharedCodebook(16, 32,
+                                                     modalities={"image": 256, "speech": 256},
+                                                     heads=8),
     "samples": lambda of: np.zeros(1600, np.float32), "recording": lambda of: torch.zeros(1, 1600),
 }
 
 
 @pytest.fixture(scope="module")
 def names(tiny, model):
-    few = replace(tiny, train=tiny.train.subset(128), validation=tiny.validation.subset(64), test=tiny.test.subset(64))
+    few = replace(tiny, train=tiny.train.subset(128), validation=tiny.validation.subset(64),
+                  test=tiny.test.subset(64))
     return Names(few, copy.deepcopy(model))  # an example may change it
 
 
@@ -123,13 +154,15 @@ def test_an_example_runs(name, names, folder):
     code, module = EXAMPLES[name]
     tree, own = ast.parse(code), vars(importlib.import_module(module))
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    space = {key: own[key] if callable(own.get(key)) and key not in MADE else names.of(key) for key in used}
+    space = {key: own[key] if callable(own.get(key)) and key not in MADE else names.of(key)
+             for key in used}
     space = {key: value for key, value in space.items() if value is not None}
     if "recipe=recipe" in code:
         space["recipe"] = names.of("Recipe")(epochs=1)
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and str(node.value).endswith(".onnx"):
-            names.of("onnx").export(names.of("quantised" if "int8" in node.value else "model"), names.of("x"), node.value)
+            names.of("onnx").export(names.of("quantised" if "int8" in node.value else "model"),
+                                    names.of("x"), node.value)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, name, "exec"), space)
     if last:

@@ -9,7 +9,8 @@ from workbench.methods import factorization
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.Flatten(),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 1),
+                         nn.Flatten(),
                          nn.Linear(12 * 16, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
 
 
@@ -21,7 +22,8 @@ def images():
 def test_the_whole_rank_computes_the_same(net, images):
     for layer in (net[0], net[2], net[4]):
         f = next(iter(factorization._factors(nn.Sequential(layer), "*", None, None).values()))
-        x = torch.randn(2, *((3, 8, 8) if layer is net[0] else (8, 4, 4) if layer is net[2] else (192,)))
+        x = torch.randn(2, *((3, 8, 8) if layer is net[0] else (8, 4, 4) if layer is net[2]
+                             else (192,)))
         assert torch.allclose(f.cut(len(f.values))(x), layer(x), atol=1e-4)
 
 
@@ -29,7 +31,8 @@ def test_the_factors_are_the_best_of_their_rank(net):
     small = factorization.factorize(net, rank=4, layers="4")
     product = small[4][1].weight @ small[4][0].weight
     tail = torch.linalg.svdvals(net[4].weight)[4:]
-    assert (product - net[4].weight).norm().item() == pytest.approx(tail.norm().item(), rel=1e-4)  # Eckart & Young
+    # Eckart & Young
+    assert (product - net[4].weight).norm().item() == pytest.approx(tail.norm().item(), rel=1e-4)
     row = factorization.table(small, net).set_index("layer").loc["4"]
     assert row["rank"] == 4
     assert row.params == 4 * (192 + 20) + 20
@@ -59,7 +62,8 @@ def test_a_budget_is_kept_and_used(net, images, cost):
 
     for budget in (0.3, 0.6, 0.95):
         small = factorization.factorize(net, share_of_layers=budget, cost=cost, example=images)
-        whole, left = (macs_of(m, images) if cost == "macs" else sum(p.numel() for n, p in m.named_parameters() if "weight" in n)
+        whole, left = (macs_of(m, images) if cost == "macs"
+                       else sum(p.numel() for n, p in m.named_parameters() if "weight" in n)
                        for m in (net, small))
         assert 0.6 * budget * whole <= left <= budget * whole
         assert small(images).shape == (6, 10)
@@ -93,11 +97,15 @@ def test_a_scan_over_ranks_says_what_went(net, images):
 
 def test_what_cannot_be_factored_says_why(net, images):
     half = {"share_of_layers": 0.5}
-    for options, message in (({}, "one of rank, energy and share_of_layers"), ({"rank": 2, "energy": 0.5}, "2 were given"),
-                             ({"energy": 1.2}, "more than 0 and at most 1"), ({"rank": 0}, "rank 0 is not possible"),
+    for options, message in (({}, "one of rank, energy and share_of_layers"),
+                             ({"rank": 2, "energy": 0.5}, "2 were given"),
+                             ({"energy": 1.2}, "more than 0 and at most 1"),
+                             ({"rank": 0}, "rank 0 is not possible"),
                              ({"share_of_layers": 0.001}, "too little even for rank 1"),
-                             (half | {"cost": "macs"}, "needs an example"), (half | {"cost": "hours"}, "unknown cost"),
-                             ({"rank": {"9": 1}}, "layer 9"), ({"rank": 2, "layers": "x*"}, "no layer matches"),
+                             (half | {"cost": "macs"}, "needs an example"),
+                             (half | {"cost": "hours"}, "unknown cost"),
+                             ({"rank": {"9": 1}}, "layer 9"),
+                             ({"rank": 2, "layers": "x*"}, "no layer matches"),
                              ({"rank": 2, "batches": []}, "no examples")):
         with pytest.raises(ValueError, match=message):
             factorization.factorize(net, **options)

@@ -1,4 +1,5 @@
-"""Convolutions fused with what follows them: the same numbers up to rounding, and a tie is decided as the model decides it."""
+"""Convolutions fused with what follows them: the same numbers up to rounding, and a tie is decided
+as the model decides it."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from workbench.graph.running import Runner
 
 
 class Block(nn.Module):
-    """Convolutions in all the company that a kernel can compute with them, and in some that it cannot."""
+    """Convolutions in all the company that a kernel can compute with them, and in some that it
+    cannot."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +26,8 @@ class Block(nn.Module):
         x = torch.relu(self.norm(self.stem(x)))
         y = torch.relu(self.wide(self.depthwise(x)) + x)  # the sum is in the kernel
         z = self.curve(self.swish(y)) + self.cut(self.hard(y))
-        z = nn.functional.relu6(self.late(z) + z)  # the sum is in the kernel, this activation behind it not
+        # the sum is in the kernel, this activation behind it not
+        z = nn.functional.relu6(self.late(z) + z)
         z = self.last(z) + y.mean((2, 3), keepdim=True)  # of another shape: not in the kernel
         return self.head(z.mean((2, 3)))
 
@@ -44,14 +47,17 @@ def test_fused_kernels_compute_what_the_nodes_do(model):
     x = torch.randn(4, 3, 16, 16)
     graph = Runner(model, x)
     found = fusions(graph)
-    covered = {graph.nodes[i].target: (fused.activation[0], fused.other is not None) for i, fused in found.items()}
-    assert covered == {"stem": ("relu", False), "depthwise": ("relu", True), "swish": ("swish", False),
+    covered = {graph.nodes[i].target: (fused.activation[0], fused.other is not None)
+               for i, fused in found.items()}
+    assert covered == {"stem": ("relu", False), "depthwise": ("relu", True),
+                       "swish": ("swish", False),
                        "hard": ("hardtanh", False), "late": ("none", True)}
     with torch.no_grad():
         torch.testing.assert_close(graph.finish(0, {}, graph.feed(x), {}, found), model(x))
         other = nn.Identity()  # a module of a kernel is replaced: the nodes run by themselves
         expected = graph.finish(0, {}, graph.feed(x), {"norm": other})
-        torch.testing.assert_close(graph.finish(0, {}, graph.feed(x), {"norm": other}, found), expected)
+        torch.testing.assert_close(graph.finish(0, {}, graph.feed(x), {"norm": other}, found),
+                                   expected)
 
 
 def test_a_branch_near_a_tie_is_computed_as_the_model_does(model):
@@ -62,7 +68,8 @@ def test_a_branch_near_a_tie_is_computed_as_the_model_does(model):
         base, outputs = run(x, [same])
         assert run.again == 0
         torch.testing.assert_close(outputs[0], base)
-        model.head.weight.data[1], model.head.bias.data[1] = model.head.weight[0] * (1 + 1e-7), model.head.bias[0]
+        model.head.weight.data[1], model.head.bias.data[1] = model.head.weight[0] * (
+            1 + 1e-7), model.head.bias[0]
         model.head.bias.data[:2] += 10  # now the two largest logits differ by rounding only
         base, outputs = run(x, [same])
     assert run.again == 1

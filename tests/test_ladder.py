@@ -15,7 +15,8 @@ from workbench.subjects.subject import Subject
 @pytest.fixture(scope="module")
 def start():
     draw = torch.Generator().manual_seed(0)
-    pictures, labels = torch.randn(240, 3, 16, 16, generator=draw), torch.randint(4, (240,), generator=draw)
+    pictures, labels = torch.randn(240, 3, 16, 16,
+                                   generator=draw), torch.randint(4, (240,), generator=draw)
     task = data.of((pictures[:160], labels[:160]), (pictures[160:], labels[160:]), name="noise")
     return Subject(models.load("resnet20", task, pretrained=False), task)
 
@@ -30,7 +31,8 @@ def test_every_rung_starts_from_the_same_model_and_stands_against_the_same_score
     assert all(torch.equal(value, before[name]) for name, value in start.model.state_dict().items())
     alone = accuracy.evaluate(Quantize(3, examples=16).apply(start).model, start.task.test)
     assert table.top1[1] == pytest.approx(alone.value, abs=1e-4)
-    assert table.top1_change[1] == pytest.approx(accuracy.difference(base, alone).difference, abs=1e-4)
+    assert table.top1_change[1] == pytest.approx(accuracy.difference(base, alone).difference,
+                                                 abs=1e-4)
     assert (table.n == 80).all()
 
 

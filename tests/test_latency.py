@@ -22,7 +22,8 @@ def sleeper(milliseconds: float):
 
 
 def until_quiet(measure, accept, attempts: int = 4):
-    """The first measurement that `accept` takes; a shared machine may be disturbed, but not four times in a row."""
+    """The first measurement that `accept` takes; a shared machine may be disturbed, but not four
+    times in a row."""
     for _ in range(attempts):
         found = measure()
         if accept(found):
@@ -38,17 +39,20 @@ def exported(model, task, tmp_path_factory):
 def test_a_model_paired_with_itself_gives_a_ratio_of_one(exported, task):
     """Two ONNX Runtime sessions with their own thread pools, side by side."""
     def measure():
-        return latency.paired({"one": exported, "same": exported}, task.example, blocks=15, block_ms=30).ratio[1]
+        return latency.paired({"one": exported, "same": exported}, task.example, blocks=15,
+                              block_ms=30).ratio[1]
 
     assert until_quiet(measure, lambda ratio: abs(ratio - 1) < 0.05) == pytest.approx(1, abs=0.05)
 
 
 def test_each_median_agrees_with_that_model_timed_alone(exported, model, task):
-    """The fault this guards against, spinning thread pools that starve each other, costs 250 %, not 15."""
+    """The fault this guards against, spinning thread pools that starve each other, costs 250 %, not
+    15."""
     def measure():
         alone = {name: latency.paired({name: candidate}, task.example, blocks=10).latency_ms[0]
                  for name, candidate in {"onnx": exported, "torch": model}.items()}
-        beside = latency.paired({"onnx": exported, "torch": model}, task.example, blocks=10).set_index("candidate")
+        beside = latency.paired({"onnx": exported, "torch": model}, task.example,
+                                blocks=10).set_index("candidate")
         return max(abs(beside.latency_ms[name] / alone[name] - 1) for name in alone)
 
     assert until_quiet(measure, lambda worst: worst < 0.15) < 0.15
@@ -56,18 +60,21 @@ def test_each_median_agrees_with_that_model_timed_alone(exported, model, task):
 
 def test_a_known_difference_is_found_within_its_interval():
     images = torch.zeros(1, 1)
-    row = latency.paired({"5 ms": sleeper(5), "10 ms": sleeper(10)}, images, blocks=8, block_ms=50).iloc[1]
+    row = latency.paired({"5 ms": sleeper(5), "10 ms": sleeper(10)}, images, blocks=8,
+                         block_ms=50).iloc[1]
     assert 1.8 < row.ratio_low <= row.ratio <= row.ratio_high < 2.1
     assert 10 <= row.latency_ms < 11
 
 
 def test_the_table_states_threads_batch_and_machine(exported):
-    frame = latency.paired({"m": exported}, torch.zeros(3, 1, 28, 28), threads=1, blocks=5, block_ms=1)
+    frame = latency.paired({"m": exported}, torch.zeros(3, 1, 28, 28), threads=1, blocks=5,
+                           block_ms=1)
     assert frame.loc[0, ["threads", "batch", "runtime"]].tolist() == [1, 3, "onnxruntime"]
     assert "torch" in frame.attrs["machine"]
 
 
-def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported, model, task, tmp_path):
+def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported, model, task,
+                                                                        tmp_path):
     made = quantization.quantize(reparameterization.fold_batchnorm(model, task.example),
                                  list(task.validation.subset(50).batches(50)))
     paths = {"float32": exported, "int8": onnx.export(made, task.example, tmp_path / "int8.onnx")}

@@ -30,7 +30,8 @@ def test_the_interval_is_wilsons(hits, n):
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_the_paired_difference_counts_images_and_holds_its_own_value(pairs):
     labels = torch.zeros(len(pairs), dtype=torch.int64)
-    one, other = (accuracy.from_predictions(torch.tensor([int(not p[k]) for p in pairs]), labels) for k in (0, 1))
+    one, other = (accuracy.from_predictions(torch.tensor([int(not p[k]) for p in pairs]), labels)
+                  for k in (0, 1))
     found = accuracy.difference(one, other)
     assert found.difference == pytest.approx(other.top1 - one.top1)
     assert found.gained == sum(b and not a for a, b in pairs)
@@ -43,9 +44,11 @@ def test_the_paired_difference_counts_images_and_holds_its_own_value(pairs):
 def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
     draw, covered = torch.Generator().manual_seed(0), 0
     for _ in range(1000):
-        kinds = torch.multinomial(torch.tensor([0.85, 0.06, 0.03, 0.06]), 400, replacement=True, generator=draw)
+        kinds = torch.multinomial(torch.tensor([0.85, 0.06, 0.03, 0.06]), 400, replacement=True,
+                                  generator=draw)
         one, other = ((kinds == 0) | (kinds == k) for k in (1, 2))
-        made = [accuracy.from_predictions((~right).long(), torch.zeros(400).long()) for right in (one, other)]
+        made = [accuracy.from_predictions((~right).long(), torch.zeros(400).long())
+                for right in (one, other)]
         found = accuracy.difference(*made)
         covered += found.low <= -0.03 <= found.high
     assert 930 <= covered <= 970
@@ -86,9 +89,12 @@ def test_cost_equals_the_formula_of_each_layer(task, model):
 
 def test_cost_counts_attention_and_grouped_convolutions():
     vit = models.load("timm:vit_tiny_patch16_224", pretrained=False)
-    assert cost.total(vit, torch.zeros(1, 3, 224, 224))["macs"] == pytest.approx(1.26e9, rel=0.02)  # timm's own table
+    # timm's own table
+    assert cost.total(vit, torch.zeros(1, 3, 224, 224))["macs"] == pytest.approx(1.26e9, rel=0.02)
     mobile = models.load("torchvision:mobilenet_v2", pretrained=False)
-    assert cost.total(mobile, torch.zeros(1, 3, 224, 224))["macs"] == pytest.approx(0.300e9, rel=0.02)  # torchvision's
+    # torchvision's
+    assert cost.total(mobile, torch.zeros(1, 3, 224,
+                                          224))["macs"] == pytest.approx(0.300e9, rel=0.02)
 
 
 def test_cost_leaves_the_model_as_it_was(network):
@@ -101,7 +107,8 @@ def test_cost_leaves_the_model_as_it_was(network):
 def test_a_model_is_equivalent_to_itself_and_not_to_another(network):
     images = torch.randn(50, 1, 28, 28)
     assert equivalence.compare(network, network, images).row() == {
-        "cosine_mean": pytest.approx(1), "cosine_min": pytest.approx(1), "l2_mean": 0, "l2_max": 0, "agreement": 1, "n": 50,
+        "cosine_mean": pytest.approx(1), "cosine_min": pytest.approx(1), "l2_mean": 0, "l2_max": 0,
+        "agreement": 1, "n": 50,
         "equivalent": True}
     other = layers.replaced(network, "5", torch.nn.Linear(network[5].in_features, 10))
     assert not equivalence.compare(network, other, images).passed
@@ -110,12 +117,15 @@ def test_a_model_is_equivalent_to_itself_and_not_to_another(network):
 def test_equivalence_equals_the_formula_and_does_not_depend_on_batches():
     a, b = torch.randn(23, 7), torch.randn(23, 7)
     numbers = torch.arange(23.0).view(23, 1)
-    found = [equivalence.compare(lambda x: a[x[:, 0].long()], lambda x: b[x[:, 0].long()], numbers, batch_size=s)
+    found = [equivalence.compare(lambda x: a[x[:, 0].long()], lambda x: b[x[:, 0].long()], numbers,
+                                 batch_size=s)
              for s in (1, 5, 23)]
     for one in found:
-        assert one.cosine_mean == pytest.approx(torch.cosine_similarity(a, b).mean().item(), abs=1e-6)
+        assert one.cosine_mean == pytest.approx(torch.cosine_similarity(a, b).mean().item(),
+                                                abs=1e-6)
         assert one.cosine_min == pytest.approx(torch.cosine_similarity(a, b).min().item(), abs=1e-6)
-        assert one.l2_max == pytest.approx(((a - b).norm(dim=1) / a.norm(dim=1)).max().item(), abs=1e-5)
+        assert one.l2_max == pytest.approx(((a - b).norm(dim=1) / a.norm(dim=1)).max().item(),
+                                           abs=1e-5)
         assert one.agreement == pytest.approx((a.argmax(1) == b.argmax(1)).double().mean().item())
 
 
@@ -128,12 +138,15 @@ def test_equivalence_keeps_nothing_of_a_stream(network):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.sampled_from(["conv1", "layer1.2.conv1", "layer2.0.conv2", "layer3.2.conv2", "linear"]), st.integers(0, 99))
+@given(st.sampled_from(["conv1", "layer1.2.conv1", "layer2.0.conv2", "layer3.2.conv2", "linear"]),
+       st.integers(0, 99))
 def test_the_damaged_layer_is_the_first_that_parts(layer, seed):
     task = data.load("fashion_mnist")
     model = models.load("resnet20", task)
     hurt = copy.deepcopy(layers.named(model, layer)[layer])
-    hurt.weight.data += hurt.weight.std() * torch.randn(hurt.weight.shape, generator=torch.Generator().manual_seed(seed))
+    hurt.weight.data += hurt.weight.std() * torch.randn(hurt.weight.shape,
+                                                        generator=torch.Generator().manual_seed(
+                                                            seed))
     frame = equivalence.by_layer(model, layers.replaced(model, layer, hurt), task.test.subset(40))
     assert frame.layer[frame["first"]].tolist() == [layer]
     assert (frame.sqnr_db[: frame["first"].idxmax()] == math.inf).all()
@@ -188,7 +201,8 @@ def test_sessions_of_every_kind_agree(task, model, tmp_path):
     import onnxruntime
 
     path = onnx.export(model, task.example, tmp_path / "m.onnx")
-    kinds = [model, path, str(path), onnxruntime.InferenceSession(path), lambda x: model(x), sessions.open(model)]
+    kinds = [model, path, str(path), onnxruntime.InferenceSession(path), lambda x: model(x),
+             sessions.open(model)]
     images = task.test.batch(slice(5)).inputs
     outputs = [sessions.open(kind)(images) for kind in kinds]
     assert all(torch.allclose(output, outputs[0], atol=1e-4) for output in outputs)
@@ -198,15 +212,18 @@ def test_sessions_of_every_kind_agree(task, model, tmp_path):
 def test_the_mean_over_seeds_has_students_interval_and_a_single_seed_none():
     import pandas as pd
 
-    frame = pd.DataFrame({"kind": ["a"] * 3 + ["b"], "top1": [0.9, 0.92, 0.94, 0.8], "top1_change": [0, 0.1, 0.2, 0.3]})
+    frame = pd.DataFrame({"kind": ["a"] * 3 + ["b"], "top1": [0.9, 0.92, 0.94, 0.8],
+                          "top1_change": [0, 0.1, 0.2, 0.3]})
     means = accuracy.over_seeds(frame, ["kind"]).set_index("kind")
     assert means.top1["a"] == pytest.approx(0.92)
-    assert means.top1_high["a"] - means.top1["a"] == pytest.approx(4.30265 * 0.02 / math.sqrt(3), rel=1e-4)
+    assert means.top1_high["a"] - means.top1["a"] == pytest.approx(4.30265 * 0.02 / math.sqrt(3),
+                                                                   rel=1e-4)
     assert math.isnan(means.top1_low["b"])
     assert means.runs.tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("limit", [{"cosine": 2.0}, {"l2": -1e-4}, {"agreement": 1.5}, {"cosine": float("nan")}])
+@pytest.mark.parametrize("limit", [{"cosine": 2.0}, {"l2": -1e-4}, {"agreement": 1.5},
+                                   {"cosine": float("nan")}])
 def test_a_limit_that_no_models_could_meet_or_miss_is_refused(limit):
     name = next(iter(limit))
     with pytest.raises(ValueError, match=f"limit {name} is .*, expected .* to "):

@@ -1,4 +1,5 @@
-"""Models: names, checkpoints that come back as they were written, and the one line for each that does not fit."""
+"""Models: names, checkpoints that come back as they were written, and the one line for each that
+does not fit."""
 
 import json
 
@@ -29,9 +30,11 @@ def test_bare_weights_load_by_the_public_names(tmp_path):
     weights = models.load("resnet20", pretrained=False, seed=3).state_dict()
     assert "layer1.0.conv1.weight" in weights
     assert "linear.weight" in weights
-    save_file({k: v.contiguous() for k, v in weights.items() if "num_batches" not in k}, tmp_path / "bare.safetensors")
+    save_file({k: v.contiguous() for k, v in weights.items() if "num_batches" not in k},
+              tmp_path / "bare.safetensors")
     model = models.load(f"resnet20@{tmp_path / 'bare.safetensors'}")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), weights.values(),
+                                                 strict=True))
 
 
 def test_a_checkpoint_comes_back_as_it_was_written(tmp_path, task, model):
@@ -41,22 +44,27 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path, task, model):
     assert models.read_header(tmp_path / "m.safetensors")["note"] == "kept"
 
 
-def test_a_checkpoint_in_eight_bits_comes_back_within_half_a_step_of_each_row(tmp_path, task, model):
+def test_a_checkpoint_in_eight_bits_comes_back_within_half_a_step_of_each_row(
+        tmp_path, task, model):
     models.save(model, tmp_path / "small.safetensors", eight_bits=True)
     models.save(model, tmp_path / "whole.safetensors")
-    assert (tmp_path / "small.safetensors").stat().st_size < 0.3 * (tmp_path / "whole.safetensors").stat().st_size
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.3 * (
+        tmp_path / "whole.safetensors").stat().st_size
     again = models.load(str(tmp_path / "small.safetensors"), task)
-    for (name, before), after in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+    for (name, before), after in zip(model.state_dict().items(), again.state_dict().values(),
+                                     strict=True):
         assert (before.shape, before.dtype) == (after.shape, after.dtype), name
         if before.dim() > 1:
             rows = before.flatten(1)
-            assert ((rows - after.flatten(1)).abs() <= 0.51 * rows.abs().amax(1, keepdim=True) / 127 + 1e-6).all(), name
+            assert ((rows - after.flatten(1)).abs() <= 0.51 * rows.abs().amax(1, keepdim=True) / 127
+                    + 1e-6).all(), name
         elif not before.is_floating_point():
             assert torch.equal(before, after), name
 
 
 def test_a_row_of_zeros_and_a_name_that_ends_in_step_come_back_from_eight_bits():
-    given = {"w": torch.tensor([[0.0, 0.0], [1.0, -127.0]]), "lone.step": torch.ones(3), "n": torch.arange(3)}
+    given = {"w": torch.tensor([[0.0, 0.0], [1.0, -127.0]]), "lone.step": torch.ones(3),
+             "n": torch.arange(3)}
     again = checkpoints.from_eight_bits(checkpoints.in_eight_bits(given))
     assert again.keys() == given.keys()
     assert all(torch.equal(again[name].float(), value.float()) for name, value in given.items())
@@ -67,7 +75,8 @@ def test_a_cut_model_comes_back_from_its_checkpoint_with_its_own_shapes(name, tm
     from workbench.methods import channels
 
     whole, example = models.load(name, pretrained=False), torch.randn(2, 3, 64, 64)
-    cut = channels.remove(whole, channels.select(channels.score(whole, "l1", example=example), 0.4), example=example)
+    cut = channels.remove(whole, channels.select(channels.score(whole, "l1", example=example), 0.4),
+                          example=example)
     models.save(cut, tmp_path / "cut.safetensors")
     again = models.load(str(tmp_path / "cut.safetensors"))
     assert torch.equal(again(example), cut(example))
@@ -75,13 +84,15 @@ def test_a_cut_model_comes_back_from_its_checkpoint_with_its_own_shapes(name, tm
 
 
 def test_pretrained_weights_of_other_classes_are_refused(task):
-    with pytest.raises(ValueError, match="efficientnet_lite0 knows 1,000 ImageNet classes of RGB images, fashion_mnist has 10"):
+    with pytest.raises(ValueError, match="efficientnet_lite0 knows 1,000 ImageNet classes of RGB "
+                       "images, fashion_mnist has 10"):
         models.load("efficientnet_lite0", task)
 
 
 def test_a_random_start_follows_from_its_seed_and_leaves_the_global_state(task):
     before = torch.random.get_rng_state()
-    one, same, other = (models.load("resnet20", task, pretrained=False, seed=seed).conv1.weight for seed in (1, 1, 2))
+    one, same, other = (models.load("resnet20", task, pretrained=False, seed=seed).conv1.weight
+                        for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -97,9 +108,11 @@ def test_timm_loads_a_local_folder_in_the_hubs_layout(tmp_path):
 
     source = timm.create_model("resnet10t", num_classes=4)
     save_file(source.state_dict(), tmp_path / "model.safetensors")
-    config = {"architecture": "resnet10t", "num_classes": 4, "pretrained_cfg": {"input_size": [3, 64, 64], "num_classes": 4}}
+    config = {"architecture": "resnet10t", "num_classes": 4,
+              "pretrained_cfg": {"input_size": [3, 64, 64], "num_classes": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    task = Task("t", None, None, Split(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1).long(),
+    task = Task("t", None, None, Split(torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+                                       torch.zeros(1).long(),
                                                 Preprocessing()), classes=tuple("abcd"), source="")
     model = models.load(f"timm:local-dir:{tmp_path}", task)
     images = torch.randn(2, 3, 64, 64)
@@ -142,7 +155,8 @@ def other_shape(path):
     (lambda path: "torchvision:nonsense", "torchvision:nonsense could not be made"),
     (lambda path: "timm:nonsense", "timm:nonsense could not be made"),
     (lambda path: f"{path}", "does not exist"),
-    (wrong_architecture, "another architecture than resnet20: it has, unknown to it, 'layer1.3.bn1.bias'"),
+    (wrong_architecture, "another architecture than resnet20: it has, unknown to it, "
+     "'layer1.3.bn1.bias'"),
     (truncated, "is not a whole safetensors file"),
     (not_a_number, "layer2.0.conv1.weight holds NaN"),
     (other_shape, r"conv1.weight has shape \(16, 1, 3, 3\), expected \(16, 3, 3, 3\)"),
@@ -170,7 +184,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, model)
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_pictures_that_are_not_the_models_own_are_warned_of(name, task):
     model = models.load(name, task, pretrained=False) if name.startswith("timm:") else None
-    with pytest.warns(UserWarning, match=f'was trained on pictures of 224 x 224 .* preprocessing=models.preprocessing."{name}"'):
+    with pytest.warns(UserWarning, match='was trained on pictures of 224 x 224 .* '
+                      f'preprocessing=models.preprocessing."{name}"'):
         models._expect_prepared(task, name, model)
 
 
@@ -183,7 +198,8 @@ def test_a_checkpoint_remembers_how_its_pictures_were_prepared(tmp_path):
     for k in range(30):
         folder = tmp_path / "photos" / ("train" if k % 2 else "test") / "ab"[k % 3 > 0]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32, 3),
+                                                          dtype=np.uint8)).save(folder / f"{k}.png")
     name = f"folder:{tmp_path / 'photos'}"
     task = data.load(name)
     model = models.load("timm:resnet10t", task, pretrained=False)
@@ -209,7 +225,8 @@ def test_weights_of_torch_save_load_and_may_know_more_classes_than_there_are_exa
 
     network = mobilenet_v2(num_classes=12)
     torch.save({"state_dict": network.state_dict()}, tmp_path / "whole.pth")
-    task = data.of((torch.randn(20, 3, 32, 32), torch.arange(20) % 7), (torch.randn(6, 3, 32, 32), torch.arange(6)), name="few")
+    task = data.of((torch.randn(20, 3, 32, 32), torch.arange(20) % 7),
+                   (torch.randn(6, 3, 32, 32), torch.arange(6)), name="few")
     loaded = models.load(f"torchvision:mobilenet_v2@{tmp_path / 'whole.pth'}", task)
     inputs = task.test.batch(slice(6)).inputs
     assert torch.equal(loaded(inputs), network.eval().to(memory_format=torch.channels_last)(inputs))
@@ -218,8 +235,10 @@ def test_weights_of_torch_save_load_and_may_know_more_classes_than_there_are_exa
 
 
 @pytest.mark.parametrize(("held", "message"), [
-    ({"state_dict": {"a": 1}}, "holds no state_dict"), ([1, 2], "holds no state_dict, tensors by name, but list"),
-    (b"", "is not a whole file of tensors"), ({"weight": torch.zeros(3)}, "of another architecture"),
+    ({"state_dict": {"a": 1}}, "holds no state_dict"),
+    ([1, 2], "holds no state_dict, tensors by name, but list"),
+    (b"", "is not a whole file of tensors"), ({"weight": torch.zeros(3)},
+                                              "of another architecture"),
 ])
 def test_what_is_no_state_dict_is_refused_in_one_line(tmp_path, held, message):
     path = tmp_path / "odd.pth"

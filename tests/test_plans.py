@@ -1,4 +1,5 @@
-"""Recipes: what is read is what was written, each bad one is one line; and the way from a model to a file, killed or not."""
+"""Recipes: what is read is what was written, each bad one is one line; and the way from a model to
+a file, killed or not."""
 
 import copy
 import json
@@ -31,11 +32,15 @@ from workbench.subjects import data, models
 from workbench.subjects.subject import Subject
 from workbench.subjects.training import Recipe, Train
 
-ARTICLES = """compression: [{type: structured_pruning, params: {sparsity_ratio: 0.4, target_layers: ["encoder.block.*"]}},
+ARTICLES = """compression: [
+{type: structured_pruning, params: {sparsity_ratio: 0.4, target_layers: ["encoder.block.*"]}},
 {type: quantization, params: {bits: 8, method: adaquant}}]"""
-STEPS = [Prune(macs=0.5), Distil(Recipe(epochs=2, learning_rate=0.01), temperature=2.0), Prune(ratio=0.1, keep=["conv1"]),
-         Sparsify(sparsity=0.5, recipe=Recipe(epochs=1)), Factorize(energy=0.9), Train(Recipe(epochs=30)), Quantize(bits=4),
-         Repair("adaround", steps=10), Mix(widths=[4, 8]), Tune(bits=4), Load("mine.safetensors"), Export()]
+STEPS = [Prune(macs=0.5), Distil(Recipe(epochs=2, learning_rate=0.01), temperature=2.0),
+         Prune(ratio=0.1, keep=["conv1"]),
+         Sparsify(sparsity=0.5, recipe=Recipe(epochs=1)), Factorize(energy=0.9),
+         Train(Recipe(epochs=30)), Quantize(bits=4),
+         Repair("adaround", steps=10), Mix(widths=[4, 8]), Tune(bits=4), Load("mine.safetensors"),
+         Export()]
 
 
 def test_the_articles_recipe_is_understood_as_it_stands():
@@ -60,18 +65,26 @@ def test_every_step_comes_back_from_its_yaml():
     ("steps: []", "expected `compression:` and a list of steps"),
     ("compression: []", "expected `compression:` and a list of steps"),
     ("compression: [3]", "step 1: found 3, expected {type"),
-    ("{compression: [{type: fold}], modell: x}", "unknown key 'modell'; expected compression, name, model, data"),
-    ("compression: [{type: fold}, {type: prun}]", r"step 2 \(prun\): unknown type, did you mean 'prune'"),
+    ("{compression: [{type: fold}], modell: x}", "unknown key 'modell'; expected compression, "
+     "name, model, data"),
+    ("compression: [{type: fold}, {type: prun}]",
+     r"step 2 \(prun\): unknown type, did you mean 'prune'"),
     ("compression: [{type: prune}]", "give exactly one of macs, params"),
-    ("compression: [{type: prune, params: {macs: 0.5, ratio: 0.1}}]", "give exactly one of macs, params"),
-    ("compression: [{type: prune, params: {mac: 0.5}}]", "unknown field 'mac', did you mean 'macs'"),
+    ("compression: [{type: prune, params: {macs: 0.5, ratio: 0.1}}]",
+     "give exactly one of macs, params"),
+    ("compression: [{type: prune, params: {mac: 0.5}}]",
+     "unknown field 'mac', did you mean 'macs'"),
     ("compression: [{type: prune, params: {macs: half}}]", "macs is 'half', expected number"),
-    ("compression: [{type: prune, params: {macs: 2}}]", "macs is 2, expected less than or equal to 1"),
-    ("compression: [{type: structured_pruning, params: {sparsity_ratio: 1.0}}]", "sparsity_ratio is 1.0, expected less than 1"),
+    ("compression: [{type: prune, params: {macs: 2}}]",
+     "macs is 2, expected less than or equal to 1"),
+    ("compression: [{type: structured_pruning, params: {sparsity_ratio: 1.0}}]",
+     "sparsity_ratio is 1.0, expected less than 1"),
     ("compression: [{type: train, params: {bits: 8}}]", "unknown field 'bits'"),
     ("compression: [{type: train, params: {epochs: 0}}]", "epochs is 0, expected more than 0"),
-    ("compression: [{type: quantize, params: {bits: 9}}]", "bits is 9, expected less than or equal to 8"),
-    ("compression: [{type: quantize, params: {granularity: chanel}}]", "expected 'tensor', 'channel' or 'group'"),
+    ("compression: [{type: quantize, params: {bits: 9}}]",
+     "bits is 9, expected less than or equal to 8"),
+    ("compression: [{type: quantize, params: {granularity: chanel}}]",
+     "expected 'tensor', 'channel' or 'group'"),
     ("compression: [{type: quantization, params: {method: adaqant}}]", "did you mean 'adaquant'"),
     ("compression: [{type: tune, params: {repairs: [magic]}}]", "repairs holds 'magic'"),
     ("compression: [{type: fold, bits: 3}]", "unknown key 'bits'; a step has type and params"),
@@ -85,20 +98,24 @@ def test_a_bad_recipe_is_one_line_that_names_step_and_field(text, message):
 
 def test_a_recipe_for_another_model_is_refused_before_anything_runs(model):
     steps = recipe.parse(ARTICLES).steps
-    with pytest.raises(ValueError, match=r"pruning: layers: no layer matches .encoder.block.\*.; the layers are conv1"):
+    with pytest.raises(ValueError, match=r"pruning: layers: no layer matches .encoder.block.\*.; "
+                       r"the layers are conv1"):
         recipe.expect_layers(steps, model)
 
 
 def test_the_recipes_that_come_along_are_whole():
     for name in ("int8", "int4"):
         assert recipe.load(name).steps
-    with pytest.raises(FileNotFoundError, match="recipe int9 does not exist; give a YAML file, or one of int4, int8"):
+    with pytest.raises(FileNotFoundError, match="recipe int9 does not exist; give a YAML file, or "
+                       "one of int4, int8"):
         recipe.load("int9")
 
 
 def test_a_share_of_the_channels_of_some_layers_goes(model, tiny):
-    made = Prune(ratio=0.5, layers=["layer1.*.conv1"], scope="layer").apply(Subject(model, tiny)).model
-    widths = {name: module.out_channels for name, module in made.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    made = Prune(ratio=0.5, layers=["layer1.*.conv1"],
+                 scope="layer").apply(Subject(model, tiny)).model
+    widths = {name: module.out_channels for name, module in made.named_modules()
+              if isinstance(module, torch.nn.Conv2d)}
     assert widths["layer1.0.conv1"] == 8
     assert widths["layer2.0.conv1"] == 32
 
@@ -118,17 +135,21 @@ WHOLE = """compression:
 def run(source: str, out: str) -> None:
     """A small task through the recipe."""
     task = data.load("fashion_mnist")
-    task = replace(task, train=task.train.subset(600), validation=task.validation.subset(100), test=task.test.subset(200))
+    task = replace(task, train=task.train.subset(600), validation=task.validation.subset(100),
+                   test=task.test.subset(200))
     compress(Subject(models.load("resnet20", task), task), recipe.load(source).steps, out, blocks=5)
 
 
 def test_killed_while_it_trains_it_goes_on_and_leaves_the_same(tmp_path):
     (tmp_path / "r.yaml").write_text(WHOLE)
     run(tmp_path / "r.yaml", tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, "-c", RUN, tmp_path / "r.yaml", tmp_path / "killed"],
-                               cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", RUN, tmp_path / "r.yaml",
+                                tmp_path / "killed"],
+                               cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     stages, end = tmp_path / "killed" / "stages", time.monotonic() + 120
-    while process.poll() is None and not list(stages.glob("2 distil*.state")) and time.monotonic() < end:
+    while process.poll() is None and not list(
+        stages.glob("2 distil*.state")) and time.monotonic() < end:
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -136,19 +157,24 @@ def test_killed_while_it_trains_it_goes_on_and_leaves_the_same(tmp_path):
     assert [path.parent.name[:7] for path in sorted(before)] == ["0 start", "1 prune"]
     assert list(stages.glob("2 distil*.state")), "the training goes on from here"
     run(tmp_path / "r.yaml", tmp_path / "killed")
-    assert all(path.stat().st_mtime_ns == made for path, made in before.items()), "what stood was not made again"
+    assert all(path.stat().st_mtime_ns == made
+               for path, made in before.items()), "what stood was not made again"
     one, other = (pd.read_csv(tmp_path / out / "stages.csv") for out in ("whole", "killed"))
     same = ["stage", "top1", "top1_change", "params", "macs", "size_bytes"]
     pd.testing.assert_frame_equal(one[same], other[same])
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
+    whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
 
 
 def test_what_a_run_leaves(model, tiny, tmp_path):
-    made = compress(Subject(model, tiny), recipe.parse(WHOLE.replace("epochs: 3", "epochs: 1")).steps, tmp_path, blocks=5)
+    made = compress(Subject(model, tiny),
+                    recipe.parse(WHOLE.replace("epochs: 3", "epochs: 1")).steps, tmp_path, blocks=5)
     assert list(made.stages.stage) == ["start", "prune", "distil", "quantize"]
     assert made.verdict.passed
-    assert made.stages.size_bytes.is_monotonic_decreasing or made.stages.size_bytes.iloc[-1] < made.stages.size_bytes.iloc[0] / 3
-    assert {"model.onnx", "model.safetensors", "stages.csv", "run.json", "stages"} == {p.name for p in tmp_path.iterdir()}
+    assert made.stages.size_bytes.is_monotonic_decreasing or made.stages.size_bytes.iloc[
+        -1] < made.stages.size_bytes.iloc[0] / 3
+    assert {"model.onnx", "model.safetensors", "stages.csv", "run.json",
+            "stages"} == {p.name for p in tmp_path.iterdir()}
     told = json.loads((tmp_path / "run.json").read_text())
     assert [step["type"] for step in told["steps"]] == ["prune", "distil", "quantize"]
     assert all(check["passed"] for check in told["checks"])
@@ -167,7 +193,8 @@ def test_stages_of_another_model_are_named_and_not_used(model, tiny, tmp_path, c
 
 
 def test_tuning_keeps_what_brings_the_answers_nearer(model, tiny):
-    made = Tune(bits=3, calibrators=["minmax", "mse"], repairs=["descend"], examples=60, judged=40).apply(Subject(model, tiny))
+    made = Tune(bits=3, calibrators=["minmax", "mse"], repairs=["descend"], examples=60,
+                judged=40).apply(Subject(model, tiny))
     tried = made.made["tried"].set_index("what")
     assert {"minmax", "mse", "descend"} <= set(tried.index)
     assert tried.kept["descend"]
@@ -176,7 +203,8 @@ def test_tuning_keeps_what_brings_the_answers_nearer(model, tiny):
 
 def test_mixed_widths_keep_to_their_share_of_the_bytes(model, tiny):
     made = Mix(bytes=0.5, widths=[2, 4, 8], examples=40).apply(Subject(model, tiny))
-    bits, weights = made.made["bits"], {name: layer.weight.numel() for name, layer in model.named_modules()
+    bits, weights = made.made["bits"], {name: layer.weight.numel()
+                                        for name, layer in model.named_modules()
                                         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)}
     assert sum(bits[name] * weights[name] for name in bits) <= 0.5 * 8 * sum(weights.values())
     assert len(set(bits.values())) > 1
@@ -217,19 +245,24 @@ def test_a_store_makes_once_and_names_what_is_stale(tmp_path):
 def test_two_results_of_one_hash_and_a_store_that_cannot_be_written_are_refused(tmp_path):
     store = Store(tmp_path / "store")
     made = store.kept("scan", {"model": "a", "data": "d"}, lambda folder: None)
-    for damaged in (json.dumps({"model": "b", "data": "d"}), json.dumps({"model": "b", "data": "d"})[:9]):
+    for damaged in (json.dumps({"model": "b", "data": "d"}),
+                    json.dumps({"model": "b", "data": "d"})[:9]):
         (made / "key.json").write_text(damaged)
-        with pytest.raises(ValueError, match=rf"{made.name} is the result of something else .*model.* remove that folder"):
+        with pytest.raises(ValueError, match=rf"{made.name} is the result of something else "
+                           r".*model.* remove that folder"):
             store.kept("scan", {"model": "a", "data": "d"}, lambda folder: None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"results cannot be kept in .*file \(.*\); give a folder that can be written"):
+    with pytest.raises(OSError, match=r"results cannot be kept in .*file \(.*\); give a folder "
+                       r"that can be written"):
         Store(tmp_path / "file").kept("scan", {"model": "a"}, lambda folder: None)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["none.yaml", "--model", "resnet20", "--data", "fashion_mnist"], "recipe none.yaml does not exist"),
+    (["none.yaml", "--model", "resnet20", "--data", "fashion_mnist"],
+     "recipe none.yaml does not exist"),
     (["int8", "--model", "resnet20"], "compress needs --data; recipe int8 names none"),
-    (["r.yaml", "--model", "resnet20", "--data", "fashion_mnist"], "r.yaml is for model resnet56, not resnet20"),
+    (["r.yaml", "--model", "resnet20", "--data", "fashion_mnist"],
+     "r.yaml is for model resnet56, not resnet20"),
 ])
 def test_the_command_refuses_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text("{model: resnet56, compression: [{type: fold}]}")

@@ -8,8 +8,10 @@ from workbench.reporting import language_plots, plan_plots, plots
 
 
 def curves(layers: int, what: str) -> pd.DataFrame:
-    rows = [{"layer": f"layer{k}", "level": level, "removed": 1, "n": 100, what: 0.9 - 0.01 * k * level,
-             f"{what}_change": -0.01 * k * level, f"{what}_change_low": -0.02 * k * level, f"{what}_change_high": 0.0}
+    rows = [{"layer": f"layer{k}", "level": level, "removed": 1, "n": 100, what: 0.9 - 0.01 * k
+             * level,
+             f"{what}_change": -0.01 * k * level, f"{what}_change_low": -0.02 * k * level,
+             f"{what}_change_high": 0.0}
             for k in range(layers) for level in (0.3, 0.6)]
     return pd.DataFrame(rows)
 
@@ -21,12 +23,14 @@ def test_a_legend_names_the_most_sensitive_layers_only(what):
     assert len(axes.lines) == 41
     assert set(labels) == {f"layer{k}" for k in range(28, 40)} | {"unchanged"}
     assert "12 of 40" in axes.get_legend().get_title().get_text()
-    assert np.nanmax(plots.sensitivity_map(curves(3, what)).images[0].get_array()) == pytest.approx(1.2)
+    assert np.nanmax(plots.sensitivity_map(curves(3, what)).images[0].get_array()) == pytest.approx(
+        1.2)
 
 
 @pytest.mark.parametrize("column", ["rung", "stage", "candidate", "anything"])
 def test_a_ladder_takes_its_names_from_any_table_of_differences(column):
-    table = pd.DataFrame({column: ["a", "b"], "top1_change": [0.0, -0.1], "top1_change_low": [0.0, -0.2],
+    table = pd.DataFrame({column: ["a", "b"], "top1_change": [0.0, -0.1],
+                          "top1_change_low": [0.0, -0.2],
                           "top1_change_high": [0.0, 0.0]})
     assert [text.get_text() for text in plots.ladder(table).get_yticklabels()] == ["a", "b"]
 
@@ -36,21 +40,28 @@ def test_what_is_left_stands_in_percent_beside_what_was_published():
     axes = plan_plots.left(table, ["params", "latency"], beside={"latency": 0.436})
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[20, 10], [100, 50]]
     assert axes.lines[2].get_xdata()[0] == pytest.approx(43.6)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "as the articles have it"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "a", "b", "as the articles have it"]
 
 
 def test_stages_are_named_in_the_legend():
-    table = pd.DataFrame({"recipe": "ours", "stage": ["start", "prune", "quantize"], "ratio": [1.0, 0.8, 0.4],
-                          "top1_change": [0.0, -0.1, -0.1], "top1_change_low": [0.0, -0.2, -0.2], "top1_change_high": 0.0})
-    assert [text.get_text() for text in plots.stages(table).get_legend().get_texts()] == ["ours: prune → quantize"]
+    table = pd.DataFrame({"recipe": "ours", "stage": ["start", "prune", "quantize"],
+                          "ratio": [1.0, 0.8, 0.4],
+                          "top1_change": [0.0, -0.1, -0.1], "top1_change_low": [0.0, -0.2, -0.2],
+                          "top1_change_high": 0.0})
+    assert [text.get_text() for text in plots.stages(table).get_legend().get_texts()] == [
+        "ours: prune → quantize"]
 
 
 def test_decoders_stand_with_their_perplexity_and_contexts_at_their_own_places():
-    table = pd.DataFrame({"candidate": ["float32", "4 bits", "genai, 4 bits"], "tokens_per_s": [10.0, 20.0, 30.0],
+    table = pd.DataFrame({"candidate": ["float32", "4 bits", "genai, 4 bits"],
+                          "tokens_per_s": [10.0, 20.0, 30.0],
                           "over": [1.0, 1.02, np.nan]})
     axes = language_plots.decoders(table)
-    assert [text.get_text() for text in axes.texts] == ["30", "20, 1.020x the perplexity", "10, 1.000x the perplexity"]
-    rows = pd.DataFrame({"candidate": ["a", "b"] * 2, "context": [16, 16, 1024, 1024], "latency_ms": [1.0, 2.0, 1.5, 3.0]})
+    assert [text.get_text() for text in axes.texts] == ["30", "20, 1.020x the perplexity",
+                                                        "10, 1.000x the perplexity"]
+    rows = pd.DataFrame({"candidate": ["a", "b"] * 2, "context": [16, 16, 1024, 1024],
+                         "latency_ms": [1.0, 2.0, 1.5, 3.0]})
     axes = language_plots.contexts(rows)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "1,024"]
     assert [list(line.get_ydata()) for line in axes.lines] == [[1.0, 1.5], [2.0, 3.0]]

@@ -19,13 +19,18 @@ FIGURES = pd.DataFrame([
 
 def told(**changes) -> pd.DataFrame:
     """Where ours of FIGURES stand; changes: of the row of the latency after."""
-    empty = dict.fromkeys(("report", "table", "where", "column", "base", "to", "low", "high", "scale", "better", "differs"), "")
+    empty = dict.fromkeys(("report", "table", "where", "column", "base", "to", "low", "high",
+                           "scale", "better", "differs"), "")
     place = {"report": "10_one", "table": "times"}
-    after = {"form": "ratio", "where": "candidate=small", "column": "ratio", "to": "before / ", "better": "less"}
+    after = {"form": "ratio", "where": "candidate=small", "column": "ratio", "to": "before / ",
+             "better": "less"}
     rows = [
-        {"metric": "latency", "subject": "before", "form": "shown", **place, "where": "row=1", "column": "ms"},
-        {"metric": "latency", "subject": "after", **place, **after, "low": "low", "high": "high", **changes},
-        {"metric": "accuracy lost", "subject": "after", "form": "value", **place, "where": "candidate=tiny | small",
+        {"metric": "latency", "subject": "before", "form": "shown", **place, "where": "row=1",
+         "column": "ms"},
+        {"metric": "latency", "subject": "after", **place, **after, "low": "low", "high": "high",
+         **changes},
+        {"metric": "accuracy lost", "subject": "after", "form": "value", **place,
+         "where": "candidate=tiny | small",
          "column": "lost", "scale": "100", "better": "less"},
         {"metric": "power", "subject": "other", "id": "X2", "form": "none", "differs": "no meter"},
     ]
@@ -36,8 +41,10 @@ def told(**changes) -> pd.DataFrame:
 def folder(tmp_path):
     tables = tmp_path / "10_one" / "tables"
     tables.mkdir(parents=True)
-    times = {"candidate": ["whole", "small"], "ms": [8.0, 3.0], "ratio": [1.0, 0.375], "low": [1.0, 0.3], "high": [1.0, 0.45]}
-    pd.DataFrame({**times, "lost": [0.0, 0.0101], "n": [500, 500]}).to_csv(tables / "times.csv", index=False)
+    times = {"candidate": ["whole", "small"], "ms": [8.0, 3.0], "ratio": [1.0, 0.375],
+             "low": [1.0, 0.3], "high": [1.0, 0.45]}
+    pd.DataFrame({**times, "lost": [0.0, 0.0101],
+                  "n": [500, 500]}).to_csv(tables / "times.csv", index=False)
     headlines = [{"name": "first", "text": "one"}, {"name": "of power", "text": "two"}]
     (tmp_path / "10_one" / "run.json").write_text(json.dumps({"headlines": headlines}))
     return tmp_path
@@ -54,21 +61,30 @@ def test_a_figure_is_compared_by_its_interval(folder, changes, ours, verdict):
     table = published.beside(FIGURES, told(**changes), [folder / "empty", folder])
     assert table.metric.tolist() == FIGURES.metric.tolist()
     row = table.iloc[1]
-    assert (row.ours, row.verdict) == (ours, verdict) or (pd.isna(row.ours) and (ours, row.verdict) == (None, verdict))
+    assert (row.ours, row.verdict) == (ours,
+                                       verdict) or (pd.isna(row.ours)
+                                                    and (ours, row.verdict) == (None, verdict))
     assert row.published == (50.0 if changes.get("form") in ("saved", "shown") else 0.5)
     assert table.verdict.tolist()[2:] == ["equal", "missing"], "one point lost, and 1.01"
     assert published.counted(table).sum() == 4
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (lambda figures, places: (pd.concat([figures, figures.iloc[:1]]), places), "X1 / before /  / latency stands there twice"),
-    (lambda figures, places: (figures.iloc[1:], places), "articles: nothing is told of X1 / before"),
+    (lambda figures, places: (pd.concat([figures, figures.iloc[:1]]), places),
+     "X1 / before /  / latency stands there twice"),
+    (lambda figures, places: (figures.iloc[1:], places),
+     "articles: nothing is told of X1 / before"),
     (lambda figures, places: (figures, places.iloc[:-1]), "beside: nothing is told of X2 / other"),
-    (lambda figures, places: (figures, places.assign(form="roughly")), "form 'roughly'; expected one of ratio"),
-    (lambda figures, places: (figures.assign(value=[100.0, None, 1.0, 3.0]), places), "X1 / after /  / latency has no value"),
-    (lambda figures, places: (figures.assign(paper=["a", "b", "", "c"]), places), "after /  / accuracy lost names no source"),
-    (lambda figures, places: (figures.drop(columns="unit"), places), "articles: no column unit; there are"),
-    (lambda figures, places: (figures, places.drop(columns=["form", "to"])), "beside: no column form, to; there are"),
+    (lambda figures, places: (figures, places.assign(form="roughly")),
+     "form 'roughly'; expected one of ratio"),
+    (lambda figures, places: (figures.assign(value=[100.0, None, 1.0, 3.0]), places),
+     "X1 / after /  / latency has no value"),
+    (lambda figures, places: (figures.assign(paper=["a", "b", "", "c"]), places),
+     "after /  / accuracy lost names no source"),
+    (lambda figures, places: (figures.drop(columns="unit"), places),
+     "articles: no column unit; there are"),
+    (lambda figures, places: (figures, places.drop(columns=["form", "to"])),
+     "beside: no column form, to; there are"),
 ])
 def test_a_malformed_table_is_refused(folder, change, named):
     figures, places = change(FIGURES, told())
@@ -76,7 +92,8 @@ def test_a_malformed_table_is_refused(folder, change, named):
         published.beside(figures, places, [folder])
 
 
-@pytest.mark.parametrize(("form", "published_as"), [("ratio", 0.8), ("difference", -10.0), ("value", 40.0)])
+@pytest.mark.parametrize(("form", "published_as"), [("ratio", 0.8), ("difference", -10.0),
+                                                    ("value", 40.0)])
 def test_a_figure_has_a_baseline_of_its_own(folder, form, published_as):
     figures = FIGURES.assign(value=[100.0, 40.0, 1.0, 3.0], baseline=[None, 50.0, None, None])
     table = published.beside(figures, told(form=form, to=""), [folder])
@@ -86,17 +103,21 @@ def test_a_figure_has_a_baseline_of_its_own(folder, form, published_as):
 def test_the_report_that_is_being_written_is_looked_at_first(folder):
     own = folder / ".partial.10_one"
     (own / "tables").mkdir(parents=True)
-    pd.DataFrame({"candidate": ["small"], "ratio": [0.9], "low": [0.8], "high": [1.0]}).to_csv(own / "tables" / "times.csv")
+    pd.DataFrame({"candidate": ["small"], "ratio": [0.9], "low": [0.8],
+                  "high": [1.0]}).to_csv(own / "tables" / "times.csv")
     table = published.beside(FIGURES, told(), [folder], written={"10_one": own})
-    assert (table.ours[1], table.verdict[1], table.from_[1]) == (0.9, "worse", "this run/10_one/times")
+    assert (table.ours[1], table.verdict[1], table.from_[1]) == (0.9, "worse",
+                                                                 "this run/10_one/times")
     assert table.ours[0] == 8.0, "a column that the new table lacks comes from the other"
-    assert published.beside(FIGURES, told(), [folder], written={"11_two": own}).ours[1] == 0.375, "another report's table"
+    assert published.beside(FIGURES, told(), [folder],
+                            written={"11_two": own}).ours[1] == 0.375, "another report's table"
 
 
 def test_the_order_is_told_with_its_interval():
     figures = pd.DataFrame({"id": ["A"] * 6 + ["B"] * 6 + ["C"] * 3 + ["D"] * 6,
                             "published": [1.0, 2, 3, 4, 5, 6] * 2 + [1, 2, 3, *range(6)],
-                            "ours": [10.0, 11, 12, 13, 14, 15, 6, 5, 4, 3, 2, 1, 1, 2, 3, 1, 1, 1, 1, 2, None]})
+                            "ours": [10.0, 11, 12, 13, 14, 15, 6, 5, 4, 3, 2, 1, 1, 2, 3, 1, 1, 1,
+                                     1, 2, None]})
     found = published.order(figures).set_index("id")
     assert list(found.index) == ["A", "B"], "C has three figures, D two that differ"
     assert found.correlation.round(6).tolist() == [1.0, -1.0]
@@ -110,20 +131,23 @@ def test_published_and_ours_are_drawn_a_panel_each(folder):
 
 
 def test_systems_have_a_line_of_words(folder):
-    named = pd.DataFrame({"id": ["X1", "X2", "X3"], "system": ["one", "two", "three"], "report": ["10_one"] * 3,
+    named = pd.DataFrame({"id": ["X1", "X2", "X3"], "system": ["one", "two", "three"],
+                          "report": ["10_one"] * 3,
                           "headline": ["", "power", "colour"]})
     table = published.beside(FIGURES, told(), [folder])
     lines = published.systems(named, table, {"here": folder, "full": folder / "full"})
     assert lines.here.tolist() == ["first: one", "of power: two", ""]
     assert lines.full.tolist() == [""] * 3
-    assert lines.published[0] == "after, latency: 0.5, ours 0.375 [0.3, 0.45]; after, accuracy lost: 1, ours 1.01"
+    assert lines.published[
+        0] == "after, latency: 0.5, ours 0.375 [0.3, 0.45]; after, accuracy lost: 1, ours 1.01"
     assert lines.verdict.tolist() == ["1 better, 1 equal", "", ""]
     assert published.apart(table).get_yticklabels()[-1].get_text() == "X1  after, latency"
 
 
 def test_every_figure_of_the_articles_has_a_place_and_every_system_its_report():
     source = embedded.folder() / "published"
-    figures, places, systems = (pd.read_csv(source / f"{name}.csv") for name in ("articles", "beside", "systems"))
+    figures, places, systems = (pd.read_csv(source / f"{name}.csv")
+                                for name in ("articles", "beside", "systems"))
     table = published.beside(figures, places, [source.parents[1] / "reports" / "full"])
     assert len(table) == len(figures)
     assert set(figures.id) <= set(systems.id)
@@ -141,7 +165,8 @@ def test_every_figure_of_the_papers_has_a_source_a_place_and_a_word():
     assert len(table) == len(figures) == len(places)
     assert (table.differs != "").all()
     counted = places[(places.form != "none") & (places.report != "91_published")]
-    assert not table[table.index.isin(counted.index)].ours.isna().any(), "what other reports hold is found there"
+    assert not table[
+        table.index.isin(counted.index)].ours.isna().any(), "what other reports hold is found there"
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -153,15 +178,20 @@ def test_the_front_page_opens_from_disk_and_fits_a_narrow_window(tmp_path, width
     tables = tmp_path / "90_articles" / "tables"
     tables.mkdir(parents=True)
     words = "a student in 8 bits: 5.1x as fast, intents 98.6% of 700, sentences -4.00 points " * 2
-    line = {"id": "A10", "system": "a small student", "report": "50_language_understanding", "here": words, "full": words,
+    line = {"id": "A10", "system": "a small student", "report": "50_language_understanding",
+            "here": words, "full": words,
             "published": words, "verdict": "2 better, 1 worse"}
     pd.DataFrame([line] * 3).to_csv(tables / "systems.csv", index=False)
     pages.write(tmp_path, ran=[], failures={})
     page = (tmp_path / "index.html").read_text()
-    tell = "<script>document.body.dataset.wide = document.documentElement.scrollWidth - window.innerWidth</script></body>"
+    tell = ("<script>document.body.dataset.wide = document.documentElement.scrollWidth"
+            " - window.innerWidth</script></body>")
     (tmp_path / "told.html").write_text(page.replace("</body>", tell))
-    made = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
-                           (tmp_path / "told.html").as_uri()], capture_output=True, text=True, check=False, timeout=120)
-    assert int(re.search(r'data-wide="(-?\d+)"', made.stdout)[1]) <= 0, "nothing reaches beyond the window"
+    made = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+                           f"--window-size={width},900", "--dump-dom",
+                           (tmp_path / "told.html").as_uri()], capture_output=True, text=True,
+                           check=False, timeout=120)
+    assert int(re.search(r'data-wide="(-?\d+)"',
+                         made.stdout)[1]) <= 0, "nothing reaches beyond the window"
     assert made.stdout.count("2 better") == 3
     assert "<details" in made.stdout

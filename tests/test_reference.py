@@ -24,12 +24,16 @@ def site(tmp_path_factory):
 def test_each_room_has_a_page_with_every_public_function_that_says_what_it_does(site):
     for room in reference.ROOMS:
         page = (site / "reference" / f"{room}.html").read_text()
-        for path in sorted((ROOT / "workbench").glob(f"{room}/*.py" if room != "ground" else "*.py")):
+        for path in sorted((ROOT / "workbench").glob(f"{room}/*.py" if room != "ground"
+                                                     else "*.py")):
             for node in ast.parse(path.read_text()).body:
-                named = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+                named = isinstance(node,
+                                   (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith(
+                                       "_")
                 if named and not path.stem.startswith("_"):
                     assert f'id="{path.stem}.{node.name}"' in page, f"{path.stem}.{node.name}"
-    rooms = {path.name for path in (ROOT / "workbench").iterdir() if (path / "__init__.py").exists()}
+    rooms = {path.name for path in (ROOT / "workbench").iterdir()
+             if (path / "__init__.py").exists()}
     assert rooms | {"ground"} == set(reference.ROOMS)
 
 
@@ -50,7 +54,8 @@ def test_an_example_is_code_and_a_signature_is_whole(site):
 
 def test_code_that_shows_nothing_opens_with_the_code_behind_it():
     code, two = nbformat.v4.new_code_cell, nbformat.v4.new_output("stream", text="two")
-    cells = [code("a = 1", metadata={"tags": ["parameters"]}), code("b = 2"), code("b", outputs=[two]), code("c = 3")]
+    cells = [code("a = 1", metadata={"tags": ["parameters"]}), code("b = 2"),
+             code("b", outputs=[two]), code("c = 3")]
     page = pages.notebook_page(nbformat.v4.new_notebook(cells=cells), "one", "passed")
     assert page.count('<details class="code">') == 3, "the parameters, b with its answer, c"
     assert len(cells) == 4, "the notebook itself is left as it was"
@@ -67,7 +72,8 @@ def test_pages_newer_than_the_package_stay(site):
 
 
 def test_the_story_of_the_readme_runs_and_has_fifteen_lines(tiny, tmp_path, monkeypatch, capsys):
-    story = (ROOT / "README.md").read_text().partition("## In fifteen lines")[2].partition("\n## ")[0]
+    story = (ROOT / "README.md").read_text().partition("## In fifteen lines")[2].partition("\n## ")[
+        0]
     code = re.search(r"```python\n(.*?)```", story, re.S)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""What people bring that does not fit, each with its one line; and what looks as if it did not fit, and does."""
+"""What people bring that does not fit, each with its one line; and what looks as if it did not fit,
+and does."""
 
 import io
 
@@ -29,8 +30,11 @@ class Net(nn.Module):
 
     def __init__(self, way: str = "", classes: int = 4):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.norm, self.head, self.way = nn.BatchNorm2d(8), nn.Linear(8 * 64 if way == "fixed" else 8, classes), way
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3,
+                                           padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(
+                                               8, 8, 3, padding=1)
+        self.norm, self.head, self.way = nn.BatchNorm2d(8), nn.Linear(8 * 64 if way == "fixed"
+                                                                      else 8, classes), way
         if way == "tied":
             self.c.weight = self.b.weight
 
@@ -49,10 +53,13 @@ def squares():
 
 
 @pytest.mark.parametrize("way", [*WAYS, "wrap"])
-@pytest.mark.parametrize(("changed", "remedy"), [(lambda m: m.half(), r"weights are torch.float16, .*model.to\(torch.float32\)"),
-                                                 (lambda m: m.to("meta"), r"weights are on meta, .*model.to\('cpu'\)")],
+@pytest.mark.parametrize(("changed", "remedy"),
+                         [(lambda m: m.half(),
+                           r"weights are torch.float16, .*model.to\(torch.float32\)"),
+                          (lambda m: m.to("meta"), r"weights are on meta, .*model.to\('cpu'\)")],
                          ids=["dtype", "device"])
-def test_weights_of_another_type_or_on_another_device_are_named(squares, tmp_path, monkeypatch, way, changed, remedy):
+def test_weights_of_another_type_or_on_another_device_are_named(squares, tmp_path, monkeypatch, way,
+                                                                changed, remedy):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, UnsupportedModelError), match=remedy) as found:
         (WAYS | {"wrap": models.wrap})[way](changed(Net().eval()), squares)
@@ -61,7 +68,8 @@ def test_weights_of_another_type_or_on_another_device_are_named(squares, tmp_pat
 
 
 @pytest.mark.parametrize("way", ["score", "quantize", "fold", "export"])
-def test_a_branch_on_values_is_refused_in_one_line_and_nothing_is_printed(squares, tmp_path, monkeypatch, capfd, way):
+def test_a_branch_on_values_is_refused_in_one_line_and_nothing_is_printed(
+        squares, tmp_path, monkeypatch, capfd, way):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnsupportedModelError, match="Net cannot be .*data-dependent") as found:
         WAYS[way](Net("branch").eval(), squares)
@@ -74,7 +82,8 @@ def test_a_branch_on_values_is_refused_in_one_line_and_nothing_is_printed(square
 def test_pictures_of_another_size_are_named(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     larger = data.of((torch.rand(64, 3, 12, 12), torch.arange(64) % 4), name="larger")
-    with pytest.raises((ValueError, UnsupportedModelError), match=r"Net .*shapes cannot be multiplied \(\d+x1152 and 512x4\)"):
+    with pytest.raises((ValueError, UnsupportedModelError),
+                       match=r"Net .*shapes cannot be multiplied \(\d+x1152 and 512x4\)"):
         WAYS[way](Net("fixed").eval(), larger)
     assert not list(tmp_path.iterdir())
 
@@ -85,11 +94,13 @@ def test_tied_weights_and_layers_used_twice_go_all_the_way(squares, tmp_path, wa
     batches = list(squares.train.batches(16))
     scores = channels.score(model, "l1", example=squares.example)
     small = channels.cut_to(model, scores, macs=0.6, example=squares.example, batches=batches)
-    assert cost.total(small, squares.example)["macs"] <= 0.6 * cost.total(model, squares.example)["macs"]
+    assert cost.total(small, squares.example)["macs"] <= 0.6 * cost.total(model, squares.example)[
+        "macs"]
     rounded = quantization.quantize(small, batches)
     path = onnx.export(rounded, squares.example, tmp_path / "small.onnx")
     assert equivalence.compare(rounded, path, squares.train).passed
-    curves = sensitivity.scan(model, squares.test, channels.silencing(model, example=squares.example), levels=[0.5])
+    curves = sensitivity.scan(model, squares.test,
+                              channels.silencing(model, example=squares.example), levels=[0.5])
     assert curves.top1.between(0, 1).all()
     models.save(small, tmp_path / "small.safetensors")
     again = models.load(tmp_path / "small.safetensors", squares, into=Net(way))
@@ -101,12 +112,14 @@ def test_a_cut_that_would_leave_nothing_is_refused(squares):
         channels.remove(Net().eval(), {"a": list(range(8))}, example=squares.example)
 
 
-@pytest.mark.parametrize(("first", "line"), [(0, "Net answers 4 classes, .* has 6; give it a head for 6"),
-                                             (-3, "has no split with labels from 0 on")])
+@pytest.mark.parametrize(("first", "line"),
+                         [(0, "Net answers 4 classes, .* has 6; give it a head for 6"),
+                          (-3, "has no split with labels from 0 on")])
 def test_labels_that_do_not_fit_are_named(tmp_path, first, line):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
-    rows = {"image": [{"bytes": picture.getvalue(), "path": "a.png"}] * 12, "label": [first + k % 6 for k in range(12)]}
+    rows = {"image": [{"bytes": picture.getvalue(), "path": "a.png"}] * 12,
+            "label": [first + k % 6 for k in range(12)]}
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=line):
         models.wrap(Net(), data.load(f"folder:{tmp_path}"))

@@ -71,13 +71,16 @@ def test_a_model_without_branches_is_refused(model):
 
 def test_statistics_taken_anew_are_those_of_the_batches():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+                        nn.Linear(4 * 36, 3)).eval()
     batches = [(3 + 2 * torch.randn(50, 1, 8, 8), None) for _ in range(3)]
     before = net[1].running_mean.clone()
     new = reparameterization.reestimate_batchnorm(net, batches)
     inputs = torch.cat([net[0](images) for images, _ in batches])
     assert torch.allclose(new[1].running_mean, inputs.mean((0, 2, 3)), atol=1e-4)
-    assert torch.allclose(new[1].running_var, torch.stack([net[0](x).var((0, 2, 3)) for x, _ in batches]).mean(0), rtol=1e-4)
+    assert torch.allclose(new[1].running_var,
+                          torch.stack([net[0](x).var((0, 2, 3)) for x, _ in batches]).mean(0),
+                          rtol=1e-4)
     assert torch.equal(net[1].running_mean, before)
     assert new[1].momentum == net[1].momentum
     assert not new.training
@@ -94,7 +97,8 @@ def test_a_norm_that_always_follows_one_layer_is_folded_and_one_that_follows_two
     class Shared(torch.nn.Module):
         def __init__(self, other):
             super().__init__()
-            self.a, self.b, self.norm = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+            self.a, self.b, self.norm = torch.nn.Linear(4, 4), torch.nn.Linear(
+                4, 4), torch.nn.BatchNorm1d(4)
             self.norm.running_mean.normal_()
             self.other = other
 

@@ -1,4 +1,5 @@
-"""The runner on small notebooks: what is kept, skipped, refused; the real notebooks in the smoke profile."""
+"""The runner on small notebooks: what is kept, skipped, refused; the real notebooks in the smoke
+profile."""
 
 import json
 import math
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from workbench import machine
-from workbench.reporting import notebooks, parameters
+from workbench.reporting import execution, notebooks, parameters
 from workbench.reporting.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -30,9 +31,11 @@ print(report.check("images", images, at_least=least))
 
 
 def write(folder: Path, name: str, body: str = BODY) -> None:
-    parameters = "images: int = 10  # many\nleast: float = 5.0  # limit\npause: float = 0.0  # s\nfault: bool = False  # raise"
+    parameters = ("images: int = 10  # many\nleast: float = 5.0  # limit\n"
+                  "pause: float = 0.0  # s\nfault: bool = False  # raise")
     code = nbformat.v4.new_code_cell
-    cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), code(parameters, metadata={"tags": ["parameters"]}), code(body)]
+    cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"),
+             code(parameters, metadata={"tags": ["parameters"]}), code(body)]
     folder.mkdir(exist_ok=True)
     (folder / "profiles.yaml").touch()
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
@@ -47,17 +50,56 @@ def folder(tmp_path):
 
 
 def run(folder, *names, settings=(), **options):
-    return notebooks.run(parameters.plan(names, folder=folder, settings=settings), out=folder.parent / "reports", **options)
+    return notebooks.run(parameters.plan(names, folder=folder, settings=settings),
+                         out=folder.parent / "reports", **options)
+
+
+def full(folder: Path, *headlines: dict) -> Path:
+    (folder / "run.json").write_text(json.dumps({"headlines": list(headlines)}))
+    return folder / "run.json"
+
+
+def test_a_quick_figure_is_held_against_the_full_runs_interval(tmp_path):
+    lost = {"name": "lost", "value": -0.01, "low": -0.015, "high": -0.005}
+    assert execution.agreement([lost], tmp_path / "none.json") == []
+    without = full(tmp_path, {"name": "lost", "value": -0.01})
+    assert execution.agreement([lost], without) == []
+    near = full(tmp_path, {"name": "lost", "value": -0.003, "low": -0.006, "high": 0.0})
+    found = execution.agreement([lost, {"name": "time", "value": 1.0}], near)
+    assert [check["passed"] for check in found] == [True]
+    far = full(tmp_path, {"name": "lost", "value": 0.0, "low": -0.002, "high": 0.002})
+    [check] = execution.agreement([lost], far)
+    assert not check["passed"]
+    assert check["value"] == pytest.approx(0.003)
+    assert "[-0.002, 0.002]" in check["name"]
+    nothing = float("nan")  # of one seed
+    [check] = execution.agreement([lost | {"low": nothing, "high": nothing}], far)
+    assert not check["passed"]
+
+
+def test_a_notebook_that_disagrees_with_its_committed_full_run_is_red(folder):
+    said = ("report.headline('8-bit weights and activations against float32', -0.4, "
+            "interval=(-0.5, images / -100))")
+    write(folder, "22_quantization", BODY + said)
+    run(folder, "22_quantization")
+    stored = folder.parent / "reports" / "22_quantization" / "run.json"
+    told = json.loads(stored.read_text())
+    assert told["status"] == "failed"
+    assert told["checks"][-1]["value"] == pytest.approx(0.0992, abs=1e-4)
+    run(folder, "22_quantization", settings=["images=9"])  # the full run's parameters no more
+    assert json.loads(stored.read_text())["status"] == "passed"
 
 
 def command(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, "-m", "workbench", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "workbench", *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True,
                           check=False)
 
 
 def test_a_notebook_that_sums_up_runs_behind_the_others_and_again_when_one_of_them_did(folder):
-    found = "from workbench.reporting.report import Report\nreport = Report('90_sum')\n" \
-            "report.headline('there', sorted(path.parent.name for path in report.others['here'].glob('[0-8]*/run.json')))"
+    found = ("from workbench.reporting.report import Report\nreport = Report('90_sum')\n"
+             "found = report.others['here'].glob('[0-8]*/run.json')\n"
+             "report.headline('there', sorted(path.parent.name for path in found))")
     write(folder, "90_sum", found)
     assert run(folder)["ran"] == ["01_one", "02_two", "90_sum"]
     told = json.loads((folder.parent / "reports" / "90_sum" / "run.json").read_text())
@@ -71,9 +113,11 @@ def test_a_run_leaves_what_the_contract_names(folder):
     summary = run(folder)
     out = folder.parent / "reports"
     assert summary["passed"]
-    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {"01_one", "02_two", "index.html", "reference",
+    assert {p.name for p in out.iterdir()
+            if not p.name.startswith(".")} == {"01_one", "02_two", "index.html", "reference",
                                                                               "summary.json"}
-    assert {p.name for p in (out / "01_one").iterdir()} == {"01_one.ipynb", "index.html", "run.json"}
+    assert {p.name for p in (out / "01_one").iterdir()} == {"01_one.ipynb", "index.html",
+                                                            "run.json"}
     record = json.loads((out / "01_one" / "run.json").read_text())
     assert record["status"] == "passed"
     assert record["checks"] == [{"name": "images", "value": 10, "limit": ">= 5.0", "passed": True}]
@@ -113,7 +157,8 @@ def test_a_notebook_that_raises_keeps_the_last_good_report_and_is_run_again(fold
     out = folder.parent / "reports"
     assert json.loads((out / "01_one" / "run.json").read_text())["status"] == "passed"
     assert (out / ".failed" / "01_one" / "01_one.ipynb").exists()
-    assert "01_one" in run(folder, "02_two", settings=["images=9"])["failures"]  # stays until it is run well
+    # stays until it is run well
+    assert "01_one" in run(folder, "02_two", settings=["images=9"])["failures"]
     assert not run(folder, force=True)["failures"]
 
 
@@ -127,7 +172,9 @@ def test_several_notebooks_at_a_time_leave_the_same(folder):
     for name in ("01_one", "02_two"):
         ran = json.loads((folder.parent / "reports" / name / "run.json").read_text())
         assert ran["hardware"]["cores"] == machine.cores()
-        assert ran["headlines"][-1]["value"] in (max(1, int(half)), math.ceil(half)), "each of two has cores of its own"
+        assert ran["headlines"][-1]["value"] in (max(1, int(half)),
+                                                 math.ceil(
+                                                     half)), "each of two has cores of its own"
 
 
 TICKING = """
@@ -174,14 +221,17 @@ def test_who_is_killed_while_alone_holds_nobody_up(folder, killed):
     write(folder, "02_two", TIMING.format(last=f"Path('timed').touch(); os.kill({killed}, 9)"))
     summary = run(folder, workers=2)
     assert list(summary["failures"]) == ["02_two"]
-    assert [entry["name"] for entry in summary["reports"] if entry["status"] == "passed"] == ["01_one"]
+    assert [entry["name"] for entry in summary["reports"]
+            if entry["status"] == "passed"] == ["01_one"]
 
 
 def test_a_runner_that_is_killed_leaves_nobody_standing(folder):
     write(folder, "01_one", TICKING)
     write(folder, "02_two", TIMING.format(last="Path('alone').touch(); time.sleep(60)"))
-    process = subprocess.Popen([sys.executable, "-m", "workbench", "report", "--notebooks", folder, "--jobs", "2", "--out",
-                                folder.parent / "reports"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "workbench", "report", "--notebooks", folder,
+                                "--jobs", "2", "--out",
+                                folder.parent / "reports"], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
     while not (folder.parent / "alone").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -196,16 +246,19 @@ def test_a_runner_that_is_killed_leaves_nobody_standing(folder):
 def test_a_dask_cluster_leaves_the_same(folder):
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, processes=False) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None,
+                      processes=False) as cluster:
         summary = run(folder, "01_one", scheduler=cluster.scheduler_address)
     assert summary["passed"]
     assert (folder.parent / "reports" / "01_one" / "index.html").exists()
 
 
 def test_killed_anywhere_nothing_is_half_written_and_the_next_run_completes(folder):
-    """The runner is killed at four moments; what is finished is whole, and no process of it goes on."""
+    """The runner is killed at four moments; what is finished is whole, and no process of it goes
+    on."""
     out = folder.parent / "reports"
-    arguments = [sys.executable, "-m", "workbench", "report", "--notebooks", folder, "--out", out, "--set", "pause=0.5"]
+    arguments = [sys.executable, "-m", "workbench", "report", "--notebooks", folder, "--out", out,
+                 "--set", "pause=0.5"]
     for wait in (0.8, 2.5, 4.0, 5.5):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(wait)
@@ -236,7 +289,8 @@ def test_a_report_caught_between_two_renames_is_put_back(folder):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["99_none"], "unknown notebook '99_none'; there are 01_one, 02_two"),
-    (["--set", "speed=1"], "unknown parameter 'speed'; 01_one, 02_two take fault, images, least, pause"),
+    (["--set", "speed=1"], "unknown parameter 'speed'; 01_one, 02_two take fault, "
+     "images, least, pause"),
     (["--set", "images=many"], "parameter 'images' expects int, found 'many'"),
     (["--set", "images=true"], "parameter 'images' expects int, found True"),
     (["--set", "images"], "--set 'images' is not name=value"),
@@ -257,8 +311,10 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message):
 
 
 def test_a_profile_that_names_what_is_not_there_is_refused(folder):
-    for text, message in (("quick: {09_x: {}}", "the unknown notebook '09_x'"), ("slow: {}", "unknown profile 'slow'"),
-                          ("quick: {01_one: {speed: 1}}", "01_one has no parameter 'speed'"), ("a: [", "not valid YAML")):
+    for text, message in (("quick: {09_x: {}}", "the unknown notebook '09_x'"),
+                          ("slow: {}", "unknown profile 'slow'"),
+                          ("quick: {01_one: {speed: 1}}", "01_one has no parameter 'speed'"),
+                          ("a: [", "not valid YAML")):
         (folder / "profiles.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             parameters.plan([], folder=folder)
@@ -291,7 +347,8 @@ def test_compare_takes_a_checkpoints_own_data(folder, tmp_path, model, task):
 
     models.save(model, tmp_path / "mine.safetensors")
     onnx.export(model, task.example, tmp_path / "mine.onnx")
-    made = command("compare", tmp_path / "mine.safetensors", tmp_path / "mine.onnx", "--examples", 100)
+    made = command("compare", tmp_path / "mine.safetensors", tmp_path / "mine.onnx", "--examples",
+                   100)
     assert made.returncode == 0, made.stderr
     assert "of fashion_mnist" in made.stdout
 
@@ -329,8 +386,10 @@ def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
-@pytest.mark.parametrize("part", range(7))  # of three or four each, long and short ones: they share what they import
-def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(part, tmp_path):
+# of three or four each, long and short ones: they share what they import
+@pytest.mark.parametrize("part", range(7))
+def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(
+        part, tmp_path):
     out, names = tmp_path / "reports", NOTEBOOKS[part::7]
     done = command("report", *names, "--profile", "smoke", "--jobs", 1, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -377,23 +436,29 @@ def test_notebooks_of_a_longer_run_are_copies_of_one_process_and_know_nothing_of
         "report.headline('there before', 'transformers' in sys.modules)",
         "report.headline('left by others', getattr(torch, 'left', None))",
         "report.headline('threads', torch.get_num_threads())",
-        "report.headline('threads not copied', psutil.Process(os.getppid()).parent().num_threads() - 1)",
+        "report.headline('threads not copied', "
+        "psutil.Process(os.getppid()).parent().num_threads() - 1)",
         "report.headline('speaks over', get_ipython().kernel.parent.transport)",
         "report.headline('computes', float((torch.ones(500, 500) @ torch.ones(500, 500)).sum()))",
         "torch.left = report.folder.name",
         "axes = plt.plot([1, 2])"])
     for name in ("01_one", "02_two", "03_three"):
         write(folder, name, body)
-    done = command("report", "--notebooks", folder, "--jobs", "1", "--out", folder.parent / "reports")
+    done = command("report", "--notebooks", folder, "--jobs", "1", "--out",
+                   folder.parent / "reports")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for name in ("01_one", "02_two", "03_three"):
         left = folder.parent / "reports" / name
-        said = {row["name"]: row["value"] for row in json.loads((left / "run.json").read_text())["headlines"]}
-        assert said == {"there before": True, "left by others": None, "threads": machine.cores(), "threads not copied": 0,
+        said = {row["name"]: row["value"]
+                for row in json.loads((left / "run.json").read_text())["headlines"]}
+        assert said == {"there before": True, "left by others": None, "threads": machine.cores(),
+                        "threads not copied": 0,
                         "speaks over": "ipc", "computes": 500.0**3}
-        outputs = [output for cell in nbformat.read(left / f"{name}.ipynb", 4).cells for output in cell.get("outputs", [])]
-        assert any("image/png" in output.get("data", {}) for output in outputs), "a plot is shown at the end of its cell"
+        outputs = [output for cell in nbformat.read(left / f"{name}.ipynb", 4).cells
+                   for output in cell.get("outputs", [])]
+        assert any("image/png" in output.get("data", {})
+                   for output in outputs), "a plot is shown at the end of its cell"
 
 
 def test_a_notebook_whose_kernel_died_is_run_once_more(tmp_path):
@@ -407,8 +472,10 @@ def test_a_notebook_whose_kernel_died_is_run_once_more(tmp_path):
     cells = [nbformat.v4.new_code_cell(dies.format(str(tmp_path / "mark")))]
     python = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), tmp_path / "dies.ipynb")
-    told = [sys.executable, "-m", "workbench", "report", "dies", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]
+    told = [sys.executable, "-m", "workbench", "report", "dies", "--notebooks", str(tmp_path),
+            "--out", str(tmp_path / "out")]
     ran = subprocess.run(told, capture_output=True, text=True, check=False)
     assert "its kernel died (exit code -11): Kernel died; once more" in ran.stdout
-    assert "Fatal Python error: Segmentation fault" in (tmp_path / "out" / ".failed" / "dies.txt").read_text()
+    assert "Fatal Python error: Segmentation fault" in (tmp_path / "out" / ".failed"
+                                                        / "dies.txt").read_text()
     assert "dies: passed" in ran.stdout

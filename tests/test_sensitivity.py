@@ -40,7 +40,8 @@ def test_exact_counts_what_the_plain_loop_counts(model, some, silencing, exact):
 
 def test_zeroed_filters_count_what_the_plain_loop_counts(model, some):
     method = channels.zeroing(model, layers=layers.named(model, ["conv1", "layer2.*", "linear"]))
-    both = [sensitivity.scan(model, some, method, levels=LEVELS, mode=mode) for mode in ("exact", "plain")]
+    both = [sensitivity.scan(model, some, method, levels=LEVELS, mode=mode)
+            for mode in ("exact", "plain")]
     pd.testing.assert_frame_equal(*both)
 
 
@@ -48,7 +49,9 @@ def test_networks_with_functions_methods_and_reused_values_are_scanned_alike(som
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(12, 10)
+            self.a, self.b, self.c = nn.Conv2d(1, 6, 3,
+                                               padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(
+                                                   12, 10)
             self.shift = nn.Parameter(torch.randn(1, 6, 1, 1))
 
         def forward(self, x):
@@ -58,7 +61,8 @@ def test_networks_with_functions_methods_and_reused_values_are_scanned_alike(som
 
     model = Odd().eval()
     method = channels.zeroing(model, layers=layers.named(model))
-    both = [sensitivity.scan(model, some, method, levels=LEVELS, mode=mode) for mode in ("exact", "plain")]
+    both = [sensitivity.scan(model, some, method, levels=LEVELS, mode=mode)
+            for mode in ("exact", "plain")]
     pd.testing.assert_frame_equal(*both)
 
 
@@ -74,20 +78,26 @@ def test_coupled_layers_are_one_row_and_costs_are_those_of_the_cut_model(model, 
     from workbench.measures import cost
 
     assert exact[exact.layer == "conv1"].layers.iloc[0].startswith("conv1 + layer1.0.conv2")
-    ranked = channels.score(model, "l1", example=task.example).query("layer == 'layer2.1.conv1'").sort_values("score")
-    small = channels.remove(model, {"layer2.1.conv1": ranked.channel.tolist()[:19]}, example=task.example)
+    ranked = channels.score(model, "l1",
+                            example=task.example).query("layer == 'layer2.1.conv1'").sort_values(
+                                "score")
+    small = channels.remove(model, {"layer2.1.conv1": ranked.channel.tolist()[:19]},
+                            example=task.example)
     row = exact[(exact.layer == "layer2.1.conv1") & (exact.level == 0.6)].iloc[0]
-    assert {"params": row.params, "macs": row.macs}.items() <= cost.total(small, task.example).items()
+    assert {"params": row.params,
+            "macs": row.macs}.items() <= cost.total(small, task.example).items()
 
 
 def test_fast_intervals_hold_the_exact_values(model, task):
     split = task.test.subset(1500)
     method = channels.silencing(model, example=task.example)
     names = [name for name in method.layers if name.endswith("conv1")][1::2]
-    exact, fast = (sensitivity.scan(model, split, method, levels=LEVELS, layers=names, mode=m, tolerance=0.05, batch_size=100)
+    exact, fast = (sensitivity.scan(model, split, method, levels=LEVELS, layers=names, mode=m,
+                                    tolerance=0.05, batch_size=100)
                    for m in ("exact", "fast"))
     middle = (fast.top1_change_high + fast.top1_change_low) / 2
-    half = (fast.top1_change_high - middle) * (1 - fast.n / len(split)) ** 0.5  # over the whole split, which the scan stops by
+    # over the whole split, which the scan stops by
+    half = (fast.top1_change_high - middle) * (1 - fast.n / len(split)) ** 0.5
     assert ((exact.top1_change - middle).abs() <= half).mean() >= 0.9
     assert fast.attrs["saved"] > 0.4
     assert (half <= 0.05).all()
@@ -96,12 +106,15 @@ def test_fast_intervals_hold_the_exact_values(model, task):
 def test_a_table_of_all_examples_still_has_an_interval(model, task):
     split = task.test.subset(60)
     method = channels.silencing(model, example=task.example)
-    table = sensitivity.scan(model, split, method, levels=[0.9], layers=["layer2.1.conv1"], mode="fast", tolerance=0.001)
+    table = sensitivity.scan(model, split, method, levels=[0.9], layers=["layer2.1.conv1"],
+                             mode="fast", tolerance=0.001)
     assert table.n.item() == 60
-    assert (table.top1_change_high - table.top1_change_low).item() > 0.05, "60 examples say little of others like them"
+    assert (table.top1_change_high
+            - table.top1_change_low).item() > 0.05, "60 examples say little of others like them"
 
 
-def test_a_killed_scan_goes_on_to_the_same_table(model, some, silencing, exact, tmp_path, monkeypatch):
+def test_a_killed_scan_goes_on_to_the_same_table(model, some, silencing, exact, tmp_path,
+                                                 monkeypatch):
     counted = sensitivity._Scan._save
 
     def killed(self):
@@ -111,19 +124,25 @@ def test_a_killed_scan_goes_on_to_the_same_table(model, some, silencing, exact, 
 
     monkeypatch.setattr(sensitivity._Scan, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
-        sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, state=tmp_path / "s.json")
+        sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50,
+                         state=tmp_path / "s.json")
     monkeypatch.setattr(sensitivity._Scan, "_save", counted)
-    resumed = sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, state=tmp_path / "s.json")
+    resumed = sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50,
+                               state=tmp_path / "s.json")
     pd.testing.assert_frame_equal(resumed, exact)
     other = channels.silencing(model, example=some.batch(slice(1)).inputs, criterion="random")
     for method, levels in ((silencing, [0.5]), (other, LEVELS)):
         with pytest.raises(ValueError, match="is of another scan"):
-            sensitivity.scan(model, some, method, levels=levels, batch_size=50, state=tmp_path / "s.json")
+            sensitivity.scan(model, some, method, levels=levels, batch_size=50,
+                             state=tmp_path / "s.json")
 
 
 def test_shards_merge_to_the_whole(model, some, silencing, exact):
-    shards = [sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, shard=(k, 3)) for k in range(3)]
-    merged = sensitivity.merge(shards).set_index(["layer", "level"]).loc[exact.set_index(["layer", "level"]).index]
+    shards = [sensitivity.scan(model, some, silencing, levels=LEVELS, batch_size=50, shard=(k, 3))
+              for k in range(3)]
+    merged = sensitivity.merge(shards).set_index(["layer",
+                                                  "level"]).loc[
+                                                      exact.set_index(["layer", "level"]).index]
     pd.testing.assert_frame_equal(merged.reset_index(), exact, check_like=True)
     with pytest.raises(ValueError, match="stands in two shards"):
         sensitivity.merge([shards[0], shards[0]])
@@ -137,8 +156,10 @@ def test_scanning_leaves_the_model_as_it_was(model, some, silencing):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"mode": "slow"}, "unknown mode 'slow'"), ({"levels": []}, "expected at least one"), ({"levels": [0]}, "each above 0"),
-    ({"levels": [1.2]}, "at most 1"), ({"layers": ["layer9"]}, "the method knows no layer 'layer9'"),
+    ({"mode": "slow"}, "unknown mode 'slow'"), ({"levels": []}, "expected at least one"),
+    ({"levels": [0]}, "each above 0"),
+    ({"levels": [1.2]}, "at most 1"), ({"layers": ["layer9"]},
+                                       "the method knows no layer 'layer9'"),
 ])
 def test_bad_scans_are_refused(model, some, silencing, options, message):
     with pytest.raises(ValueError, match=message):
@@ -156,7 +177,8 @@ def test_a_model_that_cannot_be_traced_is_refused_and_scanned_plainly(some):
 
     model = Branching().eval()
     method = channels.zeroing(model, layers=layers.named(model))
-    with pytest.raises(UnsupportedModelError, match="Branching cannot be traced .* without branches on values"):
+    with pytest.raises(UnsupportedModelError, match="Branching cannot be traced .* without "
+                       "branches on values"):
         sensitivity.scan(model, some, method, levels=[0.5])
     assert len(sensitivity.scan(model, some, method, levels=[0.5], mode="plain")) == 1
 
@@ -164,9 +186,11 @@ def test_a_model_that_cannot_be_traced_is_refused_and_scanned_plainly(some):
 def test_taylor_is_the_mean_of_weight_times_gradient(tiny, model):
     batches = list(tiny.test.batches(100))
     table = sensitivity.taylor(model, batches).set_index("layer").score
-    loss = nn.functional.cross_entropy(model(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches]))
+    loss = nn.functional.cross_entropy(model(torch.cat([x for x, _ in batches])),
+                                       torch.cat([y for _, y in batches]))
     gradient, = torch.autograd.grad(loss, model.layer3[0].conv2.weight)
-    assert table["layer3.0.conv2"] == pytest.approx((model.layer3[0].conv2.weight * gradient).abs().mean().item(), rel=1e-2)
+    assert table["layer3.0.conv2"] == pytest.approx((model.layer3[0].conv2.weight
+                                                     * gradient).abs().mean().item(), rel=1e-2)
 
 
 def test_redundancy_adapts_to_the_network_and_judges_no_layer_alone():
@@ -174,7 +198,8 @@ def test_redundancy_adapts_to_the_network_and_judges_no_layer_alone():
     judged = sensitivity.redundant(scores, 0.6).set_index("layer").redundant
     assert judged["f"]
     assert not judged["c"]  # low itself, but its neighbours are not
-    scaled = sensitivity.redundant(scores.assign(score=scores.score * 1000), 0.6).set_index("layer").redundant
+    scaled = sensitivity.redundant(scores.assign(score=scores.score * 1000),
+                                   0.6).set_index("layer").redundant
     assert scaled.equals(judged)
     with pytest.raises(ValueError, match="score of layer b is NaN"):
         sensitivity.redundant(scores.assign(score=[1, float("nan"), 1, 1, 1, 1, 1]))
@@ -189,21 +214,25 @@ def test_redundancy_is_judged_from_a_scan_too_and_not_of_what_cannot_be_cut(exac
 
 
 def test_fast_intervals_cover_the_truth_over_all_looks():
-    """Gains and losses of many sizes, drawn without replacement and looked at as the scan does, until 0.03 is reached."""
+    """Gains and losses of many sizes, drawn without replacement and looked at as the scan does,
+    until 0.03 is reached."""
     draws, population, tolerance, rng = 500, 5000, 0.03, np.random.default_rng(0)
     for lost, gained in itertools.product((0.001, 0.01, 0.03, 0.1, 0.4), (0.0, 0.01, 0.1)):
         right, total = np.zeros(draws), np.zeros((draws, 2), int)
-        cells = np.tile(np.array([lost, gained, 1 - lost - gained]) * population, (draws, 1)).round().astype(int)
+        cells = np.tile(np.array([lost, gained, 1 - lost - gained]) * population,
+                        (draws, 1)).round().astype(int)
         done = np.zeros(draws, bool)
         for n in range(sensitivity.LEAST, population + 1, sensitivity.LOOK):
             size = n if n == sensitivity.LEAST else sensitivity.LOOK
             drawn = np.array([rng.multivariate_hypergeometric(row, size) for row in cells])
             cells, total = cells - drawn, total + drawn[:, :2]
             for k in np.flatnonzero(~done):
-                low, high = paired_interval(total[k, 1] - total[k, 0], total[k].sum(), n, z=sensitivity.Z_OF_LOOKS,
+                low, high = paired_interval(total[k, 1] - total[k, 0], total[k].sum(), n,
+                                            z=sensitivity.Z_OF_LOOKS,
                                             population=population, added=sensitivity.ADDED)
                 if (high - low) / 2 <= tolerance:
-                    done[k], right[k] = True, low <= gained - lost + 1e-12 and gained - lost <= high + 1e-12
+                    done[k], right[
+                        k] = True, low <= gained - lost + 1e-12 and gained - lost <= high + 1e-12
             if done.all():
                 break
         assert right.mean() >= 0.94, (lost, gained)  # 0.95 less what 500 draws leave open

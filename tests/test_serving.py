@@ -104,8 +104,10 @@ def test_the_load_of_a_known_model_is_measured_as_it_is(images):
     for clients in (1, 16):
         calls.clear()
         row = latency.under_load(model, images, clients=[clients], seconds=1.2).iloc[0]
-        counted = sum(call > calls[2] + 0.3 for call in calls)  # two are before the clock, a quarter of it is not counted
-        assert row.requests == pytest.approx(counted, abs=clients + 3)  # however slow the machine is meanwhile
+        # two are before the clock, a quarter of it is not counted
+        counted = sum(call > calls[2] + 0.3 for call in calls)
+        # however slow the machine is meanwhile
+        assert row.requests == pytest.approx(counted, abs=clients + 3)
         assert row.requests_per_s == pytest.approx(counted / 0.9, rel=0.25)
         assert row.requests_per_s <= 202
 
@@ -114,7 +116,8 @@ def test_what_waits_at_the_end_is_still_served(gate, gated, images):
     with Batcher(gated, size=2, deadline_ms=0) as served:
         answers = [served.submit(image) for image in images[:7]]
         gate.set()
-    assert [torch.equal(a.result(timeout=1), i.flatten()) for a, i in zip(answers, images, strict=False)] == [True] * 7
+    assert [torch.equal(a.result(timeout=1), i.flatten())
+            for a, i in zip(answers, images, strict=False)] == [True] * 7
 
 
 def test_a_load_lasts_until_a_slow_model_has_answered(images):
@@ -125,8 +128,20 @@ def test_a_load_lasts_until_a_slow_model_has_answered(images):
     assert latency.under_load(slow, images, clients=(3,), seconds=0.05).requests[0] > 0
 
 
+def test_a_load_is_asked_once_more_where_the_machine_stood_still(images):
+    calls = []
+
+    def stopped(batch):
+        calls.append(len(batch))
+        time.sleep(0.6 if len(calls) == 3 else 0.001)  # two are before the clock
+        return torch.zeros(len(batch), 2)
+
+    assert latency.under_load(stopped, images, clients=(1,), seconds=0.2).requests[0] > 0
+
+
 def test_load_counts_what_was_answered(images):
-    def slow(batch):  # so that next to all of a client's time is spent waiting for it, on a busy machine too
+    # so that next to all of a client's time is spent waiting for it, on a busy machine too
+    def slow(batch):
         time.sleep(0.05)
         return torch.zeros(len(batch), 2)
 
@@ -137,7 +152,8 @@ def test_load_counts_what_was_answered(images):
     assert table.mean_batch[0] == 1  # one client never has two requests under way
     assert table.mean_batch[1] <= 4
     # closed loop, Little's law: clients = throughput x time in the system
-    assert (table.requests_per_s * table.mean_ms / 1e3).to_numpy() == pytest.approx([1, 4], rel=0.25)
+    assert (table.requests_per_s * table.mean_ms / 1e3).to_numpy() == pytest.approx(
+        [1, 4], rel=0.25)
 
 
 def test_sentences_share_a_batch_with_those_of_their_bucket(gate):
@@ -152,8 +168,10 @@ def test_sentences_share_a_batch_with_those_of_their_bucket(gate):
     with Batcher(model, size=8, deadline_ms=20, buckets=[4, 32]) as served:
         answers = [served.submit(sentence) for sentence in sentences]
         gate.set()
-    assert [int(answer.result(timeout=1)) for answer in answers] == [3, 30, 4, 28, 2, 60], "each its own answer"
-    assert sorted(seen) == [(1, 60), (2, 30), (3, 4)], "short with short, long with long, the oldest bucket first"
+    assert [int(answer.result(timeout=1)) for answer in answers] == [3, 30, 4, 28, 2,
+                                                                     60], "each its own answer"
+    assert sorted(seen) == [(1, 60), (2, 30),
+                            (3, 4)], "short with short, long with long, the oldest bucket first"
     assert served.padding == pytest.approx(1 - (3 + 30 + 4 + 28 + 2 + 60) / (60 + 60 + 12))
 
 
@@ -184,7 +202,8 @@ def test_an_open_loop_counts_the_wait_from_when_a_request_was_due(images):
 
 def test_the_grid_has_every_thread_and_batch(path, net, images):
     threads = sorted({1, machine.cores()})
-    table = latency.grid({"onnx": path, "torch": net}, images[:1], threads=threads, batches=[1, 4], blocks=5)
+    table = latency.grid({"onnx": path, "torch": net}, images[:1], threads=threads, batches=[1, 4],
+                         blocks=5)
     assert len(table) == 2 * len(threads) * 2
     assert (table.examples_per_s == 1e3 * table.batch / table.latency_ms).all()
 
@@ -208,7 +227,8 @@ def test_peak_memory_sees_a_larger_batch(path, images):
     assert large.peak_mb[0] > table.peak_mb[0]
 
 
-def test_runtimes_that_are_there_agree_and_those_that_are_not_say_what_to_install(path, net, images):
+def test_runtimes_that_are_there_agree_and_those_that_are_not_say_what_to_install(
+        path, net, images):
     listed = runtimes.available().set_index("runtime")
     expected = sessions.open(path)(images)
     for runtime, version in listed.version.items():
@@ -218,7 +238,8 @@ def test_runtimes_that_are_there_agree_and_those_that_are_not_say_what_to_instal
                 runtimes.open(source, runtime)
         elif not listed.note[runtime] and runtime != "torch compiled":  # compiling takes long
             tolerance = 0.05 if "bfloat16" in runtime else 1e-4
-            assert torch.allclose(runtimes.open(source, runtime, threads=1)(images), expected, atol=tolerance), runtime
+            assert torch.allclose(runtimes.open(source, runtime, threads=1)(images), expected,
+                                  atol=tolerance), runtime
 
 
 def test_a_runtime_that_cannot_be_opened_says_why(path, net, monkeypatch):
@@ -236,10 +257,12 @@ def test_a_runtime_that_cannot_be_opened_says_why(path, net, monkeypatch):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda p, x: Batcher(p, size=0), "size is 0"), (lambda p, x: Batcher(p, deadline_ms=-1), "deadline_ms -1"),
+    (lambda p, x: Batcher(p, size=0), "size is 0"), (lambda p, x: Batcher(p, deadline_ms=-1),
+                                                     "deadline_ms -1"),
     (lambda p, x: latency.under_load(p, x, clients=[0]), "clients are"),
     (lambda p, x: Batcher(p, buckets=[8, 4]), r"buckets are \[8, 4\]"),
-    (lambda p, x: latency.at_rate(p, x, rates=[0]), "rates are"), (lambda p, x: latency.at_rate(p, x, rates=[]), "rates are"),
+    (lambda p, x: latency.at_rate(p, x, rates=[0]), "rates are"),
+    (lambda p, x: latency.at_rate(p, x, rates=[]), "rates are"),
     (lambda p, x: latency.under_load(p, x, clients=[]), "clients are")])
 def test_impossible_loads_are_refused(path, images, call, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""Masks against naive loops; penalties against their formulas; zeros that stay zero and move while training."""
+"""Masks against naive loops; penalties against their formulas; zeros that stay zero and move while
+training."""
 
 import math
 from dataclasses import replace
@@ -19,7 +20,8 @@ RECIPE = training.Recipe(epochs=2, batch_size=64, learning_rate=0.02, precision=
 @pytest.fixture
 def layered():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.Flatten(),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.Conv2d(8, 12, 3), nn.Flatten(),
                          nn.Linear(12 * 4, 10)).eval()
 
 
@@ -30,7 +32,8 @@ def naive_blocks(weight, rows, columns):
     for r in range(matrix.shape[0]):
         for c in range(matrix.shape[1]):
             blocks.setdefault((r // rows, c // columns), []).append((r, c))
-    return matrix, [(sum(float(matrix[p]) for p in places) / len(places), places) for places in blocks.values()]
+    return matrix, [(sum(float(matrix[p]) for p in places) / len(places), places)
+                    for places in blocks.values()]
 
 
 @settings(max_examples=25, deadline=None)
@@ -56,9 +59,12 @@ def test_n_of_each_m_along_the_inputs_stay(nm, seed):
     model = nn.Sequential(nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(16, 4))
     for name, mask in sparsity.masks(model, pattern=f"{n}:{m}").items():
         weight = model.get_submodule(name).weight.detach().abs()
-        lines = weight.view(len(weight), weight.shape[1], -1).transpose(1, 2).reshape(-1, weight.shape[1]).tolist()
-        kept = mask.view(len(weight), weight.shape[1], -1).transpose(1, 2).reshape(-1, weight.shape[1]).tolist()
-        for line, stays in zip(lines, kept, strict=True):  # the inputs of one row at one place of the kernel
+        lines = weight.view(len(weight), weight.shape[1],
+                            -1).transpose(1, 2).reshape(-1, weight.shape[1]).tolist()
+        kept = mask.view(len(weight), weight.shape[1],
+                         -1).transpose(1, 2).reshape(-1, weight.shape[1]).tolist()
+        # the inputs of one row at one place of the kernel
+        for line, stays in zip(lines, kept, strict=True):
             for start in range(0, len(line), m):
                 group = sorted(zip(line[start:start + m], stays[start:start + m], strict=True))
                 assert [stay for _, stay in group] == [False] * (m - n) + [True] * n
@@ -66,15 +72,18 @@ def test_n_of_each_m_along_the_inputs_stay(nm, seed):
 
 def test_layer_scope_takes_the_same_share_and_global_scope_the_whole(layered):
     each = sparsity.masks(layered, 0.75)
-    assert all(float((~mask).float().mean()) == pytest.approx(0.75, abs=0.01) for mask in each.values())
+    assert all(float((~mask).float().mean()) == pytest.approx(0.75, abs=0.01)
+               for mask in each.values())
     together = sparsity.masks(layered, 0.75, scope="global")
     weights = sum(mask.numel() for mask in together.values())
-    assert sum(int((~mask).sum()) for mask in together.values()) / weights == pytest.approx(0.75, abs=0.002)
+    assert sum(int((~mask).sum()) for mask in together.values()) / weights == pytest.approx(
+        0.75, abs=0.002)
     assert len({round(float((~mask).float().mean()), 3) for mask in together.values()}) > 1
 
 
 def test_sparsity_0_keeps_all_in_both_scopes(layered):
-    assert all(mask.all() for scope in sparsity.SCOPES for mask in sparsity.masks(layered, 0, scope=scope).values())
+    assert all(mask.all() for scope in sparsity.SCOPES
+               for mask in sparsity.masks(layered, 0, scope=scope).values())
 
 
 def test_a_layer_that_m_does_not_divide_stays_dense(layered):
@@ -89,14 +98,16 @@ def test_apply_leaves_the_model_and_the_table_counts_the_zeros(layered):
     table = sparsity.table(sparse).set_index("layer")
     assert table.sparsity.to_dict() == pytest.approx({"0": 0.5, "3": 0.5, "5": 0.5}, abs=0.06)
     whole = sparsity.apply(layered, {"3": torch.zeros(12, 8, 3, 3, dtype=torch.bool)})
-    assert sparsity.table(whole).set_index("layer").empty_channels.to_dict() == {"0": 0, "3": 12, "5": 0}
+    assert sparsity.table(whole).set_index("layer").empty_channels.to_dict() == {
+        "0": 0, "3": 12, "5": 0}
 
 
 def test_penalties_equal_their_formulas_and_can_be_differentiated(layered):
     expected = 0.0
     for name in ("0", "3", "5"):
         weight = layered.get_submodule(name).weight.detach()
-        expected += sum(math.sqrt(row.numel()) * math.sqrt(sum(float(v) ** 2 for v in row.flatten())) for row in weight)
+        expected += sum(math.sqrt(row.numel())
+                        * math.sqrt(sum(float(v) ** 2 for v in row.flatten())) for row in weight)
     found = sparsity.penalty(layered, "group_lasso")
     assert found.item() == pytest.approx(expected, rel=1e-5)
     layered[1].weight.data.normal_()
@@ -111,19 +122,23 @@ def test_group_lasso_shrinks_channels_and_gammas_shrink_under_theirs(tiny, model
     short = replace(RECIPE, epochs=1)
     plain = training.fit(model, tiny, recipe=short).model
     for kind, strength in (("group_lasso", 1e-2), ("bn_gamma", 1e-1)):
-        driven = training.fit(model, tiny, recipe=short, loss=sparsity.penalised(kind, strength)).model
+        driven = training.fit(model, tiny, recipe=short,
+                              loss=sparsity.penalised(kind, strength)).model
         assert sparsity.penalty(driven, kind) < 0.95 * sparsity.penalty(plain, kind)
 
 
-@pytest.mark.parametrize(("pattern", "share"), [("unstructured", 0.9), ("4x2", 0.75), ("2:4", None)])
+@pytest.mark.parametrize(("pattern", "share"), [("unstructured", 0.9), ("4x2", 0.75),
+                                                ("2:4", None)])
 def test_training_keeps_the_sparsity_and_moves_the_zeros(network, tiny, pattern, share):
     regrow = sparsity.Regrow(network, share, pattern=pattern, every=3, exchange=0.3)
     fixed = sparsity.Regrow(network, share, pattern=pattern, exchange=0)
     start = sparsity.apply(network, regrow.masks)
-    moved, still = (training.fit(start, tiny, recipe=RECIPE, after_step=hook).model for hook in (regrow, fixed))
+    moved, still = (training.fit(start, tiny, recipe=RECIPE, after_step=hook).model
+                    for hook in (regrow, fixed))
     came, went = 0, 0
     for name, mask in regrow.masks.items():
-        before, after, unmoved = mask, moved.get_submodule(name).weight != 0, still.get_submodule(name).weight != 0
+        before, after, unmoved = mask, moved.get_submodule(name).weight != 0, still.get_submodule(
+            name).weight != 0
         assert not (unmoved & ~before).any(), "exchange=0 keeps the masks"
         came, went = came + int((after & ~before).sum()), went + int((before & ~after).sum())
         assert float(after.float().mean()) == pytest.approx(float(before.float().mean()), abs=0.05)
@@ -163,7 +178,8 @@ def test_what_comes_back_starts_at_zero_and_a_last_move_reaches_the_sparsity(net
             optimizer.zero_grad()
             for name, mask in hook.masks.items():
                 assert (model.get_submodule(name).weight[mask & ~before[name]] == 0).all()
-    assert sparsity.table(sparsity.apply(network, regrow.masks)).sparsity.tolist() == pytest.approx([0.5] * 3, abs=0.03)
+    assert sparsity.table(sparsity.apply(network, regrow.masks)).sparsity.tolist() == pytest.approx(
+        [0.5] * 3, abs=0.03)
 
 
 def test_global_masks_leave_each_layer_something_and_are_exact_among_equals():
@@ -175,7 +191,8 @@ def test_global_masks_leave_each_layer_something_and_are_exact_among_equals():
     assert sum(int(mask.sum()) for mask in found.values()) == 21
 
 
-def test_a_sparse_training_that_is_killed_goes_on_to_the_same_zeros(network, tiny, tmp_path, monkeypatch):
+def test_a_sparse_training_that_is_killed_goes_on_to_the_same_zeros(network, tiny, tmp_path,
+                                                                    monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY_S", 0)
     regrow = sparsity.Regrow(network, 0.8, every=2)
     whole = training.fit(network, tiny, recipe=RECIPE, after_step=regrow).model
@@ -191,8 +208,10 @@ def test_a_sparse_training_that_is_killed_goes_on_to_the_same_zeros(network, tin
     with pytest.raises(KeyboardInterrupt):
         training.fit(network, tiny, recipe=RECIPE, after_step=regrow, state=tmp_path / "s")
     monkeypatch.setattr(sparsity.Regrow, "__call__", real)
-    resumed = training.fit(network, tiny, recipe=RECIPE, after_step=regrow, state=tmp_path / "s").model
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    resumed = training.fit(network, tiny, recipe=RECIPE, after_step=regrow,
+                           state=tmp_path / "s").model
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(),
+                                                 resumed.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match="its after_step is"):
         training.fit(network, tiny, recipe=RECIPE, state=tmp_path / "s")
 
@@ -205,13 +224,16 @@ def test_a_sparse_training_that_is_killed_goes_on_to_the_same_zeros(network, tin
     (lambda m: sparsity.masks(m, 0.5, pattern="4:2"), "unknown pattern '4:2'; expected"),
     (lambda m: sparsity.masks(m, 0.5, pattern="0x4"), "unknown pattern '0x4'; expected"),
     (lambda m: sparsity.masks(m, 0.5, scope="all"), "unknown scope 'all'"),
-    (lambda m: sparsity.masks(m, 0.5, layers="layer9.*"), "no layer matches 'layer9.*'; the layers are 0, 3, 5"),
+    (lambda m: sparsity.masks(m, 0.5, layers="layer9.*"),
+     "no layer matches 'layer9.*'; the layers are 0, 3, 5"),
     (lambda m: sparsity.apply(m, {"7": torch.ones(1)}), "no layer '7' in Sequential"),
-    (lambda m: sparsity.apply(m, {"3": torch.ones(2)}), "layer 3 has weights (12, 8, 3, 3), the mask (2,)"),
+    (lambda m: sparsity.apply(m, {"3": torch.ones(2)}),
+     "layer 3 has weights (12, 8, 3, 3), the mask (2,)"),
     (lambda m: sparsity.penalised("lasso", 1), "unknown penalty 'lasso'"),
     (lambda m: sparsity.penalised("bn_gamma", 0), "strength is 0, expected more than 0"),
     (lambda m: sparsity.Regrow(m, 0.5, exchange=1), "exchange is 1"),
-    (lambda m: sparsity.Regrow(m, pattern="2:4", gradual=True), "fixes its sparsity, so it cannot rise")])
+    (lambda m: sparsity.Regrow(m, pattern="2:4", gradual=True),
+     "fixes its sparsity, so it cannot rise")])
 def test_bad_input_gets_one_line(layered, call, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call(layered)
@@ -220,7 +242,8 @@ def test_bad_input_gets_one_line(layered, call, words):
 
 
 def test_nan_weights_and_a_network_without_norms_are_refused(layered):
-    with pytest.raises(UnsupportedModelError, match="has no batch norm for bn_gamma; use group_lasso"):
+    with pytest.raises(UnsupportedModelError,
+                       match="has no batch norm for bn_gamma; use group_lasso"):
         sparsity.penalty(nn.Sequential(nn.Linear(3, 2)), "bn_gamma")
     layered[3].weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="layer 3: its weights hold NaN"):

@@ -14,14 +14,16 @@ def test_every_stamp_has_a_picture_a_description_and_speech():
     assert set(KNOWN.clips.language) == set(stamps.SPOKEN)
     assert (KNOWN.texts.text.str.len() > 0).all()
     penguin = KNOWN.concepts.name.tolist().index("animals/birds/penguin")
-    assert KNOWN.texts[(KNOWN.texts.concept == penguin) & (KNOWN.texts.language == "en")].text.item() == "A penguin."
+    assert KNOWN.texts[(KNOWN.texts.concept == penguin)
+                       & (KNOWN.texts.language == "en")].text.item() == "A penguin."
 
 
 def test_new_concepts_share_no_group_with_the_others_and_keep_the_categories():
     new = KNOWN.concepts.part == stamps.NEW_CONCEPT
     assert 90 <= new.sum() <= 110
     assert not set(KNOWN.concepts.group[new]) & set(KNOWN.concepts.group[~new])
-    share = KNOWN.concepts.category[new].value_counts(normalize=True) - KNOWN.concepts.category.value_counts(normalize=True)
+    share = KNOWN.concepts.category[new].value_counts(
+        normalize=True) - KNOWN.concepts.category.value_counts(normalize=True)
     assert share.abs().max() < 0.03
     for rows in (KNOWN.texts, KNOWN.clips):
         assert ((rows.part == stamps.NEW_CONCEPT) == new.to_numpy()[rows.concept]).all()
@@ -33,10 +35,13 @@ def test_new_pairs_are_a_tenth_and_given_away_by_no_other_wording():
         known = rows[rows.part != stamps.NEW_CONCEPT]
         assert 0.08 < (known.part == stamps.NEW_PAIR).mean() < 0.16
     clips = KNOWN.clips.assign(group=groups[KNOWN.clips.concept])
-    pairs = {part: set(zip(rows.group, rows.language, strict=True)) for part, rows in clips.groupby("part")}
+    pairs = {part: set(zip(rows.group, rows.language, strict=True))
+             for part, rows in clips.groupby("part")}
     assert not pairs[stamps.NEW_PAIR] & pairs[stamps.TRAIN]
-    words = KNOWN.texts.assign(group=groups[KNOWN.texts.concept], text=KNOWN.texts.text.str.casefold().str.strip(" ."))
-    told = {part: set(zip(rows.group, rows.text, strict=True)) for part, rows in words.groupby("part")}
+    words = KNOWN.texts.assign(group=groups[KNOWN.texts.concept],
+                               text=KNOWN.texts.text.str.casefold().str.strip(" ."))
+    told = {part: set(zip(rows.group, rows.text, strict=True))
+            for part, rows in words.groupby("part")}
     assert not told[stamps.NEW_PAIR] & told[stamps.TRAIN]
 
 
@@ -68,7 +73,8 @@ def test_as_a_task_new_concepts_are_the_test_images():
     task = data.load("stamps", preprocessing=models.preprocessing("resnet20"))
     assert len(task.test) == (KNOWN.concepts.part == stamps.NEW_CONCEPT).sum()
     assert len(task.train) + len(task.validation) + len(task.test) == 925
-    assert task.classes[int(task.test.targets[0])] == KNOWN.concepts.category[KNOWN.concepts.part == stamps.NEW_CONCEPT].iloc[0]
+    assert task.classes[int(task.test.targets[0])] == KNOWN.concepts.category[
+        KNOWN.concepts.part == stamps.NEW_CONCEPT].iloc[0]
     large = data.load("stamps", preprocessing=Preprocessing(size=96))
     assert large.example.shape == (1, 3, 96, 96)
     with pytest.raises(ValueError, match="RGB"):
@@ -79,7 +85,8 @@ def test_pictures_are_those_of_the_contact_sheet():
     from PIL import Image
 
     sheet = np.array(Image.open(embedded.folder() / "stamps" / "pictures.webp"))
-    assert torch.equal(KNOWN.pictures[32], torch.from_numpy(sheet[64:128, 64:128].copy()).permute(2, 0, 1))
+    assert torch.equal(KNOWN.pictures[32],
+                       torch.from_numpy(sheet[64:128, 64:128].copy()).permute(2, 0, 1))
 
 
 def test_a_subset_keeps_what_belongs_together():
@@ -88,7 +95,8 @@ def test_a_subset_keeps_what_belongs_together():
     assert set(few.texts.concept) == set(range(50))
     old = KNOWN.concepts.name.tolist().index(few.concepts.name[17])
     assert torch.equal(few.pictures[17], KNOWN.pictures[old])
-    assert few.texts[few.texts.concept == 17].text.tolist() == KNOWN.texts[KNOWN.texts.concept == old].text.tolist()
+    assert few.texts[few.texts.concept == 17].text.tolist() == KNOWN.texts[
+        KNOWN.texts.concept == old].text.tolist()
     assert len(KNOWN.subset(2000).concepts) == 925
     with pytest.raises(ValueError, match="at least 1 concept"):
         KNOWN.subset(0)

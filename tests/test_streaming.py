@@ -1,4 +1,5 @@
-"""Streams: hop by hop as the whole network, in float and in 8 bits, as modules and as files; what cannot stream is told."""
+"""Streams: hop by hop as the whole network, in float and in 8 bits, as modules and as files; what
+cannot stream is told."""
 
 import time
 
@@ -21,7 +22,8 @@ from workbench.subjects import speech, words
 class Residual(nn.Module):
     def __init__(self, width, taps, dilation):
         super().__init__()
-        self.own = nn.Conv1d(width, width, taps, padding=(taps - 1) * dilation // 2, dilation=dilation, groups=width)
+        self.own = nn.Conv1d(width, width, taps, padding=(taps - 1) * dilation // 2,
+                             dilation=dilation, groups=width)
         self.all, self.norm = nn.Conv1d(width, width, 1), nn.BatchNorm1d(width)
         self.norm.running_mean.normal_()
         self.norm.bias.data.normal_()
@@ -75,22 +77,28 @@ class Windows(nn.Module):
 def both(network, recording, hop):
     """What the whole network and its stream make of a recording."""
     network.eval()
-    stream = streaming.stream(network, F.pad(recording[:1], (0, 13)), hop=hop)  # an example of another length
+    # an example of another length
+    stream = streaming.stream(network, F.pad(recording[:1], (0, 13)), hop=hop)
     with torch.inference_mode():
         return network(recording), streaming.Stream(stream).whole(recording)["logits"], stream
 
 
 ARCHITECTURES = {
-    "residual": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2), nn.ReLU(), Residual(8, 5, 3), Residual(8, 3, 1)),
+    "residual": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2), nn.ReLU(), Residual(8, 5, 3),
+                                      Residual(8, 3, 1)),
     "lstm": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2), Recurrent(8, nn.LSTM)),
-    "gru": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2, stride=2), Recurrent(8, nn.GRU), Residual(8, 3, 1)),
+    "gru": lambda: nn.Sequential(nn.Conv1d(6, 8, 5, padding=2, stride=2), Recurrent(8, nn.GRU),
+                                 Residual(8, 3, 1)),
     "bands": Bands,
-    "pools": lambda: nn.Sequential(nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(3, 1, 1), nn.Conv1d(6, 4, 3), nn.MaxPool1d(2)),
+    "pools": lambda: nn.Sequential(nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(3, 1, 1), nn.Conv1d(6, 4, 3),
+                                   nn.MaxPool1d(2)),
     "windows": lambda: nn.Sequential(Windows(), nn.Conv1d(6, 4, 3, padding=1)),
-    "branches": lambda: Said(lambda x, a, b: torch.cat([a(x), b(F.pad(x, (1, 3)))[..., :], x.abs()], 1),
+    "branches": lambda: Said(lambda x, a, b: torch.cat([a(x), b(F.pad(x, (1, 3)))[..., :], x.abs()],
+                                                       1),
                              a=nn.Conv1d(6, 4, 7, padding=3), b=nn.Conv1d(6, 2, 5)),
     "cropped": lambda: Said(lambda x, a: a(x) + x[..., 2:-2], a=nn.Conv1d(6, 6, 5)),
-    "mean": lambda: Said(lambda x, a, b: b(a(x).mean(-1)), a=nn.Conv1d(6, 4, 5, padding=2, stride=2), b=nn.Linear(4, 3)),
+    "mean": lambda: Said(lambda x, a, b: b(a(x).mean(-1)),
+                         a=nn.Conv1d(6, 4, 5, padding=2, stride=2), b=nn.Linear(4, 3)),
     "largest": lambda: nn.Sequential(nn.Conv1d(6, 4, 5, padding=2), Said(lambda x: x.amax(-1))),
 }
 
@@ -107,14 +115,17 @@ def test_a_stream_answers_as_the_whole_network(kind, samples, hops, tmp_path):
         file = streaming.Stream(streaming.export(stream, tmp_path / "x.onnx"))
         assert (file.whole(recording)["logits"] - whole).abs().max() <= 1e-5
         assert file.hop == 24
-        assert (file.late, file.every) == (streaming.Stream(stream).late, streaming.Stream(stream).every)
+        assert (file.late, file.every) == (streaming.Stream(stream).late,
+                                           streaming.Stream(stream).every)
 
 
-layers = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 6), st.booleans())
+layers = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 6),
+                   st.booleans())
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(layers, min_size=1, max_size=4), st.integers(1, 3), st.integers(40, 90), st.integers(0, 10**6))
+@given(st.lists(layers, min_size=1, max_size=4), st.integers(1, 3), st.integers(40, 90),
+       st.integers(0, 10**6))
 def test_any_kernels_strides_and_dilations_stream(kinds, hops, samples, seed):
     torch.manual_seed(seed)
     every, parts, left = 1, [], samples
@@ -122,7 +133,8 @@ def test_any_kernels_strides_and_dilations_stream(kinds, hops, samples, seed):
         if (left := (left + 2 * padding - (taps - 1) * dilation - 1) // stride + 1) < 1:
             return
         every *= stride
-        parts += [nn.Conv1d(3, 3, taps, stride, padding, dilation, groups=3 if depthwise else 1), nn.LeakyReLU()]
+        parts += [nn.Conv1d(3, 3, taps, stride, padding, dilation, groups=3 if depthwise else 1),
+                  nn.LeakyReLU()]
     whole, streamed, _ = both(nn.Sequential(*parts), torch.randn(1, 3, samples), hops * every)
     assert streamed.shape == whole.shape
     assert (streamed - whole).abs().max() <= 1e-5
@@ -132,7 +144,8 @@ def test_any_kernels_strides_and_dilations_stream(kinds, hops, samples, seed):
 def test_in_8_bits_a_stream_answers_to_the_last_bit_as_the_whole_file(kind, tmp_path):
     torch.manual_seed(0)
     net = {"residual": ARCHITECTURES["residual"], "causal": lambda: nn.Sequential(
-        nn.Conv1d(6, 8, 3), nn.ReLU(), speech.Causal(8, 5, 2), nn.AvgPool1d(4, 1), nn.Conv1d(8, 3, 1))}[kind]().eval()
+        nn.Conv1d(6, 8, 3), nn.ReLU(), speech.Causal(8, 5, 2), nn.AvgPool1d(4, 1),
+        nn.Conv1d(8, 3, 1))}[kind]().eval()
     rounded = quantization.quantize(net, [(torch.randn(8, 6, 96), None)])
     recording = torch.randn(2, 6, 96)
     whole = sessions.open(onnx.export(rounded, recording, tmp_path / "whole.onnx"))(recording)
@@ -144,15 +157,18 @@ def test_in_8_bits_a_stream_answers_to_the_last_bit_as_the_whole_file(kind, tmp_
 
 
 @pytest.mark.parametrize(("function", "parts", "said"), [
-    (lambda x, a: a(x.transpose(1, 2))[0], {"a": nn.LSTM(6, 4, batch_first=True, bidirectional=True)},
+    (lambda x, a: a(x.transpose(1, 2))[0],
+     {"a": nn.LSTM(6, 4, batch_first=True, bidirectional=True)},
      "looks ahead without bound"),
     (lambda x: x.softmax(-1), {}, "looks at all steps of a recording at once"),
     (lambda x, a: a(x), {"a": nn.GroupNorm(2, 6)}, "normalises over time"),
     (lambda x, a: a(x), {"a": nn.Linear(64, 3)}, "layer parts.a mixes all steps of time"),
     (lambda x: x * x.mean(-1, keepdim=True), {}, "average over all of the recording"),
-    (lambda x: F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3), {}, "may look at all of a recording"),
+    (lambda x: F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3), {},
+     "may look at all of a recording"),
     (lambda x: x.flip(-1), {}, "may look at all of a recording"),
-    (lambda x, a: a(F.pad(x, (1, 1), mode="reflect")), {"a": nn.Conv1d(6, 3, 3)}, "pads time by something else than zeros"),
+    (lambda x, a: a(F.pad(x, (1, 1), mode="reflect")), {"a": nn.Conv1d(6, 3, 3)},
+     "pads time by something else than zeros"),
     (lambda x: x + torch.arange(64.0), {}, "a number of its own"),
     (lambda x: x.sum(-1), {}, "sums up all of a recording"),
 ])
@@ -163,7 +179,8 @@ def test_what_cannot_stream_is_told_with_its_reason(function, parts, said):
 
 def test_a_hop_or_a_state_that_does_not_fit_is_told(tmp_path):
     net = nn.Sequential(nn.Conv1d(1, 2, 3, stride=4)).eval()
-    with pytest.raises(ValueError, match="gives 10 steps at layer 0, which takes one of 4; use a multiple of 4"):
+    with pytest.raises(ValueError, match="gives 10 steps at layer 0, which takes one of 4; use "
+                       "a multiple of 4"):
         streaming.stream(net, torch.zeros(1, 1, 64), hop=10)
     with pytest.raises(ValueError, match="at least 1 sample"):
         streaming.stream(net, torch.zeros(1, 1, 64), hop=0)
@@ -200,7 +217,8 @@ def test_the_context_of_silero_counts():
             found.append(score[0, 0])
         return np.array(found)
 
-    streamed = streaming.Stream(streaming.stream(net, torch.zeros(1, 8192), hop=512)).whole(samples)["logits"][0, 0].numpy()
+    streamed = streaming.Stream(streaming.stream(net, torch.zeros(1, 8192),
+                                                 hop=512)).whole(samples)["logits"][0, 0].numpy()
     right, without = asked(True), asked(False)
     assert np.abs(streamed - right).max() < 1e-4
     assert (right > 0.5).mean() > 0.5
@@ -233,7 +251,8 @@ def test_the_ring_counts_what_it_loses():
 
 
 def test_samples_are_doubled_as_a_whole_filter_would():
-    samples, doubled = np.sin(2 * np.pi * 440 * np.arange(1600) / 8000).astype(np.float32), Doubled()
+    samples, doubled = np.sin(2 * np.pi * 440 * np.arange(1600) / 8000).astype(
+        np.float32), Doubled()
     found = np.concatenate([doubled(hop) for hop in samples.reshape(-1, 80)])
     wanted = np.sin(2 * np.pi * 440 * (np.arange(3200) - 31.5) / 16000)
     assert np.abs(found - wanted)[200:].max() < 0.01
@@ -323,10 +342,13 @@ def test_noise_that_changes_is_told_once_and_so_is_silence():
 def test_events_are_scored_as_mlperf_tiny_scores_them():
     import pandas as pd
 
-    said = pd.DataFrame({"what": ["command"] * 2, "word": ["one", "two"], "start_s": [1.0, 7.0], "end_s": [1.65, 7.36]})
-    heard = pd.DataFrame({"word": ["one", "one", "one", "one", "two"], "at_s": [2.60, 2.80, 3.0, 4.5, 8.0]})
+    said = pd.DataFrame({"what": ["command"] * 2, "word": ["one", "two"], "start_s": [1.0, 7.0],
+                         "end_s": [1.65, 7.36]})
+    heard = pd.DataFrame({"word": ["one", "one", "one", "one", "two"],
+                          "at_s": [2.60, 2.80, 3.0, 4.5, 8.0]})
     found = detection.scored(heard, said, hours=0.5)
-    assert (found.hits, found.misses, found.false_alarms) == (2, 0, 2)  # 3.0 is within a second of 2.8
+    # 3.0 is within a second of 2.8
+    assert (found.hits, found.misses, found.false_alarms) == (2, 0, 2)
     assert found.per_hour == 4
     assert found.per_hour_low < 4 < found.per_hour_high
     assert detection.poisson(0, 2.0)[1:] == pytest.approx((0, 3.689 / 2), rel=1e-3)
@@ -369,7 +391,8 @@ def test_a_file_is_listened_to_and_taken_up_where_it_was_left(tmp_path):
     from workbench.plans import chain
 
     clips = [clip for clip in words.embedded() if clip.what == "command"]
-    made = words.scene(clips, seconds=16.0, draw=np.random.default_rng(0), pause=(0.6, 0.6), noise=(30, 30))
+    made = words.scene(clips, seconds=16.0, draw=np.random.default_rng(0), pause=(0.6, 0.6),
+                       noise=(30, 30))
     soundfile.write(tmp_path / "x.wav", speech.resampled(made.samples, 8_000, 16_000), 16_000)
     said: list[str] = []
     samples = chain.recording(tmp_path / "x.wav", told=said.append)
@@ -378,7 +401,8 @@ def test_a_file_is_listened_to_and_taken_up_where_it_was_left(tmp_path):
         chain.listen(listener, samples, told=said.append)
     events = said[1:-1]
     assert len(events) >= 4
-    assert all(line.split()[2] in words.WORDS and line.endswith(line.split()[2].upper()) for line in events)
+    assert all(line.split()[2] in words.WORDS and line.endswith(line.split()[2].upper())
+               for line in events)
     assert said[-1].startswith("16.0 s in hops of 10 ms")
     with chain.chain(bits=32, gate=False, threshold=0.5) as listener:
         for hop in samples[:64_000].reshape(-1, 80):
@@ -395,10 +419,14 @@ def test_a_file_is_listened_to_and_taken_up_where_it_was_left(tmp_path):
 
 @pytest.mark.parametrize(("given", "said"), [
     ([], "takes a FILE or --microphone, one of them"), (["x.wav", "--microphone"], "one of them"),
-    (["nowhere.wav"], "sound file nowhere.wav does not exist"), (["pyproject.toml"], "no sound file that can be read"),
-    (["data/speech/clips.wav", "--model", "nowhere.onnx", "--no-gate"], "nowhere.onnx does not exist"),
-    (["data/speech/clips.wav", "--model", "silero", "--no-gate", "--bits", "32"], "use a multiple of 512"),
-    (["data/speech/clips.wav", "--pace", "0"], "0.0"), (["data/speech/clips.wav", "--threshold", "2"], "2.0 is not in the")])
+    (["nowhere.wav"], "sound file nowhere.wav does not exist"),
+    (["pyproject.toml"], "no sound file that can be read"),
+    (["data/speech/clips.wav", "--model", "nowhere.onnx", "--no-gate"],
+     "nowhere.onnx does not exist"),
+    (["data/speech/clips.wav", "--model", "silero", "--no-gate", "--bits", "32"],
+     "use a multiple of 512"),
+    (["data/speech/clips.wav", "--pace", "0"], "0.0"),
+    (["data/speech/clips.wav", "--threshold", "2"], "2.0 is not in the")])
 def test_what_listen_refuses(given, said, monkeypatch, capsys):
     import sys
     from pathlib import Path

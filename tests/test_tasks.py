@@ -1,4 +1,5 @@
-"""Tasks of one's own, objectives and their metrics; a module of one's own; and what the README shows."""
+"""Tasks of one's own, objectives and their metrics; a module of one's own; and what the README
+shows."""
 
 import json
 import math
@@ -29,10 +30,12 @@ def test_f1_is_seqevals():
     torch.manual_seed(0)
     asked, targets = Tagging(tags=TAGS), torch.randint(0, 4, (30, 8))
     targets[:, 5:] = torch.where(torch.rand(30, 3) < 0.5, IGNORED, targets[:, 5:])
-    chosen = torch.where(torch.rand(30, 8) < 0.7, targets.clamp_min(0), torch.randint(0, 4, (30, 8)))
+    chosen = torch.where(torch.rand(30, 8) < 0.7, targets.clamp_min(0),
+                         torch.randint(0, 4, (30, 8)))
     logits = nn.functional.one_hot(chosen, 4).float()
     kept = [[k for k in range(8) if line[k] != IGNORED] for line in targets]
-    wanted, found = ([[TAGS[line[k]] for k in places] for line, places in zip(lines, kept, strict=True)]
+    wanted, found = ([[TAGS[line[k]] for k in places]
+                      for line, places in zip(lines, kept, strict=True)]
                      for lines in (targets, chosen))
     score = accuracy.scored(asked.statistics(logits, targets), asked)
     assert score.value == pytest.approx(f1_score(wanted, found))
@@ -62,7 +65,8 @@ def test_a_paired_bootstrap_of_a_model_with_itself_is_nothing():
 def test_examples_of_one_speaker_stand_or_fall_together():
     right = torch.tensor([1.0, 0] * 50).double()[:, None]
     alone = accuracy.scored(right, Objective())
-    one_speaker_each = accuracy.scored(right, Objective(unit="speaker"), units=torch.tensor([0, 1] * 50))
+    one_speaker_each = accuracy.scored(right, Objective(unit="speaker"),
+                                       units=torch.tensor([0, 1] * 50))
     assert one_speaker_each.high - one_speaker_each.low > 4 * (alone.high - alone.low)
 
 
@@ -87,13 +91,16 @@ class Both(nn.Module):
         self.read, self.place, self.out = nn.Linear(6, 32), nn.Embedding(2, 32), nn.Linear(32, 2)
 
     def forward(self, signal, station):
-        return {"state": station, "logits": self.out(torch.relu(self.read(signal) * self.place(station)))}
+        return {"state": station,
+                "logits": self.out(torch.relu(self.read(signal) * self.place(station)))}
 
 
 def test_a_tuple_of_tensors_goes_through_training_plan_export_and_int8(tmp_path):
     task = data.of(two_inputs(2000), name="own")
     model = models.wrap(Both(), task)
-    stages = steps.plan(Subject(model, task), [Train(Recipe(epochs=12, batch_size=64, learning_rate=0.02, optimizer="adamw"))])
+    stages = steps.plan(Subject(model, task),
+                        [Train(Recipe(epochs=12, batch_size=64, learning_rate=0.02,
+                                      optimizer="adamw"))])
     frame = steps.compare(stages, folder=tmp_path)
     assert frame.stage.tolist() == ["start", "train"]
     assert frame.top1.iloc[1] > 0.9
@@ -101,7 +108,8 @@ def test_a_tuple_of_tensors_goes_through_training_plan_export_and_int8(tmp_path)
     assert found.row["cosine_min"] > 0.99999
     assert found.row["agreement"] == 1
     assert abs(found.row["int8_top1_change"]) < 0.05
-    outputs = sessions.open(found.files["float32"]).outputs(dict(zip(("signal", "station"), task.test.batch().inputs,
+    outputs = sessions.open(found.files["float32"]).outputs(dict(zip(("signal", "station"),
+                                                                     task.test.batch().inputs,
                                                                      strict=True)))
     assert list(outputs) == ["state", "logits"]
 
@@ -137,12 +145,14 @@ def test_a_state_is_fed_back(tmp_path):
             stream.reset()
     with pytest.raises(ValueError, match="no start is given for 'memory'"):
         sessions.Stateful(cell, {"new_state": "memory"}, start={"state": start})
-    with pytest.raises(ValueError, match="has no output 'gone' to feed back; it has output, new_state"):
+    with pytest.raises(ValueError, match="has no output 'gone' to feed back; it has "
+                       "output, new_state"):
         sessions.Stateful(path, {"gone": "state"}, start={"state": start})({"frame": frames[0]})
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: objective("regression"), "unknown objective 'regression'; expected one of class, tags, next_token"),
+    (lambda: objective("regression"), "unknown objective 'regression'; expected one of class, "
+     "tags, next_token"),
     (lambda: data.of((torch.zeros(3, 2), torch.zeros(4))), "3 inputs and 4 targets"),
     (lambda: data.of((torch.tensor([[1.0], [math.nan]]), torch.zeros(2))), "example 1 holds NaN"),
     (lambda: data.of(7), "found int; expected"),
@@ -150,11 +160,14 @@ def test_a_state_is_fed_back(tmp_path):
      "Linear does not run on the task's"),
     (lambda: models.wrap(nn.Identity(), data.of((torch.zeros(30, 6, 2), torch.zeros(30).long()))),
      r"Identity: the model's answer has shape"),
-    (lambda: accuracy.evaluate(nn.Linear(6, 2), data.of((torch.zeros(30, 6), torch.full((30,), 3))).test),
+    (lambda: accuracy.evaluate(nn.Linear(6, 2),
+                               data.of((torch.zeros(30, 6), torch.full((30,), 3))).test),
      "knows 2 classes, a target is class 3"),
-    (lambda: next(Split(torch.ones(2, 5).long(), torch.zeros(2, 4).long(), objective=Tagging(tags=TAGS)).batches()),
+    (lambda: next(Split(torch.ones(2, 5).long(), torch.zeros(2, 4).long(),
+                        objective=Tagging(tags=TAGS)).batches()),
      r"targets have shape \(2, 4\), the tokens \(2, 5\)"),
-    (lambda: models.load("resnet20", data.of((torch.zeros(30, 6), torch.zeros(30).long())), pretrained=False),
+    (lambda: models.load("resnet20", data.of((torch.zeros(30, 6), torch.zeros(30).long())),
+                         pretrained=False),
      "this network reads pictures"),
 ])
 def test_bad_input_gets_one_line(call, message):

@@ -1,4 +1,5 @@
-"""The tracer: every kind of model becomes a graph of its own layers that computes the same, for any batch and length."""
+"""The tracer: every kind of model becomes a graph of its own layers that computes the same, for any
+batch and length."""
 
 import pytest
 import torch
@@ -15,31 +16,38 @@ from workbench.subjects.networks import Towers
 def decoder():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=4,
                                       num_key_value_heads=2, vocab_size=50, use_cache=False)
     ids = torch.randint(0, 50, (3, 9))
-    return transformers.LlamaForCausalLM(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return transformers.LlamaForCausalLM(config), {"input_ids": ids,
+                                                   "attention_mask": torch.ones_like(ids)}
 
 
 def bert():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=4,
                                      vocab_size=50, num_labels=3)
     ids = torch.randint(1, 50, (3, 7))
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    return transformers.BertForSequenceClassification(config), {"input_ids": ids, "attention_mask": mask}
+    return transformers.BertForSequenceClassification(config), {"input_ids": ids,
+                                                                "attention_mask": mask}
 
 
 def vit():
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5, depth=2), torch.randn(3, 3, 32, 32)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5,
+                             depth=2), torch.randn(3, 3, 32, 32)
 
 
 def towers():
-    parts = {"signal": nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True)), "station": nn.Embedding(5, 16)}
-    return Towers(parts, nn.Linear(32, 3)), {"signal": torch.randn(6, 8), "station": torch.randint(0, 5, (6,))}
+    parts = {"signal": nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True)),
+             "station": nn.Embedding(5, 16)}
+    return Towers(parts, nn.Linear(32, 3)), {"signal": torch.randn(6, 8),
+                                             "station": torch.randint(0, 5, (6,))}
 
 
 def mobile():
@@ -64,7 +72,8 @@ def test_a_graph_computes_what_the_model_does_as_a_whole_and_node_by_node(make):
         torch.testing.assert_close(graph.output(values), expected)
         torch.testing.assert_close(answer(call(trace(model, one), inputs)), expected)
     modules = dict(model.named_modules())
-    assert all(graph.modules[n.target].weight is modules[n.target].weight for n in graph.nodes if is_layer(n, graph.modules))
+    assert all(graph.modules[n.target].weight is modules[n.target].weight for n in graph.nodes
+               if is_layer(n, graph.modules))
 
 
 def test_a_mask_is_not_taken_for_the_ids():
@@ -90,7 +99,8 @@ def test_tracing_leaves_the_models_mode_and_is_done_once():
 def test_a_layer_of_a_librarys_own_class_pads_once():
     import timm
 
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=4).eval()  # convolutions that pad by themselves
+    # convolutions that pad by themselves
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=4).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(trace(model, images)(images), model(images))
@@ -102,7 +112,8 @@ def test_what_cannot_be_traced_is_one_line():
             return x if x.sum() > 0 else -x
 
     with pytest.raises(UnsupportedModelError,
-                       match="Branching cannot be traced .*; write its forward without branches on values"):
+                       match="Branching cannot be traced .*; write its forward without "
+                       "branches on values"):
         trace(Branching(), torch.ones(2, 3))
 
 
@@ -117,8 +128,10 @@ def test_a_missing_or_unknown_input_is_named(inputs, message):
 
 
 def test_where_a_relu_cuts_is_read_from_the_graph():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU6(), nn.Linear(2, 2), nn.Hardtanh(-2, 3), nn.Linear(2, 2), nn.ReLU())
-    found = [ends(node) for node in trace(model.eval(), torch.zeros(2, 2)).graph.nodes if ends(node)]
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU6(), nn.Linear(2, 2), nn.Hardtanh(-2, 3),
+                          nn.Linear(2, 2), nn.ReLU())
+    found = [ends(node) for node in trace(model.eval(), torch.zeros(2, 2)).graph.nodes
+             if ends(node)]
     assert found == [(0.0, 6.0), (-2.0, 3.0), (0.0, float("inf"))]
 
 
@@ -180,7 +193,8 @@ class Within(nn.Module):
     def forward(self, x):
         if self.way == "branch":
             return torch.cond(x.sum() > 0, self.first, self.second, (x,))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.way == "on"), torch.enable_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16,
+                            enabled=self.way == "on"), torch.enable_grad():
             return self.second(self.first(x))
 
 
@@ -188,18 +202,22 @@ def test_what_runs_without_autocast_is_part_of_the_graph():
     model, x = Within("off").eval(), torch.randn(3, 4)
     graph = trace(model, x)
     torch.testing.assert_close(graph(x), model(x))
-    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["first", "second"]
+    assert [node.target for node in graph.graph.nodes
+            if node.op == "call_module"] == ["first", "second"]
 
 
-@pytest.mark.parametrize(("way", "message"), [("on", "turns autocast on"), ("branch", "a branch or loop within its graph")])
+@pytest.mark.parametrize(("way", "message"), [("on", "turns autocast on"),
+                                              ("branch", "a branch or loop within its graph")])
 def test_autocast_and_branches_within_a_forward_are_refused(way, message):
     with pytest.raises(UnsupportedModelError, match=message):
         trace(Within(way).eval(), torch.randn(3, 4))
 
 
-@pytest.mark.parametrize("change", [lambda y: (y.t().mul_(2), y)[1], lambda y: y + torch.randn_like(y)], ids=["view", "chance"])
+@pytest.mark.parametrize("change", [lambda y: (y.t().mul_(2), y)[1],
+                                    lambda y: y + torch.randn_like(y)], ids=["view", "chance"])
 def test_a_graph_that_answers_otherwise_is_refused(change):
-    with pytest.raises(UnsupportedModelError, match="Odd: its traced graph answers otherwise than the model does .*in place"):
+    with pytest.raises(UnsupportedModelError, match="Odd: its traced graph answers otherwise than "
+                       "the model does .*in place"):
         trace(Odd(change), torch.randn(3, 4))
 
 
@@ -208,5 +226,6 @@ def test_a_forward_that_fixes_the_number_of_examples_is_refused():
         def forward(self, x):
             return x.view(len(x), -1)
 
-    with pytest.raises(UnsupportedModelError, match="Fixed fixes the number of examples of 'x'; .* instead of len"):
+    with pytest.raises(UnsupportedModelError, match="Fixed fixes the number of examples of 'x'; .* "
+                       "instead of len"):
         trace(Fixed(), torch.randn(3, 4, 2))

@@ -1,4 +1,5 @@
-"""Training: the same seed gives the same weights, stopped or not; each precision learns; bad runs are refused."""
+"""Training: the same seed gives the same weights, stopped or not; each precision learns; bad runs
+are refused."""
 
 import copy
 from dataclasses import replace
@@ -30,23 +31,27 @@ def test_two_trainings_from_one_seed_end_in_identical_weights(start, tiny, train
 
 
 def test_another_seed_ends_elsewhere(start, tiny, trained):
-    assert not torch.equal(weights(training.fit(start, tiny, recipe=RECIPE, seed=1)), weights(trained))
+    assert not torch.equal(weights(training.fit(start, tiny, recipe=RECIPE, seed=1)),
+                           weights(trained))
 
 
 def test_the_callers_model_is_left_as_it_was(start, tiny, trained):
     fresh = models.load("resnet20", tiny, pretrained=False)
-    assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(), fresh.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(),
+                                                 fresh.state_dict().values(), strict=True))
     assert not start.training
 
 
 @pytest.mark.parametrize("stop", [1, 6, 8])
-def test_interrupted_and_resumed_ends_in_the_same_weights(start, tiny, trained, tmp_path, monkeypatch, stop):
+def test_interrupted_and_resumed_ends_in_the_same_weights(start, tiny, trained, tmp_path,
+                                                          monkeypatch, stop):
     check_resuming(start, tiny, RECIPE, trained, tmp_path, monkeypatch, stop)
 
 
 def test_interrupted_and_resumed_keeps_the_scale_of_fp16(network, tiny, tmp_path, monkeypatch):
     recipe = replace(RECIPE, precision="fp16")
-    check_resuming(network, tiny, recipe, training.fit(network, tiny, recipe=recipe), tmp_path, monkeypatch, 4)
+    check_resuming(network, tiny, recipe, training.fit(network, tiny, recipe=recipe), tmp_path,
+                   monkeypatch, 4)
 
 
 def check_resuming(start, tiny, recipe, whole, tmp_path, monkeypatch, stop):
@@ -60,13 +65,15 @@ def check_resuming(start, tiny, recipe, whole, tmp_path, monkeypatch, stop):
         return torch.nn.functional.cross_entropy(model(batch.inputs).float(), batch.targets)
 
     with pytest.raises(KeyboardInterrupt):
-        training.fit(start, tiny, recipe=recipe, state=tmp_path / "state.safetensors", loss=interrupted)
+        training.fit(start, tiny, recipe=recipe, state=tmp_path / "state.safetensors",
+                     loss=interrupted)
     resumed = training.fit(start, tiny, recipe=recipe, state=tmp_path / "state.safetensors")
     assert torch.equal(weights(resumed), weights(whole))
     assert resumed.history.drop(columns="seconds").equals(whole.history.drop(columns="seconds"))
 
 
-@pytest.mark.parametrize(("precision", "schedule"), [("fp32", "step"), ("bf16", "constant"), ("fp16", "cosine")])
+@pytest.mark.parametrize(("precision", "schedule"), [("fp32", "step"), ("bf16", "constant"),
+                                                     ("fp16", "cosine")])
 def test_every_precision_and_schedule_learns(network, tiny, precision, schedule):
     recipe = replace(RECIPE, precision=precision, schedule=schedule, epochs=3)
     history = training.fit(network, tiny, recipe=recipe).history
@@ -76,12 +83,14 @@ def test_every_precision_and_schedule_learns(network, tiny, precision, schedule)
 def test_a_finished_state_is_not_trained_again(start, tiny, trained, tmp_path):
     training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
     calls = []
-    again = training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s", loss=lambda *_: calls.append(1))
+    again = training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s",
+                         loss=lambda *_: calls.append(1))
     assert not calls
     assert torch.equal(weights(again), weights(trained))
 
 
-def test_a_finished_training_is_taken_up_where_only_rounding_differs(start, tiny, model, trained, tmp_path, capsys):
+def test_a_finished_training_is_taken_up_where_only_rounding_differs(start, tiny, model, trained,
+                                                                     tmp_path, capsys):
     folder = tmp_path / "trained"
     training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s")
     states.finish(tmp_path / "s", folder / "tiny.safetensors")
@@ -89,12 +98,14 @@ def test_a_finished_training_is_taken_up_where_only_rounding_differs(start, tiny
     with torch.no_grad():
         next(moved.parameters()).mul_(1 + 1e-6)
     calls = []
-    again = training.fit(moved, tiny, recipe=RECIPE, known=folder, after_step=lambda *_: calls.append(1))
+    again = training.fit(moved, tiny, recipe=RECIPE, known=folder,
+                         after_step=lambda *_: calls.append(1))
     assert len(calls) == 12  # of another training: with something after each step
     again = training.fit(moved, tiny, recipe=RECIPE, known=folder)
     assert "trained before, 12 steps" in capsys.readouterr().out
     torch.testing.assert_close(weights(again), weights(trained), rtol=1e-3, atol=1e-4)
-    assert again.history.equals(training.fit(start, tiny, recipe=RECIPE, state=tmp_path / "s").history)
+    assert again.history.equals(training.fit(start, tiny, recipe=RECIPE,
+                                             state=tmp_path / "s").history)
     training.fit(model, tiny, recipe=RECIPE, known=folder)
     training.fit(start, tiny, recipe=replace(RECIPE, learning_rate=0.01), known=folder)
     assert "trained before" not in capsys.readouterr().out
@@ -142,12 +153,14 @@ def test_a_damaged_state_is_refused(start, tiny, tmp_path):
 
 
 def test_a_loss_that_explodes_stops_the_training_and_says_where(start, tiny):
-    with pytest.raises(ValueError, match=r"training: the loss became nan at step \d+ of 12; lower learning_rate"):
+    with pytest.raises(ValueError, match=r"training: the loss became nan at step \d+ of 12; "
+                       r"lower learning_rate"):
         training.fit(start, tiny, recipe=replace(RECIPE, learning_rate=1e6))
 
 
 def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters():
-    rates = [training.Recipe(schedule="step", learning_rate=1).rate(p) for p in (0, 0.49, 0.5, 0.74, 0.75, 1)]
+    rates = [training.Recipe(schedule="step", learning_rate=1).rate(p)
+             for p in (0, 0.49, 0.5, 0.74, 0.75, 1)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -157,7 +170,8 @@ def test_the_cosine_schedule_falls_from_the_whole_rate_to_none_behind_its_warmup
     assert rates == pytest.approx([0, 0.2, 0.4, 0.2 * (1 + 0.5**0.5), 0.2, 0])
 
 
-@pytest.mark.parametrize(("field", "value"), [("schedule", "linear"), ("precision", "int8"), ("epochs", 0), ("batch_size", -1)])
+@pytest.mark.parametrize(("field", "value"), [("schedule", "linear"), ("precision", "int8"),
+                                              ("epochs", 0), ("batch_size", -1)])
 def test_an_impossible_recipe_is_refused(field, value):
     with pytest.raises(ValueError, match=f"recipe: {field} is {value!r}"):
         replace(RECIPE, **{field: value})
@@ -168,6 +182,7 @@ def test_augmented_images_are_shifted_and_mirrored_copies():
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1))[0, 0]
     possible = [padded[r:r + 6, c:c + 6] for r in range(3) for c in range(3)]
     possible += [p.flip(1) for p in possible]
-    made = tasks.augment(image.expand(200, 1, 6, 6), shift=1, flip=True, generator=torch.Generator().manual_seed(0))
+    made = tasks.augment(image.expand(200, 1, 6, 6), shift=1, flip=True,
+                         generator=torch.Generator().manual_seed(0))
     found = {next(i for i, p in enumerate(possible) if torch.equal(p, m[0])) for m in made}
     assert found == set(range(18))

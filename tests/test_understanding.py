@@ -1,4 +1,5 @@
-"""Commands with an intent and slots: data, objective, models, cutting, teaching, rejection; bad input."""
+"""Commands with an intent and slots: data, objective, models, cutting, teaching, rejection; bad
+input."""
 
 import sys
 from dataclasses import replace
@@ -33,7 +34,8 @@ def commands():
 @pytest.fixture(scope="module")
 def small(commands):
     """A BERT of two layers, at random."""
-    config = transformers.BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    config = transformers.BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=64,
                                      max_position_embeddings=64)
     torch.manual_seed(0)
     model = Model(transformers.BertModel(config), 48, len(commands.classes)).eval()
@@ -43,39 +45,50 @@ def small(commands):
 
 def test_the_metrics_are_those_of_seqeval_and_of_counting():
     asked, draw = Understanding(intents=INTENTS, tags=TAGS), torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(40, 7, 4, generator=draw), torch.randint(0, 4, (40, 7), generator=draw)
+    logits, targets = torch.randn(40, 7, 4,
+                                  generator=draw), torch.randint(0, 4, (40, 7), generator=draw)
     targets[:, 0] %= 2
     targets[::3, 5:] = IGNORED
     logits = asked.read(logits, targets)
     score = accuracy.scored(asked.statistics(logits, targets), asked)
     chosen = logits.argmax(2)
     assert int(chosen[:, 0].max()) < len(INTENTS), "no tag is taken for an intent"
-    pairs = [[(TAGS[a], TAGS[b]) for a, b in zip(line[1:].tolist(), right[1:].tolist(), strict=True) if b != IGNORED]
+    pairs = [[(TAGS[a], TAGS[b]) for a, b in zip(line[1:].tolist(), right[1:].tolist(), strict=True)
+              if b != IGNORED]
              for line, right in zip(chosen, targets, strict=True)]
-    theirs = f1_score([[right for _, right in line] for line in pairs], [[found for found, _ in line] for line in pairs])
+    theirs = f1_score([[right for _, right in line] for line in pairs],
+                      [[found for found, _ in line] for line in pairs])
     assert accuracy.by(score, "f1").value == pytest.approx(theirs)
-    assert accuracy.by(score, "intent").value == pytest.approx((chosen[:, 0] == targets[:, 0]).double().mean())
-    whole = [all(a == b for a, b in line) and int(c[0]) == int(t[0]) for line, c, t in zip(pairs, chosen, targets, strict=True)]
+    assert accuracy.by(score,
+                       "intent").value == pytest.approx(
+                           (chosen[:, 0] == targets[:, 0]).double().mean())
+    whole = [all(a == b for a, b in line) and int(c[0]) == int(t[0])
+             for line, c, t in zip(pairs, chosen, targets, strict=True)]
     assert score.value == pytest.approx(np.mean(whole))
     loss = asked.loss(logits, targets)
     apart = [nn.functional.cross_entropy(logits[:, 0, :2], targets[:, 0]),
-             nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)]
+             nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), targets[:, 1:].flatten(),
+                                         ignore_index=IGNORED)]
     assert float(loss) == pytest.approx(float(sum(apart)), rel=1e-5)
 
 
 def test_templates_are_held_out_and_every_language_is_listed(commands):
     seen = {tuple(words) for words in commands.train.inputs.lines}
     assert not any(tuple(words) in seen for words in commands.test.inputs.lines)
-    assert {marks[0] for marks in commands.test.targets.lines} <= {marks[0] for marks in commands.train.targets.lines}
+    known = {marks[0] for marks in commands.train.targets.lines}
+    assert {marks[0] for marks in commands.test.targets.lines} <= known
     assert len(commands.train) > 4000
     assert len(commands.test) > 900
     assert len(commands.classes) >= 40
     again = intents.load("en")
-    assert [*map(list, again.test.inputs.lines)] == [*map(list, commands.test.inputs.lines)], "drawn by seed"
+    lines = [[*map(list, drawn.test.inputs.lines)] for drawn in (again, commands)]
+    assert lines[0] == lines[1], "drawn by seed"
     assert len(intents.languages()) >= 40
     chinese, hindi = intents.load("zh-CN"), intents.load("hi")
-    assert all(len(word) == 1 for words in chinese.test.inputs.lines for word in words if "一" <= word[0] <= "龥")
-    assert any(len(word) > 3 for words in hindi.test.inputs.lines for word in words), "vowel signs belong to their words"
+    assert all(len(word) == 1 for words in chinese.test.inputs.lines for word in words
+               if "一" <= word[0] <= "龥")
+    assert any(len(word) > 3 for words in hindi.test.inputs.lines
+               for word in words), "vowel signs belong to their words"
 
 
 def test_recombined_sentences_keep_their_tags_in_step(commands):
@@ -94,7 +107,9 @@ def test_requests_hold_several_commands(commands):
     lengths = [len(words) for words in chained.inputs.lines]
     assert len(chained) == len(commands.test)
     assert max(lengths) > 25
-    assert all(len(marks) == len(words) + 1 for words, marks in zip(chained.inputs.lines, chained.targets.lines, strict=True))
+    assert all(len(marks) == len(words) + 1 for words, marks in zip(chained.inputs.lines,
+                                                                    chained.targets.lines,
+                                                                    strict=True))
     with pytest.raises(ValueError, match="most is 0"):
         intents.chained(commands.test, 0)
 
@@ -130,10 +145,14 @@ def test_checkpoints_of_understanding_come_back(commands, tmp_path):
 
 
 def test_it_trains_is_taught_and_adapters_merge(commands, small):
-    task = replace(commands, train=commands.train.subset(96), validation=commands.validation.subset(20))
-    recipe = training.Recipe(epochs=1, batch_size=32, learning_rate=1e-3, optimizer="adamw", precision="fp32")
-    pairs = {"encoder.encoder.layer.1.attention.self.value": "encoder.encoder.layer.0.attention.self.value"}
-    for options in ({}, {"kind": "hint", "layers": ["states"]}, {"kind": "relations", "layers": pairs}):
+    task = replace(commands, train=commands.train.subset(96),
+                   validation=commands.validation.subset(20))
+    recipe = training.Recipe(epochs=1, batch_size=32, learning_rate=1e-3, optimizer="adamw",
+                             precision="fp32")
+    place = "encoder.encoder.layer.{}.attention.self.value"
+    pairs = {place.format(1): place.format(0)}
+    for options in ({}, {"kind": "hint", "layers": ["states"]},
+                    {"kind": "relations", "layers": pairs}):
         made = training.fit(small, task, recipe=recipe, loss=distillation.loss(small, **options))
         assert np.isfinite(made.history.loss.iloc[-1])
         assert "validation_sentence" in made.history
@@ -141,7 +160,8 @@ def test_it_trains_is_taught_and_adapters_merge(commands, small):
     trained = training.fit(tuned, task, recipe=recipe).model
     merged = transfer.merged(trained)
     assert merged.state_dict().keys() == small.state_dict().keys()
-    torch.testing.assert_close(merged.eval()(**task.example), trained(**task.example), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(merged.eval()(**task.example), trained(**task.example), atol=1e-5,
+                               rtol=1e-4)
     with pytest.raises(ValueError, match="has no adapters to merge"):
         transfer.merged(small)
 
@@ -153,12 +173,14 @@ def test_relations_are_those_of_a_naive_loop():
     parts = []
     for k, length in enumerate(mask.sum(1).tolist()):
         for head in range(4):
-            a, b = mine[k, :length, 2 * head:2 * head + 2], theirs[k, :length, 3 * head:3 * head + 3]
+            a, b = mine[k, :length, 2 * head:2 * head + 2], theirs[k, :length,
+                                                                   3 * head:3 * head + 3]
             for token in range(length):
                 p = torch.softmax(b @ b[token] / 3**0.5, 0)
                 q = torch.softmax(a @ a[token] / 2**0.5, 0)
                 parts.append(float((p * (p / q).log()).sum()))
-    assert float(distillation.relations(mine, theirs, heads=4, mask=mask)) == pytest.approx(np.mean(parts), rel=1e-4)
+    assert float(distillation.relations(mine, theirs, heads=4,
+                                        mask=mask)) == pytest.approx(np.mean(parts), rel=1e-4)
     with pytest.raises(ValueError, match="multiple of 5"):
         distillation.relations(mine, theirs, heads=5)
 
@@ -179,7 +201,8 @@ def test_the_fisher_information_is_that_of_single_examples(commands, small):
             logits = commands.objective.read(small(**batch.inputs))
             losses.append(3 * float(commands.objective.loss(logits, batch.targets)))
             weight.copy_(saved)
-    assert float(together[name][:, 7].sum()) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=2e-2, abs=2e-4)
+    assert float(together[name][:, 7].sum()) == pytest.approx((losses[0] - losses[1]) / (2 * step),
+                                                              rel=2e-2, abs=2e-4)
 
 
 def test_exchanging_never_makes_the_information_greater():
@@ -194,12 +217,14 @@ def test_exchanging_never_makes_the_information_greater():
 
 def test_what_stays_is_scaled_by_the_least_squares():
     draw = torch.Generator().manual_seed(0)
-    seen, weight, right = (torch.randn(*shape, generator=draw) for shape in ((200, 12), (9, 12), (4,)))
+    seen, weight, right = (torch.randn(*shape, generator=draw)
+                           for shape in ((200, 12), (9, 12), (4,)))
     right = 1 + 0.5 * right
     wanted = (seen * right.repeat_interleave(3)) @ weight.T  # four channels of three columns each
     torch.testing.assert_close(fisher._scales(seen, wanted, weight, 4), right, atol=5e-3, rtol=5e-3)
     noisy = wanted + torch.randn(200, 9, generator=draw)
-    columns = torch.stack([(seen.view(200, 4, 3)[:, k] @ weight.view(9, 4, 3)[:, k].T).flatten() for k in range(4)], 1)
+    columns = torch.stack([(seen.view(200, 4, 3)[:, k] @ weight.view(9, 4, 3)[:, k].T).flatten()
+                           for k in range(4)], 1)
     least = torch.linalg.lstsq(columns, noisy.flatten()).solution
     torch.testing.assert_close(fisher._scales(seen, noisy, weight, 4), least, atol=5e-3, rtol=5e-3)
     assert fisher._scales(seen, 50 * wanted, weight, 4) is None, "beyond ten it is not believed"
@@ -207,10 +232,14 @@ def test_what_stays_is_scaled_by_the_least_squares():
 
 def test_a_transformer_is_cut_without_training(commands, small):
     seen = [commands.train.batch(torch.arange(k, k + 16)) for k in (0, 16, 32)]
-    cut = fisher.prune(small, seen, macs=0.6, example=commands.example, objective=commands.objective, multiple=8)
+    cut = fisher.prune(small, seen, macs=0.6, example=commands.example,
+                       objective=commands.objective, multiple=8)
     told = fisher.slopes(small, seen, example=commands.example, objective=commands.objective)
-    again = fisher.prune(small, seen, macs=0.6, example=commands.example, multiple=8, known_slopes=told)
-    assert all(torch.equal(one, other) for one, other in zip(cut.state_dict().values(), again.state_dict().values(), strict=True))
+    again = fisher.prune(small, seen, macs=0.6, example=commands.example, multiple=8,
+                         known_slopes=told)
+    assert all(torch.equal(one, other) for one, other in zip(cut.state_dict().values(),
+                                                             again.state_dict().values(),
+                                                             strict=True))
     left = cost.total(cut, commands.example)["macs"] / cost.total(small, commands.example)["macs"]
     assert 0.45 < left <= 0.6
     step = fisher.Fisher(macs=0.8, examples=16)
@@ -226,19 +255,23 @@ def test_what_stays_is_rescaled_layer_after_layer_as_the_model_runs(commands, sm
     known = {group.layer: group for group in groups(small, commands.example) if not group.kept}
     removed = {name: [0] if group.unit == "head" else [0, 3, 5] for name, group in known.items()}
     backwards = dict(reversed(removed.items()))
-    first, second = (fisher.rescaled(small, gone, known, seen, commands.example) for gone in (removed, backwards))
+    first, second = (fisher.rescaled(small, gone, known, seen, commands.example)
+                     for gone in (removed, backwards))
     readers = [next(iter(known[name].read_by)) for name in removed]
     for reader in readers:
         assert torch.equal(first.get_submodule(reader).weight, second.get_submodule(reader).weight)
-        assert not torch.equal(first.get_submodule(reader).weight, small.get_submodule(reader).weight)
+        assert not torch.equal(first.get_submodule(reader).weight,
+                               small.get_submodule(reader).weight)
     walk = fisher._Walk(small, commands.example, seen)
-    for reader in sorted(readers, key=walk.graph.place.get):  # what is walked through is what a pass of its own reads
+    # what is walked through is what a pass of its own reads
+    for reader in sorted(readers, key=walk.graph.place.get):
         torch.testing.assert_close(walk.to(reader), fisher._reads(small, [reader], seen)[reader])
 
 
 def test_what_is_out_of_scope_is_told_by_sureness(commands):
     model = models.load("hashed_cnn", commands)
-    other = rejection.outside(commands.test, ["a large bird of the sea that eats fish"] * 5 + ["to sing in a choir"] * 5)
+    other = rejection.outside(commands.test, ["a large bird of the sea that eats fish"] * 5
+                              + ["to sing in a choir"] * 5)
     inside = rejection.sureness(model, commands.test.subset(80))
     curve = rejection.roc(inside, rejection.sureness(model, other), samples=50)
     assert curve.attrs["auc_low"] <= curve.attrs["auc"] <= curve.attrs["auc_high"]
@@ -251,7 +284,8 @@ def test_what_is_out_of_scope_is_told_by_sureness(commands):
 
 
 def table(**columns):
-    given = {"tokens": [["turn", "it", "on"], ["lamp", "off"]], "tags": [["O", "B-x", "O"], ["B-x", "O"]],
+    given = {"tokens": [["turn", "it", "on"], ["lamp", "off"]],
+             "tags": [["O", "B-x", "O"], ["B-x", "O"]],
              "intent": ["on", "off"]}
     return datasets.Dataset.from_dict(given | columns)
 
@@ -268,7 +302,8 @@ def test_each_bad_sentence_gets_its_line(columns, line):
 
 
 def test_an_intent_that_training_lacks_is_refused():
-    with pytest.raises(ValueError, match="sentence 1 has the intent 'dim', which no training sentence"):
+    with pytest.raises(ValueError, match="sentence 1 has the intent 'dim', which no "
+                       "training sentence"):
         data.of(table(), table(intent=["on", "dim"]), prepare=models.preprocessing("minilm"))
 
 
@@ -304,7 +339,9 @@ def test_other_models_and_tasks_say_what_they_need(commands):
     with pytest.raises(ValueError, match="needs a task"):
         models.load("hashed_cnn")
     with pytest.raises(ValueError, match="asks for Objective"):
-        models.load("hashed_cnn", data.load("wordnet", preprocessing=models.preprocessing("minilm")), pretrained=False)
+        models.load("hashed_cnn", data.load("wordnet",
+                                            preprocessing=models.preprocessing("minilm")),
+                    pretrained=False)
     with pytest.raises(ValueError, match="unknown metric 'top1'"):
         Understanding(intents=INTENTS, tags=TAGS, metric="top1")
     with pytest.raises(ValueError, match="an intent in the first place"):
@@ -314,7 +351,8 @@ def test_other_models_and_tasks_say_what_they_need(commands):
 def test_the_mean_of_several_networks_teaches():
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     inputs = torch.randn(5, 3)
-    assert torch.allclose(networks.Averaged([one, other])(inputs), (one(inputs) + other(inputs)) / 2)
+    assert torch.allclose(networks.Averaged([one, other])(inputs),
+                          (one(inputs) + other(inputs)) / 2)
     with pytest.raises(ValueError, match="give at least one"):
         networks.Averaged([])
 
@@ -333,6 +371,7 @@ def test_a_table_that_is_looked_up_twice_is_stored_once_in_8_bits(tmp_path):
     rounded = quantization.quantize(Twice(), [({"input_ids": ids}, None)])
     path = onnx.export(rounded, {"input_ids": ids}, tmp_path / "twice.onnx")
     assert path.stat().st_size < 1200 * 16 * 2
-    assert torch.allclose(sessions.open(path)({"input_ids": ids}), sessions.open(rounded)({"input_ids": ids}), atol=1e-5)
+    assert torch.allclose(sessions.open(path)({"input_ids": ids}),
+                          sessions.open(rounded)({"input_ids": ids}), atol=1e-5)
     kept = quantization.quantize(Twice(), [({"input_ids": ids}, None)], tables=None)
     assert list(quantization.rounded(kept)) == ["head"]

@@ -90,6 +90,11 @@ class Difference:
     n: int
     metric: str = "top1"
 
+    @property
+    def value(self) -> float:
+        """The difference, under the name that every figure with an interval has."""
+        return self.difference
+
     def row(self) -> dict[str, float | int]:
         """The figures for a table: METRIC_change with its interval, p_value, gained, lost."""
         name = f"{self.metric}_change"

@@ -28,6 +28,7 @@ sys.modules.setdefault("rfc3987_syntax", None)
 CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
 ERRORS = "errors.txt"
 DEAD = "its kernel died"  # of which reason() tells
+FULL = Path(__file__).parents[2] / "reports" / "full"  # the committed reports of the full profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Job:
     profile: str
     fingerprint: str
     folder: str
+    given: tuple[str, ...] = ()  # parameters that the user set
 
 
 def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int],
@@ -129,6 +131,8 @@ def execute(job: Job, out: Path) -> None:
     result = {"checks": [], "headlines": []}
     if (out / "result.json").exists():
         result = json.loads((out / "result.json").read_text())
+    if job.profile == "quick" and not job.given:
+        result["checks"] += agreement(result["headlines"], FULL / job.name / "run.json")
     status = ("error" if error else "passed" if all(check["passed"] for check in result["checks"])
               else "failed")
     title = _finish(out, executed, status)
@@ -150,6 +154,21 @@ def execute(job: Job, out: Path) -> None:
         new.write_text(json.dumps(record, indent=1))
 
 
+def agreement(headlines: Sequence[dict], full: Path) -> list[dict]:
+    """A check for each headline that has an interval, here and in the full run's record: how far
+    the two intervals lie apart, at most 0. None where there is no such record.
+
+    Example: `agreement(report.headlines, FULL / "20_channel_pruning" / "run.json")`
+    """
+    stored = json.loads(full.read_text())["headlines"] if full.exists() else []
+    known = {line["name"]: line for line in stored if "low" in line}
+    return [{"name": f"{own['name']}: apart from the full run's interval [{other['low']:.4g}, "
+                     f"{other['high']:.4g}]",
+             "value": apart, "limit": "<= 0", "passed": apart <= 0}
+            for own in headlines if "low" in own and (other := known.get(own["name"]))
+            for apart in [max(own["low"] - other["high"], other["low"] - own["high"], 0.0)]]
+
+
 def reason(out: Path) -> str:
     """Why the process that was to fill `out` failed: the last line of its error output, which in
     Python names it."""
@@ -167,7 +186,9 @@ def _finish(out: Path, executed: Path, status: str) -> str:
     from workbench.reporting import pages
 
     notebook = nbformat.read(executed, as_version=4)
-    first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    # above the heading of one that failed papermill puts a word of its own
+    first = next((cell.source for cell in notebook.cells
+                  if cell.cell_type == "markdown" and cell.source.startswith("#")), "")
     title = first.splitlines()[0].lstrip("# ").strip() if first else executed.stem
     (out / "index.html").write_text(pages.notebook_page(notebook, title, status), encoding="utf-8")
     return title

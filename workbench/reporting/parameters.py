@@ -68,7 +68,8 @@ def plan(names: Sequence[str], *, folder: Path, profile: str = "quick",
         mark = hashlib.sha256(f"{base}{_code(source)}{json.dumps(parameters)}"
                               f"{_files_of(parameters, folder)}".encode())
         jobs.append(Job(name, source, parameters, profile, mark.hexdigest(),
-                        str(folder.resolve().parent)))
+                        str(folder.resolve().parent),
+                        tuple(key for key in given if key in declared[name])))
     return jobs
 
 

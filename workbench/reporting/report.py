@@ -100,10 +100,22 @@ class Report:
                                          "value": _plain(check["value"])})
                          for check in checks)
 
-    def headline(self, name: str, value, *, text: str | None = None) -> None:
+    def headline(self, name: str, value, *, text: str | None = None,
+                 interval: tuple[float, float] | None = None) -> None:
         """Record a figure for the index page: `text` is how it reads there, with its unit and
-        interval."""
-        self.headlines.append({"name": name, "value": _plain(value), "text": text or f"{value}"})
+        interval.
+
+        value: a number, or what has value, low and high, such as a Score or a Difference. interval:
+        95 %, of a figure that is no time: in the quick profile the runner holds it against the
+        committed full run's.
+        """
+        words = text or f"{value}"
+        if hasattr(value, "low"):
+            interval, value = interval or (value.low, value.high), value.value
+        told = {"name": name, "value": _plain(value), "text": words}
+        if interval:
+            told |= {"low": _plain(interval[0]), "high": _plain(interval[1])}
+        self.headlines.append(told)
         self._write()
 
     def _record(self, check: dict) -> str:
