@@ -158,7 +158,7 @@ def agreement(headlines: Sequence[dict], full: Path) -> list[dict]:
     """A check for each headline that has an interval, here and in the full run's record: how far
     the two intervals lie apart, at most 0. None where there is no such record.
 
-    Example: `agreement(report.headlines, FULL / "20_channel_pruning" / "run.json")`
+    Example: `agreement([], Path("reports/full/20_channel_pruning/run.json")) == []`
     """
     stored = json.loads(full.read_text())["headlines"] if full.exists() else []
     known = {line["name"]: line for line in stored if "low" in line}
