@@ -167,4 +167,5 @@ def test_an_example_runs(name, names, folder):
     exec(compile(tree, name, "exec"), space)
     if last:
         value = eval(compile(ast.Expression(last.value), name, "eval"), space)
+        assert value is not False, code
         assert not isinstance(last.value, ast.Compare) or value, code

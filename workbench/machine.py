@@ -32,7 +32,10 @@ _FORMATS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf
 
 def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GiB, and the number formats that decide int8
-    and bf16 speed."""
+    and bf16 speed.
+
+    Example: `hardware()["cores"] >= 1`
+    """
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = {key.strip(): value.strip()
               for key, _, value in (line.partition(":") for line in info.splitlines())}
@@ -53,21 +56,30 @@ def _formats() -> frozenset[str]:
 
 def multiplies_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware; where it does not, bfloat16 is slower
-    than float32."""
+    than float32.
+
+    Example: `multiplies_bf16() in (True, False)`
+    """
     return (bool({"avx512_bf16", "amx_bf16"} & _formats())
             or platform.machine() in ("arm64", "aarch64"))
 
 
 def sums_integers() -> bool:
     """Whether the processor adds products of 8-bit integers without saturating at 16 bits (VNNI,
-    AMX, Arm)."""
+    AMX, Arm).
+
+    Example: `sums_integers() in (True, False)`
+    """
     return (bool({"avx512_vnni", "avx_vnni", "amx_int8"} & _formats())
             or platform.machine() in ("arm64", "aarch64"))
 
 
 def processors() -> list[int]:
     """The processors that this process may run on, by number; of a notebook that runs beside
-    others, those of the whole run."""
+    others, those of the whole run.
+
+    Example: `len(processors()) == cores()`
+    """
     if RUN in os.environ:
         return json.loads(os.environ[RUN])["processors"]
     return (sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
@@ -75,7 +87,10 @@ def processors() -> list[int]:
 
 
 def cores() -> int:
-    """How many processors this process may run on, at least while it is `alone`."""
+    """How many processors this process may run on, at least while it is `alone`.
+
+    Example: `cores() >= 1`
+    """
     return len(processors())
 
 
@@ -128,7 +143,10 @@ def end_of_alone(lock: TextIO) -> None:
 
 def clock() -> float:
     """Seconds on a clock that stands still while this process does, for another that is `alone`;
-    for what takes long."""
+    for what takes long.
+
+    Example: `clock() <= clock()`
+    """
     if RUN not in os.environ:
         return time.perf_counter()
     path, said = Path(json.loads(os.environ[RUN])["lock"]), None
@@ -176,7 +194,10 @@ _is_alone = False
 
 
 def resident() -> float:
-    """Memory of this process that lies in RAM now, in MB."""
+    """Memory of this process that lies in RAM now, in MB.
+
+    Example: `resident() > 0`
+    """
     return psutil.Process().memory_info().rss / 1e6
 
 
@@ -185,6 +206,8 @@ def peak() -> float:
     what it was forked from.
 
     Raises RuntimeError on systems without /proc.
+
+    Example: `peak() > 0`
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -194,7 +217,10 @@ def peak() -> float:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what the package requires, its extras included; those not installed
-    are left out."""
+    are left out.
+
+    Example: `"torch" in versions()`
+    """
     found = {"python": platform.python_version()}
     for requirement in importlib.metadata.requires("workbench") or []:
         name = re.match(r"[\w.-]+", requirement).group()

@@ -95,7 +95,10 @@ def _refuse_another(place: Path, key: Mapping[str, object]) -> None:
 
 def code() -> str:
     """A mark of the package's code, without the command line and the reports: with other code a
-    result is another one."""
+    result is another one.
+
+    Example: `code() == code()`
+    """
     package = Path(__file__).parent
     paths = [*package.glob("*.py"),
              *(path for room in ROOMS for path in (package / room).rglob("*.py"))]

@@ -32,7 +32,10 @@ from workbench.numbers.quantizers import ActivationQuantizer, quantizers
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether a model is what quantization.quantize returns, its activations on grids."""
+    """Whether a model is what quantization.quantize returns, its activations on grids.
+
+    Example: `is_quantised(quantised) and not is_quantised(model)`
+    """
     return (isinstance(model, fx.GraphModule)
             and any(quantizer.settled for _, quantizer in quantizers(model)))
 

@@ -349,7 +349,10 @@ def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | N
 def paced(samples: np.ndarray, *, hop: int, rate: int = 8_000,
           pace: float | None = 1.0) -> Callable[[Ring], None]:
     """A source for `listen` that writes samples hop by hop as they would come: `pace` times real
-    time; None as fast as they are read."""
+    time; None as fast as they are read.
+
+    Example: `paced(samples, hop=80, pace=None)`
+    """
     def source(ring: Ring) -> None:
         began = time.perf_counter()
         for at in range(0, len(samples), hop):

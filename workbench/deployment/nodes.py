@@ -19,6 +19,8 @@ def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
     A layer is a Conv, ConvTranspose, Gemm or MatMul node whose weight is a stored tensor called
     "LAYER.weight"; where a BatchNormalization, or the addition of a stored bias, directly follows,
     its output is the one that counts.
+
+    Example: `with_layer_outputs("model.onnx")`
     """
     model = onnx.load(path)
     values: dict[str, str] = {}
@@ -35,7 +37,10 @@ def with_layer_outputs(path: str) -> tuple[onnx.ModelProto, dict[str, str]]:
 
 def with_own_weights(source: Path | bytes) -> bytes | None:
     """The file with a copy of each stored tensor, and of what dequantises it, for every node that
-    reads it; None where it cannot be read, or where nothing that is dequantised is read twice."""
+    reads it; None where it cannot be read, or where nothing that is dequantised is read twice.
+
+    Example: `with_own_weights(Path("model.onnx"))`
+    """
     try:
         model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     except (DecodeError, OSError):
@@ -88,7 +93,10 @@ def _layers_of(model, path: str) -> list[tuple]:
 
 def with_layer_names(path: str) -> onnx.ModelProto:
     """The model of an ONNX file in which "layer=NAME=" stands in the names of each layer's node and
-    of what it and the ReLU behind it put out: the runtime names its own nodes after either."""
+    of what it and the ReLU behind it put out: the runtime names its own nodes after either.
+
+    Example: `with_layer_names("model.onnx")`
+    """
     model = onnx.load(path)
     fixed, new = {output.name for output in model.graph.output}, {}
     for layer, node, behind in _layers_of(model, path):

@@ -30,7 +30,10 @@ PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino bflo
 
 def available() -> pd.DataFrame:
     """One row per runtime: runtime, package, version (None where it is missing), note (what to do
-    then)."""
+    then).
+
+    Example: `"onnxruntime" in list(available().runtime)`
+    """
     rows = []
     for runtime, package in PACKAGES.items():
         try:

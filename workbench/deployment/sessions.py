@@ -311,7 +311,10 @@ def open(source, *, threads: int | None = None, name: str | None = None, fusion:
 def times(path: Path | str, inputs: Inputs, *, threads: int, runs: int) -> dict[str, float]:
     """Milliseconds of each weighted layer in ONNX Runtime's own profile, by name, with the ReLU
     that its kernel computes; under "" all that is no layer's. The sum over a layer's nodes of their
-    medians over `runs`, behind five that warm up."""
+    medians over `runs`, behind five that warm up.
+
+    Example: `sum(times("model.onnx", x, threads=1, runs=3).values()) > 0`
+    """
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         session = open_file(nodes.with_layer_names(str(path)).SerializeToString(), str(path),
@@ -333,7 +336,10 @@ def times(path: Path | str, inputs: Inputs, *, threads: int, runs: int) -> dict[
 def open_file(source: Path | bytes, name: str, threads: int, fusion: str = "all",
               profile: str | None = None):
     """An ONNX Runtime session of a file or of its bytes, its time profiled into files that begin
-    with `profile`."""
+    with `profile`.
+
+    Example: `open_file(Path("model.onnx"), "model", 1).get_inputs()[0].name`
+    """
     import onnxruntime
 
     if isinstance(source, Path) and not source.exists():

@@ -12,13 +12,20 @@ from workbench.graph.layers import WEIGHTED
 
 
 def each(scores: Tensor, at: Tensor) -> Tensor:
-    """The sum of a layer's scores over the places of each channel, (channels,); -1 is no place."""
+    """The sum of a layer's scores over the places of each channel, (channels,); -1 is no place.
+
+    Example: `each(torch.tensor([1.0, 2.0]), torch.tensor([[0, 1], [1, -1]])).tolist() == [3.0,
+    2.0]`
+    """
     return (scores[at.clamp_min(0)] * (at >= 0)).sum(1)
 
 
 # -> (out channels,)
 def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Tensor:
-    """The score of each filter of a layer by its weights; of taylor what its gradient gave."""
+    """The score of each filter of a layer by its weights; of taylor what its gradient gave.
+
+    Example: `of_filters(nn.Linear(3, 2), "l1", None).shape == (2,)`
+    """
     weight = layer.weight.detach()
     filters = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d)
                else weight).flatten(1)
@@ -34,7 +41,11 @@ def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Ten
 def gradients(model: nn.Module, batches: Iterable[Batch],
               loss: Callable[[nn.Module, Batch], Tensor]) -> dict[str, Tensor]:
     """sum |w dL/dw| per output channel of each layer, the gradient being that of the mean loss over
-    the batches."""
+    the batches.
+
+    Example: `gradients(model, seen, lambda m, part: nn.functional.cross_entropy(m(part[0]),
+    part[1]))`
+    """
     work, seen = copy.deepcopy(model).eval(), 0
     for batch in pairs(batches):
         size = count(batch[0])

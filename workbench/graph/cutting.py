@@ -39,7 +39,11 @@ def blocks(width: int, *, parts: int = 2) -> int:
 
 def without(model: nn.Module, removed: Mapping[str, Sequence[int]],
             known: Mapping[str, Group]) -> nn.Module:
-    """A copy without these channels."""
+    """A copy without these channels.
+
+    Example: `without(model, {"layer1.0.conv1": [0]}, {group.layer: group for group in
+    coupling.groups(model, x)})`
+    """
     _check(removed, known)
     new = copy.deepcopy(model).eval()
     numbers = cut(new, [(known[layer], places) for layer, places in removed.items() if len(places)])
@@ -69,7 +73,10 @@ def verified(model: nn.Module, new: nn.Module, removed: Mapping[str, Sequence[in
 
 
 def put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy with these layers in the place of those of the same names."""
+    """A copy with these layers in the place of those of the same names.
+
+    Example: `put_in(model, {"conv1": nn.Identity()})`
+    """
     new = copy.deepcopy(model)
     for name, layer in layers.items():
         new.set_submodule(name, layer)
@@ -79,7 +86,11 @@ def put_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 def silenced(model: nn.Module, removed: Mapping[str, Sequence[int]],
              known: Mapping[str, Group]) -> dict[str, nn.Module]:
     """New layers, by name, for all that read a removed channel, with the weights that read it
-    zero."""
+    zero.
+
+    Example: `list(silenced(model, {"layer1.0.conv1": [0]}, {group.layer: group for group in
+    coupling.groups(model, x)}))`
+    """
     _check(removed, known)
     new: dict[str, nn.Module] = {}
     for layer, places in removed.items():
@@ -131,7 +142,10 @@ def cut(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dic
 def shares(model: nn.Module,
            removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, tuple[float, float]]:
     """Which fractions of its outputs and of its inputs each layer and norm keeps, by name; those
-    left whole are not named."""
+    left whole are not named.
+
+    Example: `shares(model, [(group, [0]) for group in coupling.groups(model, x)[:1]])`
+    """
     outputs: dict[str, float] = {}
     inputs: dict[str, float] = {}
     for group, places in removed:
@@ -147,7 +161,10 @@ def shares(model: nn.Module,
 
 def costs(model: nn.Module, example: Inputs, *, of_macs: bool) -> dict[str, tuple[float, float]]:
     """By module what of its parameters or multiply-accumulates goes with its outputs alone, and
-    what with outputs and inputs alike: with `shares`, the cost of a network before it is cut."""
+    what with outputs and inputs alike: with `shares`, the cost of a network before it is cut.
+
+    Example: `sum(own for own, _ in costs(model, x, of_macs=False).values()) > 0`
+    """
     if of_macs:
         return {name: (0.0, macs) for name, macs in own_macs(model, example).items()}
     counts, seen = {}, set()

@@ -43,6 +43,8 @@ def without_blocks(model: nn.Module, names: Sequence[str], *, shared: bool = Fal
     shared: the copy has the weights of `model` themselves, for a look at its answers.
 
     Raises ValueError for a name that is no element of either, or where a list would be left empty.
+
+    Example: `without_blocks(model, ["layer1.1"])`
     """
     weights = [*model.parameters(), *model.buffers()] if shared else ()
     new = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
@@ -85,6 +87,8 @@ def shape_without(model: nn.Module, names: Sequence[str],
     them.
 
     Raises as `without_blocks` does, and what the whole network raises where no names are given.
+
+    Example: `shape_without(model, ["layer1.1"], x) == (len(x), 10)`
     """
     new = without_blocks(model, names, shared=True)
     try:

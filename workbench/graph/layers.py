@@ -115,7 +115,10 @@ def macs_of(model: nn.Module, example: Inputs) -> int:
 
 def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
     """Multiply-accumulates of one example, by path of module ("Global" for all) and by
-    operation."""
+    operation.
+
+    Example: `macs_by_module(model, x)["Global"]`
+    """
     counter, learning = FlopCounterMode(display=False), [p for p in model.parameters()
                                                          if p.requires_grad]
     # attention as plain products: the counter does not know the CPU's fused kernel
@@ -159,6 +162,8 @@ def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) ->
     A linear layer gives all; a convolution `places` patches of each image, at places drawn by
     `seed`, the same for all. Raises UnsupportedModelError for another layer, or padding that is not
     zeros.
+
+    Example: `patches(nn.Linear(256, 4), a, seed=0).shape[-1] == 256`
     """
     if isinstance(layer, nn.Linear):
         return values.reshape(1, -1, values.shape[-1])

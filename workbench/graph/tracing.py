@@ -284,7 +284,10 @@ def _holding(values: Mapping[str, object]) -> nn.Module:
 
 def plain(module: nn.Module) -> nn.Module:
     """The layer as torch's own class, on the same tensors, where a library's subclass does more
-    around it."""
+    around it.
+
+    Example: `plain(nn.Linear(3, 2))`
+    """
     base = next((kind for kind, _ in LAYERS.values() if isinstance(module, kind)), type(module))
     base = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")
                  and issubclass(c, base)), base)

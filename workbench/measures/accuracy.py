@@ -170,7 +170,10 @@ def from_predictions(predictions: Tensor, labels: Tensor) -> Score:
 
 def scored(statistics: Tensor, objective: Objective, *, labels: Tensor | None = None,
            predictions: Tensor | None = None, units: Tensor | None = None, seed: int = 0) -> Score:
-    """The score of statistics float64 (n, columns)."""
+    """The score of statistics float64 (n, columns).
+
+    Example: `scored(torch.tensor([[1.0], [0.0]]).double(), task.test.objective).value == 0.5`
+    """
     n = len(statistics)
     value = float(objective.value(statistics.sum(0), n))
     if _counted(objective, units):
@@ -268,7 +271,10 @@ def paired_interval(total: float, squares: float, n: int, *, z: float = _Z,
 
 
 def finite(values: Given, what: str) -> Given:
-    """`values`, unless NaN or infinity is among them: then ValueError names the first such row."""
+    """`values`, unless NaN or infinity is among them: then ValueError names the first such row.
+
+    Example: `torch.equal(finite(a, "values"), a)`
+    """
     def one(value: Tensor) -> Tensor:
         if value.is_floating_point() and not value.isfinite().all():
             row = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])

@@ -50,6 +50,8 @@ def meanings(codes: Mapping[str, Tensor], concepts: Mapping[str, Tensor], *,
     modalities at once, at most one a place. Columns: place, code, shared (how many concepts all
     modalities put there), share (of all that any does), concepts, and by modality the rows that use
     it, those of shared concepts first.
+
+    Example: `meanings({"image": torch.randint(4, (80, 2))}, {"image": of_a}, count=1)`
     """
     rows = []
     for place in range(next(iter(codes.values())).shape[1]):

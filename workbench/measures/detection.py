@@ -128,7 +128,11 @@ def curve(scores: Sequence[np.ndarray],
 
 def by_voice(named: pd.DataFrame) -> pd.DataFrame:
     """One row per voice and candidate of words (word, voice, named, candidate): right, with its 95
-    % Wilson interval, none, the share of words that were not named at all, and n."""
+    % Wilson interval, none, the share of words that were not named at all, and n.
+
+    Example: `by_voice(pd.DataFrame({"word": ["one", "two"], "voice": ["a", "a"], "named": ["one",
+    "one"], "candidate": ["ours", "ours"]})).right[0] == 0.5`
+    """
     rows = []
     for (voice, candidate), part in named.groupby(["voice", "candidate"], sort=False):
         right = part.word == part.named

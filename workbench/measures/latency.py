@@ -247,7 +247,10 @@ def _served(served: batching.Batcher, every: np.ndarray, opened: float, ended: f
 
 def warn(table: pd.DataFrame, *, quantised: Sequence[str] = ()) -> list[str]:
     """Words where int8 does not pay on this machine: no VNNI or AMX, or a candidate of `quantised`
-    slower than the reference at some threads and batch. table: of `paired` or `grid`."""
+    slower than the reference at some threads and batch. table: of `paired` or `grid`.
+
+    Example: `warn(frame)`
+    """
     words = []
     formats = machine.hardware()["formats"]
     if not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(formats):
@@ -270,6 +273,8 @@ def peak_memory(candidates: Mapping[str, object], inputs: Inputs, *, threads: in
     files, or modules that can be pickled.
 
     Raises RuntimeError where the process fails, with its reason.
+
+    Example: `peak_memory({"float32": "model.onnx"}, x, runs=1).own_mb[0] > 0`
     """
     lines = []
     for name, source in candidates.items():

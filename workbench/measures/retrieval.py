@@ -28,6 +28,8 @@ def ranks(queries: Tensor, gallery: Tensor, concepts: Tensor,
     queries (n, dim), gallery (N, dim): unit vectors, compared by cosine; an answer of the query's
     concept is right. A wrong answer that is just as near counts as nearer, so that equal codes win
     nothing. Raises ValueError for an empty gallery, a query without right answer, NaN.
+
+    Example: `ranks(a, a, of_a, of_a)[0].max() == 1`
     """
     if not len(queries) or not len(gallery):
         raise ValueError(f"retrieval: {len(queries)} queries in a gallery of {len(gallery)}; "
@@ -123,7 +125,10 @@ def summary(found: pd.DataFrame, seed: int = 0) -> dict:
 
 def interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> np.ndarray:
     """95 % percentile intervals of the means of `values` (n, m), resampling whole `groups` (n,):
-    (m, 2), low and high."""
+    (m, 2), low and high.
+
+    Example: `interval(np.ones((4, 1)), np.arange(4))`
+    """
     _, place = np.unique(groups, return_inverse=True)
     counts, sums = np.bincount(place), np.zeros((place.max() + 1, values.shape[1]))
     np.add.at(sums, place, values)

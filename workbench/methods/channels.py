@@ -166,6 +166,8 @@ def mask(model: nn.Module, removed: Mapping[str, Sequence[int]], *, example: Inp
     no other layer.
 
     It computes what `remove` computes: the weights that read a silenced channel are zero.
+
+    Example: `mask(model, channels.select(scores, 0.1), example=x)`
     """
     return cutting.put_in(model,
                           cutting.silenced(model, removed,
@@ -296,6 +298,9 @@ def iteratively(model: nn.Module, *, macs: float, steps: int,
     turns.
 
     Raises ValueError for fewer than one step, and as `cut_to` does.
+
+    Example: `iteratively(model, macs=0.7, steps=2, score=lambda m: channels.score(m, "l1",
+    example=x), recover=lambda m, turn: m, example=x)`
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
@@ -344,8 +349,7 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     to zero, alone.
 
     What a residual connection adds to these channels stays, so nothing can really be cut there; use
-    `silencing` for the effect of a real removal. layers: those of layers.named(model, ...).
-    """
+    `silencing` for the effect of a real removal. layers: those of layers.named(model, ...)."""
     order = {name: layer.weight.detach().abs().flatten(1).sum(1).argsort(stable=True)
              for name, layer in layers.items()}
 

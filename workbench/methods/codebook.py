@@ -346,6 +346,9 @@ def stand_ins(books: nn.Module | Mapping[str, nn.Module],
     that stand for them.
 
     books: one for all modalities, or one each.
+
+    Example: `stand_ins(book, {"image": nn.functional.normalize(a), "speech":
+    nn.functional.normalize(b)})[0]["image"].shape == (80, 8)`
     """
     books = books if isinstance(books, Mapping) else dict.fromkeys(vectors, books)
     codes = {name: books[name].encode(name, part) for name, part in vectors.items()}

@@ -107,6 +107,8 @@ def attention(student: Tensor, teacher: Tensor) -> Tensor:
     C, H, W).
 
     The numbers of channels may differ. Raises ValueError where height and width do.
+
+    Example: `attention(images, images) == 0`
     """
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"attention: maps of {tuple(student.shape[2:])} and "
@@ -124,6 +126,8 @@ def relational(student: Tensor, teacher: Tensor, *, distance: float = 25.0,
     RKD-D: Huber loss of the pairwise distances, each divided by its mean over pairs that differ;
     RKD-A: of the cosines of the angles at each j between all i and k. Raises ValueError for fewer
     than two rows.
+
+    Example: `relational(a, a) < 1e-6`
     """
     if len(student) < 2 or len(student) != len(teacher):
         raise ValueError("relational: needs two or more rows, the same in both; found "
@@ -145,6 +149,8 @@ def relations(student: Tensor, teacher: Tensor, *, heads: int = 12,
 
     The two widths may differ. mask: (n, L), 0 where there is no token. Raises ValueError where the
     lengths differ, or a width is no multiple of `heads`.
+
+    Example: `relations(a[None], a[None], heads=4) < 1e-6`
     """
     if (student.dim() != 3 or student.shape[:2] != teacher.shape[:2] or student.shape[2] % heads
         or teacher.shape[2] % heads):
@@ -228,6 +234,8 @@ def regressors(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str]
     (n, C) or sequences (n, L, C). Drawn by `seed`; training.fit trains them with the student.
 
     Raises ValueError for an unknown layer, or one that puts out anything else.
+
+    Example: `regressors(student, teacher, {"layer1": "layer1"}, x)`
     """
     with watch(student, [*layers]) as mine, evaluating(student):
         call(student, example)

@@ -94,7 +94,11 @@ def _free(model: nn.Module, example: Inputs) -> dict[str, Group]:
 def gradients(model: nn.Module, batches: Sequence[Batch], known: Mapping[str, Group],
               objective: Objective) -> dict[str, Tensor]:
     """The slope of each example's loss along each channel's mask, float32 (examples, channels), by
-    group."""
+    group.
+
+    Example: `gradients(model, batches, {group.layer: group for group in coupling.groups(model,
+    x)[:1]}, task.train.objective)`
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in known}
     work = copy.deepcopy(model).eval().requires_grad_(False)
     for batch in files.progress(batches, title="Fisher information", unit="batch"):

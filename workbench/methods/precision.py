@@ -71,7 +71,10 @@ class Rounded:
 
 def rounded(vectors: Tensor, precision: Precision) -> Rounded:
     """Vectors (n, d) at a precision. Raises ValueError for no vectors, NaN, or a code that does not
-    decode to itself."""
+    decode to itself.
+
+    Example: `rounded(a, precision.ARTICLES["image"])`
+    """
     if not vectors.numel() or not torch.isfinite(vectors).all():
         raise ValueError("precision: there are no vectors, or one is NaN or infinite")
     if precision.kind == "variable":
@@ -94,7 +97,10 @@ def rounded(vectors: Tensor, precision: Precision) -> Rounded:
 
 def allocated(vectors: Tensor, least: int, most: int) -> Tensor:
     """Bits of each dimension, int64 (d,), `least` to `most`, (least + most) / 2 in the mean: the
-    next bit goes to the dimension whose measured squared error it lowers most."""
+    next bit goes to the dimension whose measured squared error it lowers most.
+
+    Example: `allocated(a, 2, 6).float().mean() == 4`
+    """
     errors = torch.stack([(vectors - _uniform(vectors, bits, each=True)[0]).pow(2).sum(0)
                           for bits in range(least, most + 1)])
     gains = errors[:-1] - errors[1:]
@@ -111,7 +117,10 @@ def allocated(vectors: Tensor, least: int, most: int) -> Tensor:
 def compare(vectors: Mapping[str, Tensor],
             precisions: Mapping[str, Precision]) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """The rounded vectors by modality and one row each: modality, kind, bits, coded_bits, sqnr_db.
-    Raises ValueError for a modality without a precision."""
+    Raises ValueError for a modality without a precision.
+
+    Example: `compare({"image": a}, {"image": precision.ARTICLES["image"]})`
+    """
     missing = [name for name in vectors if name not in precisions]
     if missing:
         raise ValueError(f"precision: none is given for {missing[0]!r}; there are "

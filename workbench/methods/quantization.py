@@ -129,7 +129,10 @@ def _schemes(model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], calibrator: str = "minmax") -> nn.Module:
     """Set the ranges of the activations of a prepared `model`, itself, from `batches`; returns it.
-    Raises as `quantize` does."""
+    Raises as `quantize` does.
+
+    Example: `calibrate(prepare(folded, x), seen, "mse")`
+    """
     if calibrator not in CALIBRATORS:
         raise ValueError(f"unknown calibrator {calibrator!r}; expected one of "
                          f"{', '.join(CALIBRATORS)}")

@@ -35,7 +35,11 @@ def dominated_area(points: np.ndarray, corner: Box) -> float:
 
 def enlarged(points: np.ndarray, new: np.ndarray, corner: Box) -> np.ndarray:
     """By how much each of `new` (m, 2) alone would enlarge the dominated area of `points` (n, 2):
-    float (m,)."""
+    float (m,).
+
+    Example: `enlarged(np.array([[0.5, 0.5]]), np.array([[0.25, 0.5]]), (1.0, 1.0)).tolist() ==
+    [0.125]`
+    """
     inside = points[(points < np.array(corner)).all(1)]
     inside = inside[undominated(inside)]
     inside = inside[np.argsort(inside[:, 0])]

@@ -142,7 +142,10 @@ class ActivationQuantizer(nn.Module):
 
 
 def quantizers(model: nn.Module) -> Iterable[tuple[str, ActivationQuantizer]]:
-    """The activation quantisers of a model with their names."""
+    """The activation quantisers of a model with their names.
+
+    Example: `len(dict(quantizers(quantised))) > 0`
+    """
     return ((name, module) for name, module in model.named_modules()
             if isinstance(module, ActivationQuantizer))
 

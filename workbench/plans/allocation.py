@@ -35,6 +35,8 @@ def choices(curves: pd.DataFrame, model: nn.Module) -> pd.DataFrame:
     curves: sensitivity.scan with `quantization.quantizing` as its method. loss: the distance of the
     logits that the layer alone causes; errors of many layers add up nearly, which lost answers do
     not.
+
+    Example: `choices(curves, model)`
     """
     sizes = {name: layer.weight.numel() for name, layer in named(model).items()}
     bits = (8 * curves.level).round().astype(int)
@@ -50,6 +52,8 @@ def borders(model: nn.Module, example: Inputs) -> pd.DataFrame:
     ....
 
     Raises UnsupportedModelError where the model cannot be traced.
+
+    Example: `borders(model, x)`
     """
     graph = Runner(model, example)
     feed = graph.feed(rows(example, slice(0, 1)))
@@ -78,6 +82,8 @@ def crossing(borders: pd.DataFrame, rounded: Collection[str]) -> int:
 
     What a rounded layer puts out or reads is stored as integers, as quantization.quantize has it;
     several values meet as integers where they and their result are stored so.
+
+    Example: `crossing(allocation.borders(model, x), ["conv1"]) > 0`
     """
     rounded = set(rounded)
     # what lies in memory as integers

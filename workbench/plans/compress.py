@@ -180,7 +180,10 @@ def _filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def marked(task: Task) -> str:
     """What tells one set of data from another: its name, how many examples each split has, and
-    their targets."""
+    their targets.
+
+    Example: `marked(task)`
+    """
     parts = (task.train, task.validation, task.test)
     targets = [part.targets for part in parts if isinstance(part.targets, Tensor)]
     return (f"{task.name} {' '.join(str(len(part)) for part in parts)} "

@@ -98,7 +98,10 @@ def load(source: Path | str) -> Recipe:
 
 def parse(text: str, *, where: str = "recipe") -> Recipe:
     """The recipe of a YAML text. where: what a message calls it. Raises ValueError as `load`
-    does."""
+    does.
+
+    Example: `parse("compression: [{type: prune, params: {macs: 0.5}}]").steps`
+    """
     try:
         told = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -140,7 +143,10 @@ def dump(steps: Iterable[Step] | Mapping[str, Step], *, name: str = "") -> str:
 
 def written(step: Step) -> dict[str, object]:
     """What a recipe writes of a step: its fields that differ from their defaults, those of its
-    training beside them."""
+    training beside them.
+
+    Example: `written(Prune(macs=0.5))`
+    """
     params: dict[str, object] = {}
     for key, value in _changed(step).items():
         if isinstance(value, training.Recipe):
@@ -152,7 +158,10 @@ def written(step: Step) -> dict[str, object]:
 
 def expect_layers(steps: Mapping[str, Step], model: nn.Module, *, where: str = "recipe") -> None:
     """Raise ValueError where globs of a step match no layer of `model`, as far as no step before it
-    renames layers."""
+    renames layers.
+
+    Example: `expect_layers({"1 prune": Prune(macs=0.5)}, model)`
+    """
     for name, step in steps.items():
         if isinstance(step, Factorize | Fuse | Drop):
             return

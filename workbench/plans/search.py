@@ -164,7 +164,10 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
 
 def judged_by(start: Subject, images: int, seed: int) -> Split:
     """The examples that a search judges by: of the validation split, or where it has too few, of
-    the training split."""
+    the training split.
+
+    Example: `len(judged_by(start, 50, 0)) == 50`
+    """
     task = start.task
     source = task.validation if len(task.validation) >= LEAST else task.train
     if not len(source):
@@ -264,5 +267,8 @@ def _nearest(limits: Limits, row: Mapping, tried: int) -> str:
 
 
 def front(plans: pd.DataFrame) -> pd.DataFrame:
-    """The rows of Found.plans that no other beats in both lost and latency, by latency."""
+    """The rows of Found.plans that no other beats in both lost and latency, by latency.
+
+    Example: `len(front(pd.DataFrame({"lost": [0.0, 0.1], "latency": [0.5, 0.6]}))) == 1`
+    """
     return plans[undominated(plans[["lost", "latency"]].to_numpy())].sort_values("latency")

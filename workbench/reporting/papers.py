@@ -37,7 +37,11 @@ class Paper:
 
 def markdown(table: pd.DataFrame, paper: Paper) -> str:
     """The table in Markdown, its caption above and its notes beneath. Raises ValueError for a
-    column that it lacks."""
+    column that it lacks.
+
+    Example: `markdown(pd.DataFrame({"method": ["ours"]}), Paper("Eight bits", {"method":
+    "Method"}))`
+    """
     rows = _cells(table, paper)
     lines = [list(paper.columns.values()),
              ["---" if _is_text(table[name]) else "---:" for name in paper.columns]]
@@ -50,7 +54,11 @@ def markdown(table: pd.DataFrame, paper: Paper) -> str:
 
 def latex(table: pd.DataFrame, paper: Paper, label: str) -> str:
     """The table as a LaTeX float; it needs \\usepackage{booktabs,siunitx}. Raises ValueError for a
-    column that it lacks."""
+    column that it lacks.
+
+    Example: `latex(pd.DataFrame({"method": ["ours"]}), Paper("Eight bits", {"method": "Method"}),
+    "eight")`
+    """
     rows = _cells(table, paper)
     kinds = ["l" if _is_text(table[name]) else "r" for name in paper.columns]
     body = [" & ".join(cell.tex() for cell in row) + r" \\" for row in rows]

@@ -15,7 +15,10 @@ NAMED = 12  # lines that a legend names; more would hide them
 
 
 def images(pictures: np.ndarray, titles: Sequence[str], *, columns: int = 10) -> Figure:
-    """A grid of pictures, uint8 (n, C, H, W) with C of 1 or 3, each under its title."""
+    """A grid of pictures, uint8 (n, C, H, W) with C of 1 or 3, each under its title.
+
+    Example: `plots.images(np.zeros((2, 1, 8, 8), np.uint8), ["one", "two"])`
+    """
     rows = -(-len(pictures) // columns)
     figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=(columns * 1.05, rows * 1.25),
                                 layout="constrained")
@@ -29,7 +32,10 @@ def images(pictures: np.ndarray, titles: Sequence[str], *, columns: int = 10) ->
 
 def confusion(counts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Counts of true class (rows) against predicted class (columns); the colour leaves the diagonal
-    out."""
+    out.
+
+    Example: `confusion(pd.DataFrame(np.eye(2, dtype=int)))`
+    """
     ax = ax or _axes(7, 6)
     wrong = counts.to_numpy(dtype=float, copy=True)
     np.fill_diagonal(wrong, 0)
@@ -62,7 +68,10 @@ def cost(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Median latency of latency.paired, a bar per candidate and row, with the 95th percentile as a
-    tick."""
+    tick.
+
+    Example: `plots.latency(frame)`
+    """
     ax = ax or _axes(7, 0.45 * len(table) + 1.2)
     names = [f"{r.candidate}, threads {r.threads}, batch {r.batch}" for r in table.itertuples()]
     at = np.arange(len(table))[::-1]
@@ -120,7 +129,10 @@ def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> 
 
 def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Top-1 against the fraction of channels, neurons or heads removed, a line a layer of
-    sensitivity.scan, with its interval."""
+    sensitivity.scan, with its interval.
+
+    Example: `plots.sensitivity(curves)`
+    """
     ax = ax or _axes(8, 5)
     cut = curves[curves.removed > 0]
     layers = list(cut.layer.unique())
@@ -149,7 +161,10 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def sensitivity_map(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Points of top-1 lost, layer by level; grey where nothing could be removed."""
+    """Points of top-1 lost, layer by level; grey where nothing could be removed.
+
+    Example: `sensitivity_map(curves)`
+    """
     what = "top1" if "top1" in curves else "right"
     lost = (-100 * curves[f"{what}_change"]).where(curves.removed > 0)
     grid = curves.assign(lost=lost).pivot(index="layer", columns="level",

@@ -77,7 +77,10 @@ def beside(articles: pd.DataFrame, places: pd.DataFrame, reports: Iterable[Path]
 
 
 def counted(table: pd.DataFrame) -> pd.Series:
-    """How many figures have each verdict."""
+    """How many figures have each verdict.
+
+    Example: `counted(pd.DataFrame({"verdict": ["better", "equal"]}))["better"] == 1`
+    """
     return table.verdict.value_counts().reindex(["better", "equal", "worse", "not comparable",
                                                  "missing"], fill_value=0)
 

@@ -63,7 +63,10 @@ def rates(table: pd.DataFrame, whole: float) -> Axes:
 
 
 def spectrograms(mels: np.ndarray, titles: Sequence[str], *, columns: int = 3) -> Figure:
-    """Log-mel spectrograms (n, bands, frames) in 0-1, low bands below."""
+    """Log-mel spectrograms (n, bands, frames) in 0-1, low bands below.
+
+    Example: `spectrograms(np.zeros((2, 40, 10)), ["one", "two"])`
+    """
     rows = -(-len(mels) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 1.6 * rows), squeeze=False,
                                 layout="constrained")

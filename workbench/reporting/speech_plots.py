@@ -60,7 +60,10 @@ def detectors(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], areas: Mappin
 
 def hops(milliseconds: Mapping[str, np.ndarray], *, deadline_ms: float,
          ax: Axes | None = None) -> Axes:
-    """How long each hop took, as a histogram on two logarithmic axes, with the deadline."""
+    """How long each hop took, as a histogram on two logarithmic axes, with the deadline.
+
+    Example: `hops({"ours": np.linspace(0.1, 1, 100)}, deadline_ms=10.0)`
+    """
     ax = ax or _axes(9, 4.5)
     most = max(deadline_ms * 1.5, *(values.max() for values in milliseconds.values()))
     edges = np.geomspace(max(min(values.min() for values in milliseconds.values()), 1e-3), most, 80)

@@ -77,6 +77,8 @@ def contrastive(one: Tensor, other: Tensor, scale: Tensor | float,
 
     groups: int64 (n,); two rows of one group are neither right nor wrong for each other. Raises
     ValueError where the lengths differ.
+
+    Example: `contrastive(nn.functional.normalize(a), nn.functional.normalize(a), 100.0) < 0.01`
     """
     if len(one) != len(other):
         raise ValueError(f"contrastive: batches of {len(one)} and {len(other)}; expected pairs, "

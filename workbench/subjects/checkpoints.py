@@ -42,7 +42,11 @@ def in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def from_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `in_eight_bits` was given, but for rounding; tensors that it did not make as they
-    are."""
+    are.
+
+    Example: `from_eight_bits(in_eight_bits(model.state_dict())).keys() ==
+    model.state_dict().keys()`
+    """
     whole = {name: tensor for name, tensor in tensors.items()
              if not (name.endswith(STEP) and name[:-len(STEP)] in tensors)}
     for name in whole:
@@ -61,6 +65,8 @@ def save(model: nn.Module, path: Path | str, *, notes: dict[str, str] | None = N
     eight_bits: matrices and filters as `in_eight_bits` keeps them.
 
     Raises ValueError where the model did not come from models.load or models.wrap, or holds NaN.
+
+    Example: `save(model, "small.safetensors", eight_bits=True)`
     """
     if not hasattr(model, "origin"):
         if isinstance(model, fx.GraphModule):
@@ -78,7 +84,11 @@ def save(model: nn.Module, path: Path | str, *, notes: dict[str, str] | None = N
 
 def read_header(path: Path) -> dict[str, str]:
     """The text that a safetensors file carries beside its tensors. Raises as models.load does for
-    an unreadable file."""
+    an unreadable file.
+
+    Example: `checkpoints.save(model, "one.safetensors");
+    read_header(Path("one.safetensors"))["architecture"] == "resnet20"`
+    """
     return _read(path)[1]
 
 
@@ -135,7 +145,10 @@ def set_attributes(model: nn.Module, attributes: dict[str, int]) -> None:
 
 
 def refuse_nan(model: nn.Module, where: str) -> None:
-    """Raise ValueError, naming the tensor, where a weight is NaN or infinite."""
+    """Raise ValueError, naming the tensor, where a weight is NaN or infinite.
+
+    Example: `refuse_nan(model, "one.safetensors")`
+    """
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{where}: {key} holds NaN or infinity; train or fetch these weights "

@@ -7,7 +7,10 @@ from workbench import files
 
 
 def folder() -> Path:
-    """WORKBENCH_DATA, or data/ of the clone that this package is installed from."""
+    """WORKBENCH_DATA, or data/ of the clone that this package is installed from.
+
+    Example: `folder().is_dir()`
+    """
     return Path(os.environ.get("WORKBENCH_DATA") or Path(__file__).parents[2] / "data")
 
 

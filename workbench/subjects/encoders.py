@@ -29,7 +29,10 @@ BUCKETS, GRAMS, LONGEST = 8192, (1, 2, 3, 4), 160
 def ngrams(texts: Sequence[str]) -> Tensor:
     """int64 (n, L): each text's character n-grams of one to four letters, words marked by < and >,
     hashed to 1..8192 by CRC 32; the shorter end in zeros, at most 160 each. Raises ValueError for a
-    text without letters."""
+    text without letters.
+
+    Example: `len(ngrams(["a cat", "two"])) == 2`
+    """
     rows = [torch.tensor(_grams(text), dtype=torch.int64) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if not len(row):

@@ -155,7 +155,10 @@ def silero() -> Silero:
 
 
 def word_spotter(header: Mapping[str, str] | None = None) -> WordSpotter:
-    """A word spotter at random, as wide as the header of a checkpoint says."""
+    """A word spotter at random, as wide as the header of a checkpoint says.
+
+    Example: `word_spotter()`
+    """
     known = ({"classes": "11", "width": "88"}
              | {key: header[key] for key in ("classes", "width") if header and key in header})
     model = WordSpotter(int(known["classes"]), width=int(known["width"]))
@@ -177,7 +180,10 @@ def package_file(package: str, *inside: str) -> Path:
 
 
 def resampled(samples: np.ndarray, rate: int, wanted: int = RATE) -> np.ndarray:
-    """Samples at another rate, float32, by a polyphase filter."""
+    """Samples at another rate, float32, by a polyphase filter.
+
+    Example: `len(resampled(samples, 16_000, 8_000)) == 800`
+    """
     from scipy.signal import resample_poly
 
     whole = math.gcd(rate, wanted)

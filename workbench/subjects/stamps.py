@@ -136,7 +136,10 @@ def task(preprocessing: Preprocessing | None = None) -> Task:
 
 
 def resized(pictures: Tensor, side: int) -> Tensor:
-    """uint8 (n, 3, side, side), bicubic; the whole picture, nothing cropped."""
+    """uint8 (n, 3, side, side), bicubic; the whole picture, nothing cropped.
+
+    Example: `resized(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), 32).shape == (2, 3, 32, 32)`
+    """
     if side == pictures.shape[-1]:
         return pictures
     parts = [F.interpolate(part.float(), size=(side, side), mode="bicubic", antialias=True)

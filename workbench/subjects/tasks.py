@@ -237,6 +237,9 @@ def with_unlabelled(labelled: Split, more: Split) -> Split:
 
     Raises ValueError where they hold other kinds of input, or something else than one class an
     example is asked for.
+
+    Example: `len(with_unlabelled(task.train, task.validation)) == len(task.train) +
+    len(task.validation)`
     """
     if not isinstance(labelled.targets, Tensor) or labelled.targets.dim() != 1:
         raise ValueError(f"{labelled.name}: unlabelled examples can stand beside those with one "
@@ -260,7 +263,10 @@ def _kind(inputs) -> object:
 
 
 def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split]:
-    """Every twelfth example of `train` as a split called `name`: (the rest, those)."""
+    """Every twelfth example of `train` as a split called `name`: (the rest, those).
+
+    Example: `[len(part) for part in set_aside(task.train, "test", every=4)]`
+    """
     aside = torch.arange(len(train)) % every == 0
     return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]),
                                                          name=name)
@@ -268,7 +274,11 @@ def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split
 
 def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Images uint8 (n, C, H, W), each moved by up to `shift` pixels (zeros enter) and, by an even
-    chance, mirrored."""
+    chance, mirrored.
+
+    Example: `augment(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), shift=1, flip=True,
+    generator=torch.Generator()).shape == (2, 1, 8, 8)`
+    """
     n, _, high, wide = images.shape
     if shift:
         corner = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)

@@ -105,7 +105,10 @@ def wiki_text(prepare=None) -> Task:
 
 
 def joined(lines: Iterable[str], count: int) -> list[str]:
-    """The lines in groups of `count`, a blank line between two."""
+    """The lines in groups of `count`, a blank line between two.
+
+    Example: `len(list(joined(["one", "two", "three"], 2))) == 2`
+    """
     lines = list(lines)
     return ["\n\n".join(lines[k:k + count]) for k in range(0, len(lines), count)]
 

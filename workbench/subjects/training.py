@@ -342,7 +342,10 @@ class _Fit:
 
 
 def own_loss(recipe: Recipe) -> Loss:
-    """The objective's own loss, with the recipe's label smoothing."""
+    """The objective's own loss, with the recipe's label smoothing.
+
+    Example: `own_loss(Recipe(label_smoothing=0.1))`
+    """
     def loss(model: nn.Module, batch: Batch, objective: Objective, _progress: float) -> Tensor:
         logits = objective.read(call(model, batch.inputs), batch.targets)
         return objective.loss(logits, batch.targets, smoothing=recipe.label_smoothing)
@@ -371,7 +374,10 @@ class Train:
 
 
 def few(task: Task, examples: int, *, validation: int = 0, seed: int = 0) -> Task:
-    """The task with so many training and validation examples drawn by `seed`, all where 0."""
+    """The task with so many training and validation examples drawn by `seed`, all where 0.
+
+    Example: `len(few(task, 32, validation=8).train) == 32`
+    """
     parts = {"train": examples, "validation": validation}
     drawn = {name: getattr(task, name).subset(size, seed=seed) for name, size in parts.items()
              if size}
@@ -379,7 +385,10 @@ def few(task: Task, examples: int, *, validation: int = 0, seed: int = 0) -> Tas
 
 
 def seed_of(*words: int) -> int:
-    """One seed that follows from several numbers."""
+    """One seed that follows from several numbers.
+
+    Example: `seed_of(1, 2) == seed_of(1, 2)`
+    """
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 

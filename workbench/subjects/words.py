@@ -64,6 +64,8 @@ def embedded() -> list[Clip]:
     effects.
 
     Raises ValueError for a file that was changed, and as read_audio does.
+
+    Example: `len(embedded()) > 0`
     """
     table = pd.read_csv(shipped.verified("speech", "clips.csv"), keep_default_na=False)
     samples = read_audio(shipped.verified("speech", "clips.wav"))[0]
@@ -251,5 +253,8 @@ def accuracy(network: nn.Module, clips: Sequence[Clip], *, seed: int = 0,
 
 
 def averaged(scores: Tensor, frames: int = 10) -> Tensor:
-    """Scores (classes, T) averaged over each frame and those before it, `frames` in all."""
+    """Scores (classes, T) averaged over each frame and those before it, `frames` in all.
+
+    Example: `averaged(torch.ones(2, 20)).shape == (2, 20)`
+    """
     return F.avg_pool1d(F.pad(scores[None], (frames - 1, 0)), frames, 1)[0]
