@@ -47,6 +47,8 @@ class Ring:
     lost in silence.
 
     dropped: samples that found no room.
+
+    Example: `Ring(0.1, rate=8000)`
     """
 
     def __init__(self, seconds: float = 2.0, *, rate: int = 8_000):

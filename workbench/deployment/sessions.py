@@ -100,7 +100,10 @@ class Session:
 class TorchSession(Session):
     """A module in eval mode; one that is training is copied first. A quantised one computes as
     integer kernels do, so that it answers as its ONNX file will; where `whole` is false, in floats,
-    whose sums round."""
+    whose sums round.
+
+    Example: `TorchSession(model, name="ours", threads=1)(x).shape == (len(x), 10)`
+    """
 
     runtime = "torch"
 
@@ -153,6 +156,8 @@ class OnnxSession(Session):
 
     Its threads stop spinning as soon as a run ends (session.force_spinning_stop); otherwise two
     sessions side by side starve each other.
+
+    Example: `OnnxSession("model.onnx", name="file", threads=1)(x).shape == (len(x), 10)`
     """
 
     runtime = "onnxruntime"

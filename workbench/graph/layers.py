@@ -39,7 +39,10 @@ class Change:
 
 class Masked(nn.Module):
     """A layer with some of its output channels zero, as if their weights and biases were; a
-    function of the layer's own output, so that whoever has that need not compute it again."""
+    function of the layer's own output, so that whoever has that need not compute it again.
+
+    Example: `Masked(nn.Linear(3, 2), torch.tensor([0]))(torch.ones(1, 3))[0, 0] == 0`
+    """
 
     def __init__(self, layer: nn.Module, channels: Tensor):
         super().__init__()

@@ -17,7 +17,10 @@ IN_PLACE = {aten.relu.default: aten.relu_.default, aten.add.Tensor: aten.add_.Te
 
 class Runner:
     """A traced model to be run node by node: modules by name, where each is called, and where each
-    value is last used."""
+    value is last used.
+
+    Example: `Runner(model, x)`
+    """
 
     def __init__(self, model: nn.Module, example: Inputs):
         self.traced = trace(model, example)

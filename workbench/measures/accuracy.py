@@ -38,6 +38,8 @@ class Score:
     value, low, high: of the objective's metric. statistics: float64 (n, columns), example by
     example. labels: what was right, int64 (n,) for one class an example; predictions: what was
     answered. units: which examples belong together, or None.
+
+    Example: `score.row()["n"] == len(task.test)`
     """
 
     value: float
@@ -79,6 +81,8 @@ class Difference:
 
     gained: examples that only the candidate has right; lost: that only the reference has (for other
     metrics than top-1: is better and worse at); p_value: McNemar, exact, of these two.
+
+    Example: `accuracy.difference(before, after).row()["gained"] == 0`
     """
 
     difference: float

@@ -53,7 +53,10 @@ SURE = 3.0  # standard errors, over images, by which a repair must help
 @dataclass
 class Diagnosis:
     """What `diagnose` found. table: one row per layer, the first the first suspect; unexplained:
-    see there."""
+    see there.
+
+    Example: `diagnosis.diagnose(folded, quantised, seen).table.layer.to_list()`
+    """
 
     table: pd.DataFrame
     unexplained: float

@@ -53,7 +53,10 @@ QUANTISED = Limits(l2=1e-2)
 @dataclass(frozen=True, repr=False)
 class Equivalence:
     """Outputs of a candidate against a reference over n examples; l2 relative to the norm of the
-    reference's outputs."""
+    reference's outputs.
+
+    Example: `equivalence.compare(model, model, task.test).passed`
+    """
 
     cosine_mean: float
     cosine_min: float

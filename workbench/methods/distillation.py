@@ -325,6 +325,8 @@ class Distil:
     kind, temperature, alpha, weight, layers: as `loss` has them. examples, validation: of those
     splits, all where 0. unlabelled: other data, as data.load takes them, on whose training examples
     the teacher alone says what is right; `unlabelled_examples` of them, all where 0.
+
+    Example: `Distil(Recipe(epochs=1), kind="hint", layers=["layer1"])`
     """
 
     keeps_shape: ClassVar[bool] = True

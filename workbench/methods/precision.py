@@ -54,7 +54,10 @@ ARTICLES = {"image": Precision("uniform", 8), "text": Precision("kmeans", 6),
 class Rounded:
     """values: what the integers stand for, (n, d). integers: int64 (n, d). bits: packed bits a
     vector. coded_bits: bits a vector of the entropy-coded integers, tables of frequencies and
-    scales included; they decode back bit for bit."""
+    scales included; they decode back bit for bit.
+
+    Example: `precision.rounded(a, precision.ARTICLES["image"]).bits > 0`
+    """
 
     values: Tensor
     integers: Tensor

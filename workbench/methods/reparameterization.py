@@ -125,7 +125,10 @@ class Fold:
 @dataclass(frozen=True)
 class Equalize:
     """The step of a plan that makes the ranges of neighbouring layers equal; batch norms are to be
-    folded before."""
+    folded before.
+
+    Example: `Equalize().apply(Fold().apply(start))`
+    """
 
     keeps_shape: ClassVar[bool] = True
 
@@ -136,7 +139,10 @@ class Equalize:
 
 @dataclass(frozen=True)
 class Fuse:
-    """The step of a plan that fuses branches."""
+    """The step of a plan that fuses branches.
+
+    Example: `Fuse()`
+    """
 
     def apply(self, subject: Subject) -> Subject:
         """The subject with its branches fused."""

@@ -29,6 +29,8 @@ class Histogram:
     Bins lie on multiples of the width, a power of two, so that merging two by two is exact and
     memory does not grow with the images. Not `counting`, it keeps the least and greatest value
     only, which is what "minmax" and "moving_average" need.
+
+    Example: `histogram = Histogram(); histogram.add(a); histogram.range("entropy", Scheme(8))`
     """
 
     def __init__(self, *, counting: bool = True):

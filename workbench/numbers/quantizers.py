@@ -20,6 +20,9 @@ class WeightQuantizer(nn.Module):
 
     scale, zero: (R, 1), or levels (R, 2^bits) for k-means. Where gradients flow, the scale learns
     too (learned step). frozen: integers, scale and zero point for the exporter, or None.
+
+    Example: `WeightQuantizer(model.conv1.weight, Scheme(4))(model.conv1.weight).unique().numel() <=
+    15`
     """
 
     def __init__(self, weight: Tensor, scheme: Scheme, *, by: str = "minmax", layer: str = ""):
@@ -86,6 +89,8 @@ class ActivationQuantizer(nn.Module):
     the grid.
 
     place: which node, for messages; of_input: whether it is an input of the model.
+
+    Example: `ActivationQuantizer(Scheme(8), place="conv1")`
     """
 
     def __init__(self, scheme: Scheme, *, place: str, of_input: bool = False):

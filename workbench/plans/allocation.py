@@ -190,6 +190,8 @@ class Mix:
 
     The harm of each layer at each of `widths` is measured on `examples` of the validation split,
     which also calibrate.
+
+    Example: `Mix(bytes=0.5, widths=[4, 8])`
     """
 
     bytes: Share = 0.5

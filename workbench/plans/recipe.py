@@ -64,7 +64,10 @@ NOT_WRITTEN = ("teacher", "state", "known")  # fields of steps that are objects,
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Named steps in their order, and what the recipe is for, where it says so."""
+    """Named steps in their order, and what the recipe is for, where it says so.
+
+    Example: `recipe.Recipe({"1 prune": Prune(macs=0.5)}, model="resnet20")`
+    """
 
     steps: dict[str, Step]
     name: str = ""

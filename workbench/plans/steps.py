@@ -26,7 +26,10 @@ Stages = dict[str, Subject]
 @dataclass(frozen=True)
 class Export:
     """The step of a plan that writes the subject as it is then to an ONNX file, in `made["folder"]`
-    where there is one."""
+    where there is one.
+
+    Example: `Export(tolerance=0.01)`
+    """
 
     keeps_shape: ClassVar[bool] = True
     file: str = "model.onnx"
@@ -43,7 +46,10 @@ class Export:
 @dataclass(frozen=True)
 class Load:
     """The step of a plan that takes the weights which an earlier run of the same plan has trained,
-    in the place of training."""
+    in the place of training.
+
+    Example: `Load("mine.safetensors")`
+    """
 
     keeps_shape: ClassVar[bool] = True
     checkpoint: str

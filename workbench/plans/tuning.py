@@ -36,6 +36,8 @@ class Tune:
     Near is the mean relative L2 distance of the outputs from the float model's, on `judged`
     examples other than the `examples` that calibrate, of the validation split and, where it has too
     few, the training split; labels are not looked at.
+
+    Example: `Tune(bits=4)`
     """
 
     bits: Annotated[int, Ge(2), Le(8)] = 8

@@ -30,7 +30,10 @@ HOTTEST = math.log(100)  # of the learned scale, 1 / temperature
 @dataclass(frozen=True)
 class Items:
     """What an encoder reads, and of which concept. values: (n, ...); rows: concept, language (""
-    for none), part."""
+    for none), part.
+
+    Example: `len(Items(a, pd.DataFrame({"concept": range(80)})).rows) == 80`
+    """
 
     values: Tensor
     rows: pd.DataFrame
@@ -52,7 +55,10 @@ class Items:
 @dataclass(frozen=True)
 class Recipe(training.Recipe):
     """How to align: `steps` of AdamW. batch_size: concepts a step, one item of each modality for
-    each. temperature: the first; it is learned. precision: of the encoders."""
+    each. temperature: the first; it is learned. precision: of the encoders.
+
+    Example: `alignment.Recipe(steps=100)`
+    """
 
     steps: int = 600
     batch_size: int = 256

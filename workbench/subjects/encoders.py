@@ -115,7 +115,10 @@ class SpeechEncoder(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """A small convolutional network for 64 x 64 pixels."""
+    """A small convolutional network for 64 x 64 pixels.
+
+    Example: `PictureEncoder(32)(torch.zeros(2, 3, 64, 64)).shape == (2, 32)`
+    """
 
     def __init__(self, dim: int = 256, *, widths: Sequence[int] = (32, 64, 128, 256)):
         super().__init__()
@@ -135,7 +138,10 @@ class PictureEncoder(nn.Module):
 class Projection(nn.Module):
     """Pretrained features, standardised, to `dim`: a linear path and one hidden layer beside it,
     both behind a dropout of the features that keeps a few hundred concepts from being learned by
-    heart."""
+    heart.
+
+    Example: `Projection(16, 32)(torch.ones(2, 16)).shape == (2, 32)`
+    """
 
     def __init__(self, width: int, dim: int = 256, *, hidden: int = 512, dropout: float = 0.7):
         super().__init__()

@@ -192,7 +192,10 @@ def _unread(source: str, how: dict[str, str], error: Exception) -> str:
 
 
 def kind_of(task: Task | None) -> str:
-    """Which head the task needs."""
+    """Which head the task needs.
+
+    Example: `kind_of(None)`
+    """
     if task is None:
         return "encoder"
     kinds = {Tagging: "tags", NextToken: "next_token", Understanding: "understanding",

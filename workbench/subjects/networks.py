@@ -19,7 +19,10 @@ REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))
 
 class PadShortcut(nn.Module):
     """Option A shortcut: every second pixel, `padding` channels of zeros before and behind; no
-    parameters."""
+    parameters.
+
+    Example: `PadShortcut(4)(torch.ones(1, 8, 8, 8)).shape == (1, 16, 4, 4)`
+    """
 
     def __init__(self, padding: int):
         super().__init__()
@@ -30,7 +33,10 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm and a shortcut around both."""
+    """Two 3 x 3 convolutions with batch norm and a shortcut around both.
+
+    Example: `BasicBlock(8, 16, 2)(torch.ones(1, 8, 8, 8)).shape == (1, 16, 4, 4)`
+    """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
@@ -50,7 +56,10 @@ class BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """CIFAR ResNet: a 3 x 3 stem, three stages of 16, 32 and 64 channels, average pooling, one
-    linear layer."""
+    linear layer.
+
+    Example: `ResNet(3, in_channels=1)(x).shape == (len(x), 10)`
+    """
 
     def __init__(self, blocks: int, *, in_channels: int = 3, classes: int = 10):
         super().__init__()
@@ -80,6 +89,8 @@ class RepVGGBlock(nn.Module):
     """Trained as the sum of a 3 x 3 branch, a 1 x 1 branch and, where the shape stays, the input,
     each behind its batch norm; then a ReLU. `fused` gives one convolution that computes the same in
     eval mode. Without `branches` the 3 x 3 one stands alone.
+
+    Example: `RepVGGBlock(8, 16)(torch.ones(1, 8, 8, 8)).shape == (1, 16, 8, 8)`
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1, *,
@@ -121,7 +132,10 @@ class RepVGGBlock(nn.Module):
 
 class RepVGG(nn.Module):
     """A stem of 16 channels and three stages of RepVGG blocks, average pooling, one linear
-    layer."""
+    layer.
+
+    Example: `RepVGG(in_channels=1)(x).shape == (len(x), 10)`
+    """
 
     def __init__(self, *, branches: bool = True, in_channels: int = 3, classes: int = 10):
         super().__init__()

@@ -23,7 +23,10 @@ IGNORED = -100
 class Objective:
     """One class for each example; the base of the others. metric: how its column is called. unit:
     what the interval is over. output: the name of the output that is the answer, where a model has
-    several."""
+    several.
+
+    Example: `Objective(unit="sentence").metric == "top1"`
+    """
 
     metric: str = "top1"
     unit: str = "image"
@@ -92,6 +95,8 @@ class Tagging(Objective):
 
     tags: their names, in the order of the model's classes. Source: CoNLL-2000 evaluation, Tjong Kim
     Sang & Buchholz 2000.
+
+    Example: `Tagging(("O", "B-room", "I-room"))`
     """
 
     tags: Sequence[str] = ()
@@ -148,6 +153,8 @@ class NextToken(Objective):
 
     Targets are the tokens themselves, at their own places: the logits at place k answer for place k
     + 1.
+
+    Example: `NextToken().metric == "perplexity"`
     """
 
     metric: str = "perplexity"
@@ -202,6 +209,8 @@ class Understanding(Objective):
     metric: "sentence" (share of sentences whose intent and tags are all right), "intent" (share of
     intents) or "f1" (of whole entities, as seqeval counts them). The loss is the cross entropy of
     the intents and that of the tags, added. Source: JointBERT, Chen et al. 2019 (arXiv 1902.10909).
+
+    Example: `Understanding(intents=("on", "off"), tags=("O", "B-room"))`
     """
 
     intents: Sequence[str] = ()

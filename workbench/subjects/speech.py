@@ -59,7 +59,10 @@ class LogMel(nn.Module):
 
 class Causal(nn.Module):
     """A convolution over time, of each channel alone and then of all, that reads nothing to come;
-    its input is added."""
+    its input is added.
+
+    Example: `Causal(8, 3, 2)(torch.ones(1, 8, 20)).shape == (1, 8, 20)`
+    """
 
     def __init__(self, width: int, taps: int, dilation: int):
         super().__init__()

@@ -98,7 +98,10 @@ class Pictures:
 
 
 class Texts:
-    """Sentences (or lists of words) to be indexed as a tensor is, by an int64 tensor or a slice."""
+    """Sentences (or lists of words) to be indexed as a tensor is, by an int64 tensor or a slice.
+
+    Example: `len(Texts(["one", "two"])) == 2`
+    """
 
     def __init__(self, lines: Sequence):
         self.lines = np.empty(len(lines), dtype=object)
@@ -191,7 +194,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and what is asked of a model: splits, names of the classes, source and licence."""
+    """A data set and what is asked of a model: splits, names of the classes, source and licence.
+
+    Example: `Task("mine", task.train, task.validation, task.test, task.classes, source="here")`
+    """
 
     name: str
     train: Split

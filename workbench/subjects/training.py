@@ -45,6 +45,8 @@ class Recipe:
     the steps), or "constant"; each step its own rate. precision: "fp32", "bf16" (autocast), "fp16"
     (autocast with the loss scaled and the gradients unscaled), or "auto": bf16 where the processor
     multiplies it in hardware, else fp32.
+
+    Example: `Recipe(epochs=1, optimizer="adamw", learning_rate=1e-3)`
     """
 
     epochs: int = 30
@@ -102,7 +104,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model (last epoch, eval mode) and its history: one row an epoch."""
+    """A trained model (last epoch, eval mode) and its history: one row an epoch.
+
+    Example: `training.fit(model, task, recipe=recipe).history.validation_top1`
+    """
 
     model: nn.Module
     history: pd.DataFrame
@@ -356,7 +361,10 @@ def own_loss(recipe: Recipe) -> Loss:
 @dataclass(frozen=True)
 class Train:
     """The step of a plan that trains: `recipe` on the task's training split, `examples` of it (all
-    where 0), by `seed`."""
+    where 0), by `seed`.
+
+    Example: `Train(Recipe(epochs=1), examples=64).apply(start)`
+    """
 
     keeps_shape: ClassVar[bool] = True
     recipe: Recipe

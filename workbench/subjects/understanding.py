@@ -52,6 +52,8 @@ class HashedConvolutions(nn.Module):
 
     A token's vector is the sum of two rows, one a hash; two tokens share both only beyond 256,027
     entries of a vocabulary. Source: hash embeddings, Svenstrup et al. 2017 (arXiv 1709.03933).
+
+    Example: `sum(p.numel() for p in HashedConvolutions().parameters()) < 100_000`
     """
 
     def __init__(self, *, narrow: int = 48, width: int = 64, kernel: int = 5, blocks: int = 5,

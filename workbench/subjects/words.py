@@ -31,7 +31,10 @@ QUIET = 1e-4  # least level of noise, of full scale
 @dataclass(frozen=True)
 class Clip:
     """A recording. samples: float32 (T,) at 8 kHz; what: "command", "speech" or "effect"; word: of
-    a command; voice: whose."""
+    a command; voice: whose.
+
+    Example: `Clip(samples, "command", word="one")`
+    """
 
     samples: np.ndarray
     what: str
