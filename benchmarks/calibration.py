@@ -2,7 +2,7 @@
 memory, accuracy, in one run.
 
     python benchmarks/calibration.py --data folder:PHOTOS.parquet [--model efficientnet_lite0]
-    [--images 50] [--threads 2]
+        [--images 50] [--threads 2]
 
 Every candidate runs in a fresh process of its own, on the same images of the float32 model with its
 batch norms folded; what it needs before it (the import, the images, ONNX Runtime's preparation of

@@ -1,9 +1,10 @@
 """Train data/checkpoints/word_spotter-digits.safetensors: the ten English digits, spotted in a
 stream.
 
-    apt-get install flite espeak-ng asterisk-core-sounds-{fr,it,ru}-gsm tuxpaint-stamps-default pip
-    install 'workbench[speech]' python data/build_word_spotter.py --digits spoken_digits.parquet
-    [--source DIR] [--without SPEAKER] [--steps N] [--out FILE]
+    apt-get install flite espeak-ng asterisk-core-sounds-{fr,it,ru}-gsm tuxpaint-stamps-default
+    pip install 'workbench[speech]'
+    python data/build_word_spotter.py --digits spoken_digits.parquet [--source DIR]
+        [--without SPEAKER] [--steps N] [--out FILE]
 
 Commands: recordings of people (a Parquet file with digit, speaker and audio; the Free Spoken Digit
 Dataset, CC BY-SA 4.0) and the voices of flite and espeak-ng. What is no command: sentences and

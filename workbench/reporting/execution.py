@@ -155,18 +155,19 @@ def execute(job: Job, out: Path) -> None:
 
 
 def agreement(headlines: Sequence[dict], full: Path) -> list[dict]:
-    """A check for each headline that has an interval, here and in the full run's record: how far
-    the two intervals lie apart, at most 0. None where there is no such record.
+    """A check for each headline with an interval that the full run's record has too: how far the
+    two intervals lie apart, at most 0; a full figure without one is a point.
 
     Example: `agreement([], Path("reports/full/20_channel_pruning/run.json")) == []`
     """
     stored = json.loads(full.read_text())["headlines"] if full.exists() else []
-    known = {line["name"]: line for line in stored if "low" in line}
-    return [{"name": f"{own['name']}: apart from the full run's interval [{other['low']:.4g}, "
-                     f"{other['high']:.4g}]",
+    known = {line["name"]: (line.get("low", line["value"]), line.get("high", line["value"]))
+             for line in stored}
+    return [{"name": f"{own['name']}: apart from the full run's [{low:.4g}, {high:.4g}]",
              "value": apart, "limit": "<= 0", "passed": apart <= 0}
-            for own in headlines if "low" in own and (other := known.get(own["name"]))
-            for apart in [max(own["low"] - other["high"], other["low"] - own["high"], 0.0)]]
+            for own in headlines if "low" in own and own["name"] in known
+            for low, high in [known[own["name"]]]
+            for apart in [max(own["low"] - high, low - own["high"], 0.0)]]
 
 
 def reason(out: Path) -> str:

@@ -3,6 +3,7 @@ report."""
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -101,7 +102,7 @@ class Report:
                          for check in checks)
 
     def headline(self, name: str, value, *, text: str | None = None,
-                 interval: tuple[float, float] | None = None) -> None:
+                 interval: Sequence[float] | None = None) -> None:
         """Record a figure for the index page: `text` is how it reads there, with its unit and
         interval.
 
@@ -111,10 +112,10 @@ class Report:
         """
         words = text or f"{value}"
         if hasattr(value, "low"):
-            interval, value = interval or (value.low, value.high), value.value
+            interval, value = (value.low, value.high), value.value
         told = {"name": name, "value": _plain(value), "text": words}
-        if interval:
-            told |= {"low": _plain(interval[0]), "high": _plain(interval[1])}
+        if interval is not None:
+            told |= dict(zip(("low", "high"), map(_plain, interval), strict=True))
         self.headlines.append(told)
         self._write()
 
