@@ -33,4 +33,4 @@ lint: $(VENV)/ready  ## ruff, types, and notebooks without outputs
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 clean:  ## remove the environment and the generated reports; reports/full stays
-	rm -rf $(VENV) reports/[0-9]* reports/smoke reports/lab reports/.[a-z]* reports/index.html reports/summary.json
+	rm -rf $(VENV) reports/[0-9]* reports/committed reports/reference reports/smoke reports/lab reports/.[a-z]* reports/index.html reports/summary.json

@@ -1,5 +1,6 @@
 """Published figures beside ours: looked up, compared, counted."""
 
+import html
 import json
 import re
 import shutil
@@ -167,6 +168,23 @@ def test_every_figure_of_the_papers_has_a_source_a_place_and_a_word():
     counted = places[(places.form != "none") & (places.report != "91_published")]
     assert not table[
         table.index.isin(counted.index)].ours.isna().any(), "what other reports hold is found there"
+
+
+def test_what_git_keeps_of_full_runs_has_pages_and_the_front_page_links_to_them(tmp_path):
+    found = pages.committed(tmp_path)
+    assert {"full", "efficientnet_lite0", "resnet56_cifar10"} <= set(found)
+    kept = pages.COMMITTED / "full" / "20_channel_pruning"
+    page = tmp_path / found["full"][kept.name]
+    assert page.is_file()
+    told, record = page.read_text(), json.loads((kept / "run.json").read_text())
+    assert all(html.escape(check["name"]) in told for check in record["checks"])
+    for source in re.findall(r'(?:src|href)="([^"]+)"', told):
+        if not source.startswith(".."):
+            continue
+        assert (page.parent / source).exists() or source == "../index.html", source
+    assert "<th>macs_left</th>" in told
+    pages.write(tmp_path, ran=[], failures={})
+    assert found["full"][kept.name] in (tmp_path / "index.html").read_text()
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

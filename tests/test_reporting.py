@@ -114,8 +114,8 @@ def test_a_run_leaves_what_the_contract_names(folder):
     out = folder.parent / "reports"
     assert summary["passed"]
     assert {p.name for p in out.iterdir()
-            if not p.name.startswith(".")} == {"01_one", "02_two", "index.html", "reference",
-                                                                              "summary.json"}
+            if not p.name.startswith(".")} == {"01_one", "02_two", "committed", "index.html",
+                                               "reference", "summary.json"}
     assert {p.name for p in (out / "01_one").iterdir()} == {"01_one.ipynb", "index.html",
                                                             "run.json"}
     record = json.loads((out / "01_one" / "run.json").read_text())

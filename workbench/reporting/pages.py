@@ -1,15 +1,17 @@
-"""The pages: an index over all reports with its summary.json, each notebook and the reference as
-HTML. None needs a network."""
+"""The pages: an index over all reports with its summary.json, each notebook, each committed report
+and the reference as HTML. None needs a network."""
 
 import csv
 import datetime
 import functools
 import json
+import os
 from pathlib import Path
 
 from workbench import files
 from workbench.reporting import reference
 
+COMMITTED = Path(__file__).parents[2] / "reports"
 _TEMPLATES = Path(__file__).parent
 _FOLDED = """{% extends "basic/index.html.j2" %}
 {% block input %}
@@ -38,7 +40,7 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
     with files.atomic(out / "summary.json") as new:
         new.write_text(json.dumps(summary, indent=1))
     with files.atomic(out / "index.html") as new:
-        beside = {"kept": _kept(out), "systems": _systems(out),
+        beside = {"committed": committed(out), "systems": _systems(out),
                   "rooms": reference.write(out, _render)}
         new.write_text(_render("index.html.j2", summary=summary, **beside), encoding="utf-8")
     return summary
@@ -102,13 +104,36 @@ def _systems(out: Path) -> list[dict[str, str]]:
     path = out / "90_articles" / "tables" / "systems.csv"
     if not path.exists():
         return []
+    head, *rows = _rows(path)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def committed(out: Path) -> dict[str, dict[str, str]]:
+    """A page in OUT/committed for each report that git keeps, without its notebook, of the full
+    profile and of other models: by folder the address of each, seen from OUT."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(COMMITTED.glob("[a-z]*/*/run.json")):
+        report, group = path.parent, path.parents[1].name
+        if group == "smoke" or path.parents[1].resolve() == out.resolve():
+            continue
+        page = report / "index.html"  # of a run here
+        if not page.exists():
+            page = out / "committed" / f"{group}-{report.name}.html"
+            record = json.loads(path.read_text())
+            tables = {name: _rows(report / "tables" / name) for name in record["tables"]
+                      if name.endswith(".csv")}
+            with files.atomic(page) as new:
+                new.write_text(_render("committed.html.j2", record=record, group=group,
+                                       tables=tables, machine=_machine(record),
+                                       folder=os.path.relpath(report, page.parent)),
+                               encoding="utf-8")
+        found.setdefault(group, {})[report.name] = os.path.relpath(page, out)
+    return found
+
+
+def _rows(path: Path) -> list[list[str]]:
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _kept(out: Path) -> list[str]:
-    """Other index pages beside or below this one, such as the committed run of the full profile."""
-    return [path.parent.name for path in sorted(out.glob("[a-z]*/index.html"))]
+        return list(csv.reader(file))
 
 
 def _render(template: str, **values) -> str:
