@@ -24,8 +24,7 @@ BELOW = {  # what each room may import of the package
     "measures": GROUND | {"numbers", "graph", "subjects", "deployment"},
     "plans": GROUND | {"numbers", "graph", "subjects", "methods", "deployment", "measures"},
     "reporting": {"files", "machine"},
-    "__main__": {"errors", "machine", "reporting", "measures",
-                                                    "plans", "subjects"},
+    "__main__": {"errors", "machine", "reporting", "measures", "plans", "subjects"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -38,8 +37,7 @@ def room(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[
-            0] == "workbench":
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("workbench."):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("workbench")}

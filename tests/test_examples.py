@@ -45,8 +45,8 @@ NOT_RUN = {
     "streaming.export": "a streaming network: test_streaming",
     "rounding.adaround": "40 s: test_quantization", "chain.chain": "13 s: test_streaming",
     "parameters.plan": "runs in a clone",
-    "latency.grid": "wants two cores: test_latency", "equivalence.batch_proof": "wants sentences: "
-    "test_understanding",
+    "latency.grid": "wants two cores: test_latency",
+    "equivalence.batch_proof": "wants sentences: test_understanding",
     "understanding.Understanding": "changes a model: test_understanding",
     "recipe.load": "a file that recipe.dump's example writes",
     "compress.compress": "a minute: test_plans",

@@ -9,6 +9,7 @@ import subprocess
 import pandas as pd
 import pytest
 
+from workbench import files
 from workbench.reporting import pages, published
 from workbench.subjects import embedded
 
@@ -139,8 +140,8 @@ def test_systems_have_a_line_of_words(folder):
     lines = published.systems(named, table, {"here": folder, "full": folder / "full"})
     assert lines.here.tolist() == ["first: one", "of power: two", ""]
     assert lines.full.tolist() == [""] * 3
-    assert lines.published[
-        0] == "after, latency: 0.5, ours 0.375 [0.3, 0.45]; after, accuracy lost: 1, ours 1.01"
+    words = "after, latency: 0.5, ours 0.375 [0.3, 0.45]; after, accuracy lost: 1, ours 1.01"
+    assert lines.published[0] == words
     assert lines.verdict.tolist() == ["1 better, 1 equal", "", ""]
     assert published.apart(table).get_yticklabels()[-1].get_text() == "X1  after, latency"
 
@@ -173,7 +174,7 @@ def test_every_figure_of_the_papers_has_a_source_a_place_and_a_word():
 def test_what_git_keeps_of_full_runs_has_pages_and_the_front_page_links_to_them(tmp_path):
     found = pages.committed(tmp_path)
     assert {"full", "efficientnet_lite0", "resnet56_cifar10"} <= set(found)
-    kept = pages.COMMITTED / "full" / "20_channel_pruning"
+    kept = files.REPORTS / "full" / "20_channel_pruning"
     page = tmp_path / found["full"][kept.name]
     assert page.is_file()
     told, record = page.read_text(), json.loads((kept / "run.json").read_text())

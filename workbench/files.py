@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+REPORTS = Path(__file__).parents[1] / "reports"  # of the clone that this package is installed from
+
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:

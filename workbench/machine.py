@@ -34,7 +34,7 @@ def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GiB, and the number formats that decide int8
     and bf16 speed.
 
-    Example: `hardware()["cores"] >= 1`
+    Example: `hardware()["processor"]`
     """
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = {key.strip(): value.strip()
@@ -58,7 +58,7 @@ def multiplies_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware; where it does not, bfloat16 is slower
     than float32.
 
-    Example: `multiplies_bf16() in (True, False)`
+    Example: `precision = "bf16" if multiplies_bf16() else "fp32"`
     """
     return (bool({"avx512_bf16", "amx_bf16"} & _formats())
             or platform.machine() in ("arm64", "aarch64"))
@@ -68,7 +68,7 @@ def sums_integers() -> bool:
     """Whether the processor adds products of 8-bit integers without saturating at 16 bits (VNNI,
     AMX, Arm).
 
-    Example: `sums_integers() in (True, False)`
+    Example: `bits = 8 if sums_integers() else 7`
     """
     return (bool({"avx512_vnni", "avx_vnni", "amx_int8"} & _formats())
             or platform.machine() in ("arm64", "aarch64"))
@@ -89,7 +89,7 @@ def processors() -> list[int]:
 def cores() -> int:
     """How many processors this process may run on, at least while it is `alone`.
 
-    Example: `cores() >= 1`
+    Example: `torch.set_num_threads(cores())`
     """
     return len(processors())
 
@@ -145,7 +145,7 @@ def clock() -> float:
     """Seconds on a clock that stands still while this process does, for another that is `alone`;
     for what takes long.
 
-    Example: `clock() <= clock()`
+    Example: `started = clock(); seconds = clock() - started`
     """
     if RUN not in os.environ:
         return time.perf_counter()
@@ -196,7 +196,7 @@ _is_alone = False
 def resident() -> float:
     """Memory of this process that lies in RAM now, in MB.
 
-    Example: `resident() > 0`
+    Example: `before = resident()`
     """
     return psutil.Process().memory_info().rss / 1e6
 
@@ -207,7 +207,7 @@ def peak() -> float:
 
     Raises RuntimeError on systems without /proc.
 
-    Example: `peak() > 0`
+    Example: `peak()`
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -97,7 +97,7 @@ def code() -> str:
     """A mark of the package's code, without the command line and the reports: with other code a
     result is another one.
 
-    Example: `code() == code()`
+    Example: `key = {"plan": "half", "code": code()}`
     """
     package = Path(__file__).parent
     paths = [*package.glob("*.py"),

@@ -19,7 +19,7 @@ class Runner:
     """A traced model to be run node by node: modules by name, where each is called, and where each
     value is last used.
 
-    Example: `Runner(model, x)`
+    Example: `graph = Runner(model, x)`
     """
 
     def __init__(self, model: nn.Module, example: Inputs):

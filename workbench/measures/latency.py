@@ -215,7 +215,7 @@ def _looped(served: batching.Batcher, singles: list[Inputs], clients: int,
 
 
 def _counted(every: np.ndarray, opened: float, ended: float) -> np.ndarray:
-    """Which requests ended between these two moments; none does where none began there either."""
+    """Which requests count: those that end between these moments, if one of all begins there."""
     inside = (every[:, 1] >= opened) & (every[:, 1] <= ended)
     return inside & (every[:, 0] >= opened).any()
 

@@ -349,7 +349,8 @@ def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     to zero, alone.
 
     What a residual connection adds to these channels stays, so nothing can really be cut there; use
-    `silencing` for the effect of a real removal. layers: those of layers.named(model, ...)."""
+    `silencing` for the effect of a real removal. layers: those of layers.named(model, ...).
+    """
     order = {name: layer.weight.detach().abs().flatten(1).sum(1).argsort(stable=True)
              for name, layer in layers.items()}
 

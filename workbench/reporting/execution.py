@@ -28,7 +28,7 @@ sys.modules.setdefault("rfc3987_syntax", None)
 CELLS, INNER = "cells.progress", "inner.progress"  # what the runner's progress line reads
 ERRORS = "errors.txt"
 DEAD = "its kernel died"  # of which reason() tells
-FULL = Path(__file__).parents[2] / "reports" / "full"  # the committed reports of the full profile
+FULL = files.REPORTS / "full"  # the committed reports of the full profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,19 +155,18 @@ def execute(job: Job, out: Path) -> None:
 
 
 def agreement(headlines: Sequence[dict], full: Path) -> list[dict]:
-    """A check for each headline with an interval that the full run's record has too: how far the
-    two intervals lie apart, at most 0; a full figure without one is a point.
+    """A check for each headline that has an interval, here and in the full run's record: how far
+    the two intervals lie apart, at most 0. None where there is no such record.
 
     Example: `agreement([], Path("reports/full/20_channel_pruning/run.json")) == []`
     """
     stored = json.loads(full.read_text())["headlines"] if full.exists() else []
-    known = {line["name"]: (line.get("low", line["value"]), line.get("high", line["value"]))
-             for line in stored}
-    return [{"name": f"{own['name']}: apart from the full run's [{low:.4g}, {high:.4g}]",
+    known = {line["name"]: line for line in stored if "low" in line}
+    return [{"name": f"{own['name']}: apart from the full run's [{other['low']:.4g}, "
+                     f"{other['high']:.4g}]",
              "value": apart, "limit": "<= 0", "passed": apart <= 0}
-            for own in headlines if "low" in own and own["name"] in known
-            for low, high in [known[own["name"]]]
-            for apart in [max(own["low"] - high, low - own["high"], 0.0)]]
+            for own in headlines if "low" in own and (other := known.get(own["name"]))
+            for apart in [max(own["low"] - other["high"], other["low"] - own["high"], 0.0)]]
 
 
 def reason(out: Path) -> str:

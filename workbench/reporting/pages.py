@@ -11,7 +11,6 @@ from pathlib import Path
 from workbench import files
 from workbench.reporting import reference
 
-COMMITTED = Path(__file__).parents[2] / "reports"
 _TEMPLATES = Path(__file__).parent
 _FOLDED = """{% extends "basic/index.html.j2" %}
 {% block input %}
@@ -112,7 +111,7 @@ def committed(out: Path) -> dict[str, dict[str, str]]:
     """A page in OUT/committed for each report that git keeps, without its notebook, of the full
     profile and of other models: by folder the address of each, seen from OUT."""
     found: dict[str, dict[str, str]] = {}
-    for path in sorted(COMMITTED.glob("[a-z]*/*/run.json")):
+    for path in sorted(files.REPORTS.glob("[a-z]*/*/run.json")):
         report, group = path.parent, path.parents[1].name
         if group == "smoke" or path.parents[1].resolve() == out.resolve():
             continue

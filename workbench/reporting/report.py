@@ -26,8 +26,7 @@ class Report:
     """
 
     def __init__(self, name: str):
-        self.folder = Path(os.environ.get("WORKBENCH_REPORT")
-                           or Path(__file__).parents[2] / "reports" / "lab" / name)
+        self.folder = Path(os.environ.get("WORKBENCH_REPORT") or files.REPORTS / "lab" / name)
         # the kernel ends with its runner, also where it stands still at that time
         if machine.RUN in os.environ:
             machine.end_with_parent()
@@ -46,9 +45,8 @@ class Report:
     def others(self) -> dict[str, Path]:
         """Where the reports of other notebooks lie: "here", of this run, and "full", the committed
         ones of the full profile."""
-        root = Path(__file__).parents[2] / "reports"
-        here = self.folder.parent if "WORKBENCH_REPORT" in os.environ else root
-        return {"here": here, "full": root / "full"}
+        here = self.folder.parent if "WORKBENCH_REPORT" in os.environ else files.REPORTS
+        return {"here": here, "full": files.REPORTS / "full"}
 
     def table(self, frame: pd.DataFrame, name: str, *, paper: Paper | None = None) -> pd.DataFrame:
         """Write `frame` to tables/NAME.csv and return it, so that a cell ends by showing it; with

@@ -395,7 +395,7 @@ def few(task: Task, examples: int, *, validation: int = 0, seed: int = 0) -> Tas
 def seed_of(*words: int) -> int:
     """One seed that follows from several numbers.
 
-    Example: `seed_of(1, 2) == seed_of(1, 2)`
+    Example: `seed_of(1, 2) != seed_of(2, 1)`
     """
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
