@@ -28,8 +28,8 @@ def order(letters: str, *, macs: float = 0.5, bits: int = 4, steps: int = 60,
     rounded = "D" in letters.partition("Q")[2]
     training = Recipe(epochs=1, batch_size=64,
                       learning_rate=learning_rate_rounded if rounded else learning_rate)
-    known: dict[str, Step] = {
+    single: dict[str, Step] = {
         "P": Prune(macs=macs), "Q": Quantize(bits=bits),
         "D": Distil(training, examples=64 * steps, validation=1, seed=seed, state=state,
                     known=known)}
-    return {NAMES[letter]: known[letter] for letter in letters}
+    return {NAMES[letter]: single[letter] for letter in letters}
