@@ -1,6 +1,7 @@
 """What several tests need: a small task, a small trained-looking model, and quiet progress bars."""
 
 import os
+import sys
 
 import pytest
 
@@ -24,7 +25,15 @@ from workbench.subjects.tasks import Task  # noqa: E402
 def pytest_collection_modifyitems(items):
     """Notebooks first, so that none runs at the end while other processes have nothing left to
     do."""
-    items.sort(key=lambda item: "a_notebook_of_the_house" not in item.name)
+    items.sort(key=lambda item: "the_notebooks_of_the_house" not in item.name)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """What a test draws is closed behind it, so that none of many keeps the others' figures."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")

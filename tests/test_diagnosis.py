@@ -125,6 +125,19 @@ def test_a_changed_bias_and_weights_that_were_zeroed_before_rounding_are_found(f
     assert diagnosis.diagnose(folded, folded, look).unexplained == 0
 
 
+def test_channels_of_zeros_do_not_count_as_spread(look):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)).eval()
+    model(look[0].inputs)
+    for channel in range(8):
+        model[0].weight.data[channel] = 2.0**channel if channel > 4 else 0.0
+    found = diagnosis.diagnose(model, model, look).table.set_index("layer")
+    assert found.channel_spread["0"] == 2  # 128 over the median of 32, 64 and 128
+    model[0].weight.data.zero_()
+    found = diagnosis.diagnose(model, model, look).table.set_index("layer")
+    assert found.channel_spread.isna()["0"]
+
+
 def test_what_cannot_be_diagnosed_says_why(folded, healthy, look, task):
     with pytest.raises(ValueError, match="no examples"):
         diagnosis.diagnose(folded, healthy, [])

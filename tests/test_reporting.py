@@ -3,6 +3,7 @@ profile."""
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -386,11 +387,14 @@ def test_a_check_takes_one_limit_and_nan_does_not_pass(tmp_path, monkeypatch):
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
-# of three or four each, long and short ones: they share what they import
-@pytest.mark.parametrize("part", range(7))
+# a part for each process of the tests: what a part's notebooks import, they import once
+PARTS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+
+
+@pytest.mark.parametrize("part", range(PARTS))
 def test_the_notebooks_of_the_house_hold_their_checks_and_their_pages_need_no_network(
         part, tmp_path):
-    out, names = tmp_path / "reports", NOTEBOOKS[part::7]
+    out, names = tmp_path / "reports", NOTEBOOKS[part::PARTS]
     done = command("report", *names, "--profile", "smoke", "--jobs", 1, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     for page in out.rglob("*.html"):

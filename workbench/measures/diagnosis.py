@@ -93,8 +93,9 @@ def diagnose(reference: nn.Module, candidate: nn.Module, batches: Iterable[Batch
     by this layer alone), own_sqnr_db (of the unit's output on the reference's inputs) and
     passed_sqnr_db (of the layer's output where the candidate runs by itself, so with what came
     before), weight_max, outlier (weight_max over the weights' rms), channel_spread (largest over
-    median range of a channel), clipped (share of activations outside the grid), norm_shift and
-    norm_stretch (batch norm against its inputs, in standard deviations), fault, cause, repair.
+    median range of a channel, those of zeros alone left out), clipped (share of activations outside
+    the grid), norm_shift and norm_stretch (batch norm against its inputs, in standard deviations),
+    fault, cause, repair.
     Faults come first, in order of blame, then the rest in order of effect. `unexplained`: the
     candidate's error in the logits less the sum of the effects, as a share of it; large where the
     fault lies outside the layers, in a joint's range say.
@@ -289,12 +290,13 @@ class _Finding:
         """The measures of the unit by itself."""
         weight = self.unit.layer.weight.detach()
         ranges, largest = weight.flatten(1).abs().amax(1), weight.abs().max().item()
+        used = ranges[ranges > 0]
         shift, stretch = self._drift() if self.unit.norm else (float("nan"),) * 2
         error = self.by_weights + self.by_grid
         return {"own_sqnr_db": 10 * torch.tensor(self.energy / max(error, 1e-30)).log10().item(),
                 "weight_max": largest,
                 "outlier": largest / max(weight.pow(2).mean().sqrt().item(), 1e-30),
-                "channel_spread": (ranges.max() / ranges.median().clamp_min(1e-30)).item(),
+                "channel_spread": largest / used.median().item() if len(used) else float("nan"),
                 "clipped": self.clipped / self.count if self.count else float("nan"),
                 "norm_shift": shift, "norm_stretch": stretch}
 

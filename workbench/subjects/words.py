@@ -26,6 +26,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 ANSWERED = 25  # frames behind a word's end in which it is to be named
 EARLY = 2  # frames before its end from which on it may be
 QUIET = 1e-4  # least level of noise, of full scale
+WHOLE, PIECES = 0.48, 0.12  # shares of a training scene's clips: commands, pieces of commands
+NONE = 0.5  # weight of a frame without a word in training
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,16 @@ def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], 
     """Train a word spotter, itself, on scenes made anew for each step; returns the loss of each
     step.
 
-    Half of a scene's clips are commands. Cross-entropy over the frames, those without a word at a
-    third of the weight; AdamW, one cycle of the learning rate.
+    About half of a scene's clips are commands, one in eight a piece of one, which is none.
+    Cross-entropy over the frames, those without a word weighted by 0.5; AdamW, one cycle of the
+    learning rate.
     """
     draw, losses = np.random.default_rng(seed), []
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     weights = torch.ones(len(WORDS) + 1)
-    weights[-1] = 1 / 3
+    weights[-1] = NONE
     network.train().float()  # the spectrum, too, which is otherwise computed in double precision
     for _ in files.progress(range(steps), title="training", unit="step"):
         scenes = [_drawn(commands, others, seconds, draw) for _ in range(batch)]
@@ -215,21 +218,34 @@ def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], 
 
 def _drawn(commands: Sequence[Clip], others: Sequence[Clip], seconds: float,
            draw: np.random.Generator) -> Scene:
-    """A scene of clips drawn at random, of those that are long a piece."""
+    """A scene of clips drawn at random: whole commands, pieces of them, which are none, and others,
+    of those that are long a piece, at times backwards."""
     clips = []
     for _ in range(6):
-        pool = commands if draw.random() < 0.5 else others
+        kind = draw.random()
+        pool = commands if kind < WHOLE + PIECES else others
         clip = pool[int(draw.integers(len(pool)))]
-        longest = round(draw.uniform(0.3, 1.5) * RATE)
-        if clip.what != "command" and len(clip.samples) > longest:
-            start = draw.integers(len(clip.samples) - longest)
-            clip = replace(clip, samples=clip.samples[start:start + longest])
+        if kind >= WHOLE:
+            clip = _piece(clip, draw)
         tilt = draw.uniform(-0.7, 0.7)  # brighter or duller, as rooms and microphones make it
         clips.append(replace(clip,
                              samples=clip.samples + tilt
                              * np.r_[0, clip.samples[:-1]].astype(np.float32)))
     return scene(clips, seconds=seconds, draw=draw, pause=(0.03, 0.7), noise=(3.0, 35.0),
                  level=(-38.0, -10.0), speed=(0.8, 1.25))
+
+
+def _piece(clip: Clip, draw: np.random.Generator) -> Clip:
+    """What is no command: the beginning or end of one, up to 0.4 of it, or 0.3 to 1.5 s of another
+    clip, one in four backwards."""
+    if clip.what == "command":
+        count = int(len(clip.samples) * draw.uniform(0.2, 0.4))
+        return Clip(clip.samples[:count] if draw.random() < 0.5 else clip.samples[-count:],
+                    "speech")
+    count = min(round(draw.uniform(0.3, 1.5) * RATE), len(clip.samples))
+    start = draw.integers(len(clip.samples) - count + 1)
+    samples = clip.samples[start:start + count]
+    return replace(clip, samples=samples[::-1] if draw.random() < 0.25 else samples)
 
 
 def accuracy(network: nn.Module, clips: Sequence[Clip], *, seed: int = 0,
