@@ -52,6 +52,19 @@ NOT_RUN = {
     "compress.compress": "a minute: test_plans",
     "checkup.checkup": "seconds: the README's own model",
     "orders.order": "a minute: the notebook 41",
+    **dict.fromkeys(("hearing.of_stream", "hearing.run", "hearing.told", "hearing.thresholds",
+                     "listening.Listener", "listening.listen", "listening.Gate", "chain.listen", "chain.write", "chain.microphone"),
+                    "a streaming file: test_streaming"),
+    **dict.fromkeys(("words.digits", "words.read_audio", "chain.recording"),
+                    "recordings: test_streaming"),
+    "words.train": "twenty minutes: data/build_word_spotter.py",
+    **dict.fromkeys(("intents.chained", "intents.with_recombined", "understanding.head"),
+                    "wants commands: test_understanding"),
+    **dict.fromkeys(("retrieval.answered", "retrieval.directions"), "encoders: test_alignment"),
+    "decoding.Cached": "a decoder: test_decoding",
+    "decoders.GenAI": "a decoder: test_decoding",
+    "peers.quantize_nncf": "an optional package: test_deployment",
+    "samplers.sampler": "a space of plans: test_search",
 }
 
 
@@ -79,7 +92,8 @@ class Names:
     def __init__(self, task, model):
         self.made = {"task": task, "model": model, "teacher": model, "small": model, "cut": model,
                      "one": model, "other": model,
-                     "torch": torch, "nn": nn, "np": np, "pd": pd, "Path": Path, "time": time,
+                     "torch": torch, "nn": nn, "copy": copy, "np": np, "pd": pd, "Path": Path,
+                     "time": time,
                      "MyNetwork": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10))}
         self.modules = {info.name.rpartition(".")[2]: info.name
                         for info in pkgutil.walk_packages([str(PACKAGE)], "workbench.")
@@ -128,6 +142,14 @@ MADE = {
     "book": lambda of: of("codebook").SharedCodebook(16, 32,
                                                      modalities={"image": 256, "speech": 256},
                                                      heads=8),
+    "graph": lambda of: of("tracing").trace(of("model"), of("x")).graph,
+    "node": lambda of: next(node for node in of("graph").nodes if node.target == "conv1"),
+    "modules": lambda of: dict(of("model").named_modules()),
+    "scene": lambda of: of("words").scene(of("words").embedded()[:2], seconds=3.0,
+                                          draw=np.random.default_rng(0)),
+    "known": lambda of: {group.layer: group
+                         for group in of("coupling").groups(of("model"), of("x"))
+                         if not group.kept},
     "samples": lambda of: np.zeros(1600, np.float32), "recording": lambda of: torch.zeros(1, 1600),
 }
 

@@ -9,7 +9,10 @@ import warnings
 
 class UnsupportedModelError(Exception):
     """A model, or a layer of it, that a method cannot handle; the message names the layer and the
-    way out."""
+    way out.
+
+    Example: `isinstance(UnsupportedModelError("layer head: ..."), Exception)`
+    """
 
 
 def reason(error: Exception) -> str:
@@ -33,7 +36,10 @@ def listed(names, *, most: int = 6) -> str:
 @contextlib.contextmanager
 def quietly():
     """torch's exporters narrate, warn of their own internals and log whole graphs; what matters is
-    checked by who calls them."""
+    checked by who calls them.
+
+    Example: `with quietly(): torch.export.export(model, (x,))`
+    """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

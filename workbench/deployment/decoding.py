@@ -39,6 +39,8 @@ class Cached(nn.Module):
 
     Raises ValueError for other bits, UnsupportedModelError for a model whose attention takes no
     cache like this.
+
+    Example: `Cached(models.load("wiki_decoder"), bits=8)`
     """
 
     def __init__(self, model: nn.Module, *, bits: int = 32,
@@ -187,7 +189,10 @@ def export(decoder: Cached, path: Path | str, *, tolerance: float | None = None)
 @dataclass(frozen=True)
 class Generated:
     """What was generated: tokens int64 (n, new), seconds for the prompt and for each token behind
-    it, bytes of the cache."""
+    it, bytes of the cache.
+
+    Example: `Generated(torch.zeros(1, 2), 0.1, (0.01, 0.01), 4096).cache_bytes == 4096`
+    """
 
     tokens: Tensor
     prompt_s: float

@@ -34,7 +34,10 @@ AT_ONCE = 2  # hops that are worked on with each hop until these are made up for
 @dataclass(frozen=True)
 class Event:
     """Something heard: at so many seconds, a word with its probability; meaning: what it stands
-    for."""
+    for.
+
+    Example: `Event(1.2, "one", 0.9).meaning == ""`
+    """
 
     at_s: float
     word: str
@@ -87,7 +90,10 @@ class Ring:
 
 
 class Doubled:
-    """Samples at twice the rate, hop by hop: a windowed sinc of 32 taps, 16 samples late."""
+    """Samples at twice the rate, hop by hop: a windowed sinc of 32 taps, 16 samples late.
+
+    Example: `Doubled()(samples[:80]).shape == (160,)`
+    """
 
     def __init__(self, taps: int = 32):
         places = np.arange(2 * taps) - taps + 0.5
@@ -108,6 +114,9 @@ class Gate:
     any length.
 
     threshold: the probability from which on there is. speaking: the last answer.
+
+    Example: `not Gate(streaming.Stream(chain.gate_file(Path("gate.onnx")))).hear(
+    samples[:80])`
     """
 
     def __init__(self, stream: Stream, *, threshold: float = 0.3):
@@ -147,6 +156,8 @@ class Drift:
     The level is an exponential moving average of the hops' power, the noise one of their least in
     each second; a `shift` of so many dB against the mean of the first `settle_s` seconds is told
     once, and again when it is over.
+
+    Example: `Drift(80).hear(samples[:80]) == ""`
     """
 
     def __init__(self, hop: int, *, rate: int = 8_000, settle_s: float = 5.0, shift: float = 12.0,
@@ -188,6 +199,8 @@ class Listener:
     none. threshold: the averaged probability from which on a word is heard. gate: without one the
     spotter never rests. meaning: what a word stands for. worked: hops on which the spotter ran, of
     all that were heard: `hops`.
+
+    Example: `Listener(streaming.Stream("words.onnx"), [*words.WORDS, "none"]).hear(samples[:80])`
     """
 
     def __init__(self, spotter: Stream, classes: Sequence[str], *, gate: Gate | None = None,
@@ -321,6 +334,8 @@ def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | N
 
     state: a file in which each second is remembered. Returns milliseconds, how long each hop took,
     and dropped, the samples for which the ring had no room. What `source` raises is raised here.
+
+    Example: `listen(listener, paced(samples, hop=80))["dropped"] == 0`
     """
     ring, took, failed = ring or Ring(rate=listener.rate), array.array("d"), []
 

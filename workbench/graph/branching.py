@@ -23,6 +23,8 @@ class Branching:
     otherwise than the model does. recount: a branch with an answer so near to a tie that rounding
     could decide it is then computed again as the model does: where the two largest logits lie
     closer than `NEAR` times the largest error seen, relative to the largest logit.
+
+    Example: `len(Branching(model, x)(inputs, [{"layer1.1.conv2": nn.Identity()}])[1]) == 1`
     """
 
     def __init__(self, model: nn.Module, example: Inputs, *, fused: bool = False,

@@ -54,7 +54,10 @@ def without_blocks(model: nn.Module, names: Sequence[str], *, shared: bool = Fal
 
 def leave_out(model: nn.Module, names: Sequence[str]) -> None:
     """Take these blocks out of `model` itself, and note it where the model knows its origin. Raises
-    as `without_blocks` does."""
+    as `without_blocks` does.
+
+    Example: `leave_out(copy.deepcopy(model), ["layer1.1"])`
+    """
     lists: dict[str, set[int]] = {}
     for name in names:
         holder, _, key = name.rpartition(".")

@@ -107,7 +107,10 @@ class Fused:
 
 def fusions(graph: Runner) -> dict[int, Fused]:
     """By its place, each convolution of the graph that has something to fuse; none where torch was
-    built without oneDNN."""
+    built without oneDNN.
+
+    Example: `len(fusions(running.Runner(model, x))) <= 19`
+    """
     if not torch.backends.mkldnn.is_available():
         return {}
     found = {i: Fused(graph, i) for i, node in enumerate(graph.nodes)

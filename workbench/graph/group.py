@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class Kept(StrEnum):
-    """Why channels cannot be removed."""
+    """Why channels cannot be removed.
+
+    Example: `Kept.OUTPUT.value`
+    """
 
     PADDED = "they run through a shortcut padded with zero channels, whose places are fixed"
     TRANSPOSED = "a layer among them is a transposed convolution, which this does not cut"
@@ -34,6 +37,8 @@ class Group:
     grouped convolution, one "channel" means one from each group, so that groups keep equal sizes.
     kept: why they cannot be removed, or None. numbers: attributes of modules that count them, by
     dotted name.
+
+    Example: `coupling.groups(model, x)[0].channels`
     """
 
     layer: str

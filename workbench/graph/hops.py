@@ -21,6 +21,8 @@ class Track:
     lengths: (added, stride) of the layers on the way, of which its length follows; reach: of how
     many samples a step is made, infinite behind a recurrent layer; zero: whether steps outside of
     the recording are zeros.
+
+    Example: `Track(lengths=((2, 2), (0, 3))).length(100) == 18`
     """
 
     axis: int | None = -1

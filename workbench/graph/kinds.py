@@ -36,24 +36,36 @@ _NEUTRAL = {aten.add.Tensor: 0, aten.add_.Tensor: 0, aten.sub.Tensor: 0, aten.mu
 
 
 def is_layer(node: fx.Node, modules: Modules) -> bool:
-    """A convolution or linear layer."""
+    """A convolution or linear layer.
+
+    Example: `kinds.is_layer(node, modules)`
+    """
     return node.op == "call_module" and isinstance(modules[node.target], WEIGHTED)
 
 
 def is_convolution(node: fx.Node, modules: Modules) -> bool:
-    """A layer that an integer runtime computes with its result quantised in the same kernel."""
+    """A layer that an integer runtime computes with its result quantised in the same kernel.
+
+    Example: `kinds.is_convolution(node, modules)`
+    """
     return is_layer(node, modules) and not isinstance(modules[node.target], nn.Linear)
 
 
 def adds(node: fx.Node) -> bool:
-    """The sum of two values of the graph."""
+    """The sum of two values of the graph.
+
+    Example: `any(kinds.adds(node) for node in graph.nodes)`
+    """
     return (node.op == "call_function" and node.target in _ADDING
             and all(isinstance(arg, fx.Node) for arg in node.args))
 
 
 def joins(node: fx.Node) -> bool:
     """An addition of two values, a concatenation, an average: a new value, which lies on no grid
-    yet."""
+    yet.
+
+    Example: `any(kinds.joins(node) for node in graph.nodes)`
+    """
     if node.op != "call_function" or node.target not in _JOINING:
         return False
     return adds(node) or node.target not in _ADDING
@@ -61,7 +73,10 @@ def joins(node: fx.Node) -> bool:
 
 def passes(node: fx.Node) -> bool:
     """Flattening, slicing, padding by zeros, the largest of several: values on a grid stay on
-    it."""
+    it.
+
+    Example: `any(kinds.passes(node) for node in graph.nodes)`
+    """
     if node.op != "call_function":
         return False
     zeros = (node.target is aten.pad.default
@@ -71,7 +86,10 @@ def passes(node: fx.Node) -> bool:
 
 
 def ends(node: fx.Node) -> tuple[float, float] | None:
-    """Between which values a ReLU, ReLU6 or clip cuts; None where the node is none."""
+    """Between which values a ReLU, ReLU6 or clip cuts; None where the node is none.
+
+    Example: `kinds.ends(node) is None`
+    """
     if node.op != "call_function" or node.target not in _RELUS | _CLIPS:
         return None
     if node.target in _RELUS:
@@ -83,7 +101,10 @@ def ends(node: fx.Node) -> tuple[float, float] | None:
 
 def is_idle(node: fx.Node, modules: Modules) -> bool:
     """What changes nothing in eval mode: dropout, a copy, zero added to a value of the graph, one
-    multiplied with it."""
+    multiplied with it.
+
+    Example: `not kinds.is_idle(node, modules)`
+    """
     if node.op == "call_module":
         return isinstance(modules[node.target], nn.Identity | nn.Dropout)
     if node.op == "call_function" and node.target in _NEUTRAL:
@@ -95,7 +116,10 @@ def is_idle(node: fx.Node, modules: Modules) -> bool:
 
 def chain(node: fx.Node, modules: Modules) -> list[fx.Node]:
     """The norm and the ReLU behind a layer, each followed by the next alone: what one kernel
-    computes with it."""
+    computes with it.
+
+    Example: `[one.name for one in kinds.chain(node, modules)] == ["bn1", "relu"]`
+    """
     found: list[fx.Node] = []
     while len(node.users) == 1:
         follower = next(iter(node.users))
@@ -110,7 +134,10 @@ def chain(node: fx.Node, modules: Modules) -> list[fx.Node]:
 
 
 def last_of(node: fx.Node, modules: Modules) -> fx.Node:
-    """The last of what one kernel computes, the node itself where nothing of it follows."""
+    """The last of what one kernel computes, the node itself where nothing of it follows.
+
+    Example: `kinds.last_of(node, modules).name == "relu"`
+    """
     nodes = chain(node, modules)
     while nodes and is_idle(nodes[-1], modules):
         nodes.pop()
@@ -118,12 +145,18 @@ def last_of(node: fx.Node, modules: Modules) -> fx.Node:
 
 
 def source(node: fx.Node) -> fx.Node:
-    """Where a value that passes reshapes and the like was made."""
+    """Where a value that passes reshapes and the like was made.
+
+    Example: `kinds.source(node) is node`
+    """
     while passes(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def is_float(node: fx.Node) -> bool:
-    """Whether the node's value is of floating point; ids and masks are not."""
+    """Whether the node's value is of floating point; ids and masks are not.
+
+    Example: `kinds.is_float(node)`
+    """
     return bool(getattr(node.meta.get("dtype"), "is_floating_point", False))

@@ -122,5 +122,8 @@ def _is_new(value: object, arguments: tuple) -> bool:
 
 
 def load(arguments, values: Mapping[fx.Node, object]):
-    """The arguments of a node with their values in the place of nodes."""
+    """The arguments of a node with their values in the place of nodes.
+
+    Example: `running.load((node, 3), {node: 2}) == (2, 3)`
+    """
     return fx.node.map_arg(arguments, lambda node: values[node])

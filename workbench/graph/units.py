@@ -77,7 +77,10 @@ def units(graph: Runner) -> dict[str, Unit]:
 
 def round_biases(model: fx.GraphModule) -> fx.GraphModule:
     """Put the biases of quantised layers, themselves, on the grid of what they join, s_x s_w, as
-    integer kernels store them."""
+    integer kernels store them.
+
+    Example: `round_biases(quantised)`
+    """
     modules = dict(model.named_modules())
     for node in model.graph.nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None

@@ -17,7 +17,10 @@ from workbench.deployment.decoding import Decoder, Generated
 
 class Transformers:
     """A causal language model as transformers generates with it, in PyTorch, its cache in
-    float32."""
+    float32.
+
+    Example: `decoders.Transformers(models.load("wiki_decoder"), threads=1)`
+    """
 
     def __init__(self, model: nn.Module, *, threads: int):
         self.model, self.threads = model, threads
@@ -59,6 +62,8 @@ class GenAI:
     prompts that its engine serves at once.
 
     Raises ModuleNotFoundError where the package is not installed.
+
+    Example: `decoders.GenAI(model, tokenizer, "folder", bits=4)`
     """
 
     def __init__(self, model: nn.Module, tokenizer, folder: Path | str, *, bits: int = 4,
@@ -140,7 +145,10 @@ def tokens_of(runner, new: int) -> Callable[[Tensor], Tensor]:
 
 def package():
     """onnxruntime-genai, told to send nothing. Raises ModuleNotFoundError with the way to install
-    it."""
+    it.
+
+    Example: `decoders.package()`
+    """
     try:
         import onnxruntime_genai
     except ModuleNotFoundError as error:

@@ -22,7 +22,10 @@ DEBOUNCE_S = 1.0  # within which false alarms are one
 class Detected:
     """hits, misses: words that were named and were not; false_alarms; per_hour: false alarms an
     hour, with the exact 95 % interval of a Poisson count; delay_s: from a word's end to its event,
-    of each hit."""
+    of each hit.
+
+    Example: `Detected(9, 1, 0, 0.0, 0.0, 3.7, (0.1,)).misses == 1`
+    """
 
     hits: int
     misses: int

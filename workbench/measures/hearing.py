@@ -33,7 +33,10 @@ Detector = Callable[[np.ndarray], np.ndarray]
 
 def truth(scene: Scene) -> np.ndarray:
     """Whether there is speech in each 32 ms, int (T / 32 ms,): 1 in commands and phrases, but for
-    their pauses, 0, or -1 where it cannot be said."""
+    their pauses, 0, or -1 where it cannot be said.
+
+    Example: `set(hearing.truth(scene)) <= {-1, 0, 1}`
+    """
     count = len(scene.samples) * FAST // RATE // CHUNK
     found, wide = np.zeros(count, int), CHUNK * RATE // FAST
     power = (scene.clean[:count * wide].reshape(count, wide) ** 2).mean(1)
@@ -49,7 +52,10 @@ def truth(scene: Scene) -> np.ndarray:
 
 
 def of_stream(stream: Stream) -> Detector:
-    """A streaming network of samples as a detector."""
+    """A streaming network of samples as a detector.
+
+    Example: `hearing.of_stream(streaming.Stream("gate.onnx", threads=1))`
+    """
     def detect(samples: np.ndarray) -> np.ndarray:
         return stream.whole(torch.from_numpy(samples[None, :len(samples) // CHUNK
                                                      * CHUNK]))["logits"].flatten().numpy()
@@ -59,7 +65,10 @@ def of_stream(stream: Stream) -> Detector:
 
 def silero() -> Detector:
     """silero-vad by its own ONNX file and its own wrapper's way: a chunk behind the 64 samples
-    before it."""
+    before it.
+
+    Example: `len(hearing.silero()(np.zeros(1024, np.float32))) == 2`
+    """
     session = sessions.open_file(speech.package_file("silero_vad", "data", "silero_vad.onnx"),
                                  "silero-vad", 1)
 
@@ -78,7 +87,10 @@ def silero() -> Detector:
 
 def pulsevad() -> Detector:
     """pulsevad's network in 8 bits with its own spectrum, as they come: 200 ms at a time, every 32
-    ms. The package itself would import torchaudio, which neither needs."""
+    ms. The package itself would import torchaudio, which neither needs.
+
+    Example: `len(hearing.pulsevad()(np.zeros(1024, np.float32))) == 2`
+    """
     spec = importlib.util.spec_from_file_location("pulsevad_frontend",
                                                   speech.package_file("pulsevad", "frontend_np.py"))
     front = importlib.util.module_from_spec(spec)
@@ -98,7 +110,10 @@ def pulsevad() -> Detector:
 
 
 def webrtcvad() -> Detector:
-    """webrtcvad, 30 ms at a time: in how many of its four modes there is speech."""
+    """webrtcvad, 30 ms at a time: in how many of its four modes there is speech.
+
+    Example: `len(hearing.webrtcvad()(np.zeros(1024, np.float32))) == 2`
+    """
     import webrtcvad as package
 
     def detect(samples: np.ndarray) -> np.ndarray:
@@ -117,7 +132,11 @@ def timed(detectors: Mapping[str, Detector], recording: np.ndarray, *, blocks: i
           seed: int = 0) -> pd.DataFrame:
     """Time by candidate, their turns interleaved: chunk_ms (median over the turns, of one 32 ms),
     ratio to the first and its smallest and largest of a turn, real_time (seconds of computing a
-    second of sound)."""
+    second of sound).
+
+    Example: `hearing.timed({"webrtcvad": hearing.webrtcvad()}, np.zeros(16_000, np.float32),
+    blocks=2).ratio[0] == 1`
+    """
     draw, took = np.random.default_rng(seed), {name: [] for name in detectors}
     chunks = len(recording) // CHUNK
     with machine.alone():
@@ -145,6 +164,9 @@ def compared(network: nn.Module, recording: torch.Tensor, hop: int, *, path: Pat
     as_files: both on ONNX Runtime; false for recurrent networks, whose whole file the exporter
     unrolls step by step: then both in torch. Returns frames and most_apart, the largest difference
     at any of them; hop, late and reach in samples; state_kb and file_kb.
+
+    Example: `hearing.compared(models.load("word_spotter"), torch.zeros(1, 800), 80,
+    path=Path("words.onnx"))`
     """
     few = recording[:, :TRACED * hop]  # recurrent layers are traced step by step
     streamed = streaming.stream(network, few, hop=hop)
@@ -169,6 +191,8 @@ def run(listener: Listener, scene: Scene) -> tuple[pd.DataFrame, np.ndarray, dic
     Events: at_s, word, score, meaning. The row: hits, misses, false_alarms (`detection.scored`),
     per_hour with its interval, delay_ms (median, from a word's end), worked (share of the hops on
     which the spotter ran), and as `spread` has it.
+
+    Example: `hearing.run(chain.listener("words.onnx"), scene)`
     """
     took, events = [], []
     hops = scene.samples[:len(scene.samples) // listener.hop * listener.hop].reshape(-1,
@@ -202,7 +226,10 @@ def spread(times: np.ndarray, *, hop_ms: float) -> dict[str, float]:
 
 def told(logits: np.ndarray, listener: Listener) -> pd.DataFrame:
     """The events that a new listener without a gate would tell of a whole recording's logits
-    (classes, T)."""
+    (classes, T).
+
+    Example: `hearing.told(logits, chain.listener("words.onnx"))`
+    """
     events = []
     for frame in torch.from_numpy(logits).softmax(0).T.numpy():
         events += listener.decide(frame[None])
@@ -213,7 +240,10 @@ def told(logits: np.ndarray, listener: Listener) -> pd.DataFrame:
 def thresholds(logits: np.ndarray, make: Callable[..., Listener],
                tried: Sequence[float]) -> pd.DataFrame:
     """False alarms of a recording without commands: threshold, alarms. make: gives a listener for
-    `threshold=`."""
+    `threshold=`.
+
+    Example: `hearing.thresholds(logits, partial(chain.listener, "words.onnx"), [0.5, 0.9])`
+    """
     events = {value: told(logits, make(threshold=value)) for value in tried}
     return pd.DataFrame([{"threshold": value, "alarms": len(detection.alarms(found.at_s))}
                          for value, found in events.items()])

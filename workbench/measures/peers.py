@@ -28,6 +28,8 @@ class VectorQuantizePytorch(nn.Module):
     k-means start, dead codes revived. `fit`, `encode`, `decode` as there.
 
     Raises ModuleNotFoundError where vector-quantize-pytorch is not installed.
+
+    Example: `peers.VectorQuantizePytorch(book)`
     """
 
     def __init__(self, book: nn.Module):
@@ -132,6 +134,8 @@ def quantize_nncf(source: Path | str, batches: Iterable[Batch], path: Path | str
 
     A peer, and optional. batches: of inputs and targets. Raises ValueError where NNCF is not
     installed or there are no examples, and as sessions.open does.
+
+    Example: `peers.quantize_nncf("model.onnx", batches, "nncf.onnx")`
     """
     try:
         import nncf

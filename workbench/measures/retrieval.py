@@ -70,6 +70,9 @@ def directions(vectors: Mapping[str, Tensor], items: Mapping[str, Items], groups
     what the other side has in that language. Columns: query, gallery, queries, gallery_size,
     recall_at_1, recall_at_5, recall_at_10, each with _low and _high, median_rank, chance_at_10,
     times_chance.
+
+    Example: `retrieval.directions(vectors, items, groups, "new concept", whole=True,
+    languages=("en",))`
     """
     names = list(vectors)
     rows = [{"query": one, "gallery": other}
@@ -81,7 +84,11 @@ def directions(vectors: Mapping[str, Tensor], items: Mapping[str, Items], groups
 def answered(vectors: Mapping[str, Tensor], items: Mapping[str, Items], groups: Tensor, part: str,
              one: str, other: str, whole: bool, languages: Sequence[str]) -> pd.DataFrame:
     """One row a query of the direction `one` to `other`: language, group, rank, chance_at_10,
-    gallery_size."""
+    gallery_size.
+
+    Example: `retrieval.answered(vectors, items, groups, "new concept", "english", "image", True,
+    ("en",))`
+    """
     parts = []
     for language in languages:
         asked, answers = (_in(items[name].rows, language) for name in (one, other))
@@ -111,7 +118,11 @@ def answered(vectors: Mapping[str, Tensor], items: Mapping[str, Items], groups: 
 
 def summary(found: pd.DataFrame, seed: int = 0) -> dict:
     """Recalls with their 95 % bootstrap intervals, median rank and chance of the queries in `found`
-    (see `answered`)."""
+    (see `answered`).
+
+    Example: `retrieval.summary(pd.DataFrame({"rank": [1, 20], "group": [0, 1], "chance_at_10": 0.1,
+    "gallery_size": 100}))["recall_at_10"] == 0.5`
+    """
     row = {"queries": len(found), "gallery_size": round(found.gallery_size.mean())}
     hits = (found["rank"].to_numpy()[:, None] <= np.array(KS)).astype(float)
     for k, mean, (low, high) in zip(KS, hits.mean(0), interval(hits, found.group.to_numpy(), seed),

@@ -345,11 +345,10 @@ def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1",
 
 
 def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
-    """A method for sensitivity.scan as in Li et al. 2017: a layer's smallest filters by L1 are set
-    to zero, alone.
+    """A method for sensitivity.scan as in Li et al. 2017: a layer's smallest filters by L1 become
+    zero, alone. What a residual connection adds stays; `silencing` is the effect of a removal.
 
-    What a residual connection adds to these channels stays, so nothing can really be cut there; use
-    `silencing` for the effect of a real removal. layers: those of layers.named(model, ...).
+    Example: `channels.zeroing(model, layers={"conv1": model.conv1})("conv1", 0.5).removed == 8`
     """
     order = {name: layer.weight.detach().abs().flatten(1).sum(1).argsort(stable=True)
              for name, layer in layers.items()}

@@ -68,7 +68,10 @@ def search(vectors: Tensor, table: Tensor, *, cosine: bool = True) -> Tensor:
 @dataclass(frozen=True)
 class Quantized:
     """values: by modality (n, width), with straight-through gradients; codes: int64 (n, levels *
-    heads); loss: scalar; skipped: modalities that the batch lacked."""
+    heads); loss: scalar; skipped: modalities that the batch lacked.
+
+    Example: `book({"image": torch.randn(8, 256), "speech": torch.randn(8, 256)}).skipped == ()`
+    """
 
     values: dict[str, Tensor]
     codes: dict[str, Tensor]

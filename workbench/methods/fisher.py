@@ -122,6 +122,9 @@ def chosen(model: nn.Module, known: Mapping[str, Group], slopes: Mapping[str, Te
     of the whole is left.
 
     Raises ValueError where so little cannot be reached.
+
+    Example: `chosen(model, known, slopes(model, batches, example=x, objective=task.objective),
+    macs=0.8, example=x)`
     """
     counts = cutting.costs(model, example, of_macs=True)
     whole = sum(both for _, both in counts.values())
@@ -191,6 +194,8 @@ def rescaled(model: nn.Module, removed: Mapping[str, Sequence[int]], known: Mapp
 
     Group after group, in the order of execution, each seeing what those before it leave. The scales
     lie in the weights that read the channels. Where one is beyond 10, the group stays as it was.
+
+    Example: `rescaled(model, {}, known, batches, x)`
     """
     new = cutting.put_in(model, cutting.silenced(model, removed, known))
     readers = {name: next(iter(known[name].read_by.items())) for name, places in removed.items()

@@ -27,6 +27,8 @@ def tuned(encoder: nn.Module, kind: str, *, rank: int = 8,
     everything. Heads are trained in any case.
 
     Raises ValueError for an unknown kind, ModuleNotFoundError without peft.
+
+    Example: `transfer.merged(transfer.tuned(encoders.minilm()[0], "adapters"))`
     """
     if kind not in KINDS:
         raise ValueError(f"unknown transfer {kind!r}; expected one of {', '.join(KINDS)}")
@@ -46,6 +48,8 @@ def merged(model: nn.Module) -> nn.Module:
     the layers that it had before.
 
     Raises ValueError where there are no adapters.
+
+    Example: `transfer.merged(transfer.tuned(encoders.minilm()[0], "adapters"))`
     """
     new = copy.deepcopy(model)
     part = getattr(new, _inner(new))
@@ -80,6 +84,8 @@ def trimmed(encoder: nn.Module, *, positions: int = 64, dropout: float = 0.1) ->
     dropout: while it is trained; 0 for one that has a teacher and much to read.
 
     Raises ValueError for more positions than there are.
+
+    Example: `transfer.trimmed(encoders.minilm()[0], positions=32)`
     """
     new = copy.deepcopy(encoder)
     embeddings = new.bert.embeddings

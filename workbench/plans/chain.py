@@ -50,7 +50,10 @@ def chain(name: str = "word_spotter", *, bits: int = 8, gate: bool = True, thres
 def listener(path: Path, *, gate: Path | None = None, threshold: float = 0.8,
              meaning: Callable[[str], str] | None = None) -> Listener:
     """A listener of streaming files, of words and, to rest where there is no speech, of speech; one
-    thread."""
+    thread.
+
+    Example: `listener(write(models.load("word_spotter"), "words.onnx"), threshold=0.9)`
+    """
     stream = streaming.Stream(path, threads=1)
     told = cast(sessions.OnnxSession,
                 stream.session).session.get_modelmeta().custom_metadata_map.get(CLASSES)
@@ -61,19 +64,28 @@ def listener(path: Path, *, gate: Path | None = None, threshold: float = 0.8,
 
 def write(network: nn.Module, path: Path, *, bits: int = 8, hop: int = speech.HOP) -> Path:
     """A word spotter as a streaming file, of 8 or 32 bits; returns its path. Raises as
-    streaming.stream and its export do."""
+    streaming.stream and its export do.
+
+    Example: `write(models.load("word_spotter"), "words.onnx", bits=32)`
+    """
     rounded = eight_bits(network) if bits == 8 else network
     stream = streaming.stream(rounded, torch.zeros(1, 8 * hop), hop=hop)
     return streaming.export(stream, path, told={CLASSES: ",".join([*words.WORDS, "none"])})
 
 
 def eight_bits(network: nn.Module) -> nn.Module:
-    """A word spotter in 8 bits but for its spectrum, calibrated on scenes of the embedded clips."""
+    """A word spotter in 8 bits but for its spectrum, calibrated on scenes of the embedded clips.
+
+    Example: `eight_bits(models.load("word_spotter"))`
+    """
     return quantization.quantize(network, scenes(), layers=[*ROUNDED])
 
 
 def scenes(*, seed: int = 0) -> list[Batch]:
-    """Scenes of the embedded speech and effects, which hold no command of anybody who is tested."""
+    """Scenes of the embedded speech and effects, which hold no command of anybody who is tested.
+
+    Example: `len(scenes()) > 0`
+    """
     draw, clips = np.random.default_rng(seed), [clip for clip in words.embedded()
                                                 if clip.what != "command"]
     made = [words.scene([clips[k] for k in draw.permutation(len(clips))], seconds=SCENE_S,
@@ -82,7 +94,10 @@ def scenes(*, seed: int = 0) -> list[Batch]:
 
 
 def gate_file(path: Path, network: nn.Module | None = None) -> Path:
-    """silero-vad, or a network made of it, as a streaming file; returns its path."""
+    """silero-vad, or a network made of it, as a streaming file; returns its path.
+
+    Example: `gate_file(Path("gate.onnx"))`
+    """
     return streaming.export(streaming.stream(network or speech.silero(), torch.zeros(1, 4096),
                                              hop=512), path)
 
@@ -94,7 +109,7 @@ def understood(sentences: Mapping[str, str], *, name: str = "hashed_cnn",
 
     Raises as data.load and models.load do.
 
-    Example: `chain.understood({"one": "turn on the light in the kitchen"})("one")`
+    Example: `understood({"one": "turn on the light in the kitchen"})("one")`
     """
     task = data.load(data_name, preprocessing=models.preprocessing(name))
     split = rejection.outside(task.test, list(sentences.values()))
@@ -108,7 +123,10 @@ def understood(sentences: Mapping[str, str], *, name: str = "hashed_cnn",
 
 def recording(source: str | Path, *, told: Callable[[str], None] = print) -> np.ndarray:
     """The samples of a file at 8 kHz; what is odd about them is told. Raises as words.read_audio
-    does."""
+    does.
+
+    Example: `recording("said.wav")`
+    """
     samples, rate = words.read_audio(source)
     if rate != speech.RATE:
         told(f"{source} has {rate:,} samples a second; it was resampled to {speech.RATE:,}")
@@ -127,6 +145,8 @@ def listen(listener: Listener, samples: np.ndarray | None, *, pace: float | None
 
     pace: times real time, None for as fast as it can. state: a file in which each second is
     remembered; where it exists, what it remembers is not heard again.
+
+    Example: `listen(listener("words.onnx"), samples)`
     """
     start = round(listener.resume(state) * listener.rate) if state and state.exists() else 0
     if start:
@@ -147,13 +167,19 @@ def listen(listener: Listener, samples: np.ndarray | None, *, pace: float | None
 
 
 def line(event: Event) -> str:
-    """An event as it is printed."""
+    """An event as it is printed.
+
+    Example: `"one" in line(listening.Event(1.2, "one", 0.9))`
+    """
     return f"{event.at_s:9.2f} s  {event.word:8} {event.score:.2f}  {event.meaning}".rstrip()
 
 
 def microphone(listener: Listener) -> Callable[[Ring], None]:
     """A source that writes what the default microphone hears. Raises ModuleNotFoundError without
-    the package sounddevice."""
+    the package sounddevice.
+
+    Example: `listening.listen(listener, microphone(listener))`
+    """
     try:
         import sounddevice
     except (ModuleNotFoundError, OSError) as error:  # the second: without the library PortAudio

@@ -32,6 +32,8 @@ def sampler(name: str, space: Space, *, forecast: Forecast | None = None, box: B
 
     Raises ValueError for an unknown name or where a forecast is missing, ImportError where its
     library is.
+
+    Example: `sampler("random", space).ask(8)`
     """
     if name not in NAMES:
         raise ValueError(f"unknown sampler {name!r}; expected one of {', '.join(NAMES)}")

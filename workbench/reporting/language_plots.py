@@ -70,7 +70,11 @@ def loads(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def contexts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Milliseconds of one token against the tokens before it, a line a candidate. table: candidate,
-    context, latency_ms."""
+    context, latency_ms.
+
+    Example: `language_plots.contexts(pd.DataFrame({"candidate": "int8", "context": [16, 64],
+    "latency_ms": [1.0, 1.5]}))`
+    """
     ax = ax or _axes(8, 5)
     for place, (name, part) in enumerate(table.groupby("candidate", sort=False)):
         ax.plot(part.context, part.latency_ms, marker="osD^v*"[place % 6],

@@ -59,7 +59,10 @@ def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | No
 
 
 def record(folder: Path) -> dict | None:
-    """run.json of a finished report; None where there is none that can be read."""
+    """run.json of a finished report; None where there is none that can be read.
+
+    Example: `notebooks.record(Path("reports/01_baseline")) is None`
+    """
     try:
         return json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError):

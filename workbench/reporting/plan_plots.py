@@ -92,7 +92,11 @@ def _attained(points: pd.DataFrame, grid: np.ndarray) -> np.ndarray:
 
 def orders(matrix: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What each order of methods loses, the best on top, with its interval. matrix: order,
-    top1_change with _low and _high."""
+    top1_change with _low and _high.
+
+    Example: `plan_plots.orders(pd.DataFrame({"order": ["PDQ"], "top1_change": -0.01,
+    "top1_change_low": -0.02, "top1_change_high": 0.0}))`
+    """
     ax = ax or _axes(7, 0.6 + 0.4 * len(matrix))
     rows = matrix.iloc[::-1]
     ends = [abs(rows[f"top1_change_{end}"] - rows.top1_change).fillna(0) * 100

@@ -109,7 +109,10 @@ def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -
 
 def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
     """1 - cosine of each layer's output, log scale, of equivalence.by_layer, one line per
-    candidate."""
+    candidate.
+
+    Example: `plots.layer_cosine({"int8": equivalence.by_layer(model, quantised, inputs)})`
+    """
     ax = ax or _axes(8, 4.5)
     for (name, frame), marker in zip(frames.items(), "os^Dv*" * len(frames), strict=False):
         loss = np.maximum(1 - frame.cosine.to_numpy(), 1e-16)
@@ -184,7 +187,10 @@ def sensitivity_map(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def agreement(correlations: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """A square table of rank correlations between criteria."""
+    """A square table of rank correlations between criteria.
+
+    Example: `plots.agreement(pd.DataFrame(np.eye(2), ["l1", "taylor"], ["l1", "taylor"]))`
+    """
     ax = ax or _axes(6.5, 5.5)
     ax.imshow(correlations, cmap="RdBu", vmin=-1, vmax=1)
     for (row, column), value in np.ndenumerate(correlations.to_numpy()):
@@ -299,7 +305,10 @@ def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def blame(table: pd.DataFrame, *, most: int = 12, ax: Axes | None = None) -> Axes:
     """Effect of each layer on the logits and what of it a repair takes away, the first suspects of
-    diagnosis.diagnose."""
+    diagnosis.diagnose.
+
+    Example: `plots.blame(diagnosis.diagnose(folded, quantised, batches).table)`
+    """
     first = table.head(most)
     ax = ax or _axes(8, 0.35 * len(first) + 1.4)
     at = np.arange(len(first))

@@ -43,7 +43,11 @@ def detectors(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], areas: Mappin
     """Speech that is heard against other sound that is taken for it, a line a detector; the upper
     left corner alone is drawn.
 
-    curves: share taken for speech, share heard; areas: under each curve."""
+    curves: share taken for speech, share heard; areas: under each curve.
+
+    Example: `speech_plots.detectors({"ours": (np.array([0.0, 1.0]), np.array([0.0, 1.0]))},
+    {"ours": 0.5})`
+    """
     ax = ax or _axes(8, 6)
     for place, (name, (wrong, right)) in enumerate(curves.items()):
         colour, style = ("black", BLUE, RED, "#2a7a5b", "#b8860b", "#7a4fa3",
@@ -82,7 +86,11 @@ def hops(milliseconds: Mapping[str, np.ndarray], *, deadline_ms: float,
 
 def voices(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Words named right, by voice, with the interval of each. table: voice, candidate, right, low,
-    high."""
+    high.
+
+    Example: `speech_plots.voices(pd.DataFrame({"voice": ["a"], "candidate": "int8", "right": 0.9,
+    "low": 0.8, "high": 1.0}))`
+    """
     ax = ax or _axes(8, 4)
     names, candidates = list(table.voice.unique()), list(table.candidate.unique())
     for place, (candidate, part) in enumerate(table.groupby("candidate", sort=False)):

@@ -98,6 +98,8 @@ def fill(model: nn.Module, path: Path, architecture: str) -> None:
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit,
     naming the first tensor.
+
+    Example: `models.save(model, "mine.safetensors"); fill(model, Path("mine.safetensors"), "it")`
     """
     tensors, header = _read(path)
     if header.get("dropped", "[]") != getattr(model, "origin", {}).get("dropped", "[]"):
@@ -128,7 +130,11 @@ def fill(model: nn.Module, path: Path, architecture: str) -> None:
 
 def answers_of(path: Path, model: nn.Module, classes: int) -> int:
     """How many classes the network of a checkpoint tells apart, where that is all in which it
-    differs from `model`, which has `classes`; else `classes`."""
+    differs from `model`, which has `classes`; else `classes`.
+
+    Example: `models.save(model, "mine.safetensors"); answers_of(Path("mine.safetensors"),
+    model, 10) == 10`
+    """
     tensors, wanted = _read(path)[0], model.state_dict()
     shapes = {(value.shape, wanted[key].shape) for key, value in tensors.items() if key in wanted}
     odd = {(have, want) for have, want in shapes if have != want}
@@ -138,7 +144,10 @@ def answers_of(path: Path, model: nn.Module, classes: int) -> int:
 
 def set_attributes(model: nn.Module, attributes: dict[str, int]) -> None:
     """Set numbers of modules by their dotted names, such as how many heads are left of an
-    attention."""
+    attention.
+
+    Example: `set_attributes(nn.Sequential(nn.Flatten()), {"0.start_dim": 1})`
+    """
     for name, value in attributes.items():
         holder, _, key = name.rpartition(".")
         setattr(model.get_submodule(holder), key, value)
@@ -195,6 +204,8 @@ def save_change(model: nn.Module, base: nn.Module, path: Path | str, *, rank: in
 
     Raises ValueError where the two have other tensors. Source: low-rank changes of fine-tuning, Hu
     et al. 2021 (arXiv 2106.09685), here found after training.
+
+    Example: `save_change(model, copy.deepcopy(model), "change.safetensors", rank=4)`
     """
     before, tensors = base.state_dict(), {}
     if before.keys() != model.state_dict().keys():

@@ -50,7 +50,10 @@ def _grams(text: str) -> list[int]:
 
 class TextEncoder(nn.Module):
     """Mean of the vectors of a text's n-grams, then two linear layers. Any language, any script. In
-    training a share `dropout` of the n-grams is left out."""
+    training a share `dropout` of the n-grams is left out.
+
+    Example: `TextEncoder(256, width=32)`
+    """
 
     def __init__(self, dim: int = 256, *, width: int = 128, hidden: int = 512,
                  dropout: float = 0.15):
@@ -73,6 +76,8 @@ class OtherVoices(nn.Module):
     sixth of the frames silent. Nothing else in eval mode.
 
     Source: SpecAugment, Park et al. 2019 (arXiv 1904.08779).
+
+    Example: `OtherVoices().eval()(torch.zeros(2, 40, 100)).shape == (2, 40, 100)`
     """
 
     def forward(self, mels: Tensor) -> Tensor:
@@ -95,7 +100,10 @@ class OtherVoices(nn.Module):
 
 class SpeechEncoder(nn.Module):
     """Convolutions over time, their mean and maximum, a linear layer. Silence is zero, so that
-    padding is silence."""
+    padding is silence.
+
+    Example: `SpeechEncoder(256)(torch.zeros(2, 40, 100)).shape == (2, 256)`
+    """
 
     def __init__(self, dim: int = 256, *, bands: int = 40,
                  widths: Sequence[int] = (128, 192, 256, 256), dropout: float = 0.15):
@@ -157,7 +165,10 @@ class Projection(nn.Module):
 
 class Sentences(nn.Module):
     """A BERT and the mean of its last states over the tokens, unit length: how MiniLM embeds
-    sentences."""
+    sentences.
+
+    Example: `encoders.minilm()[0]`
+    """
 
     def __init__(self, bert: nn.Module):
         super().__init__()
@@ -179,6 +190,8 @@ def minilm(source: str = "minilm") -> tuple[Sentences, Callable[[Sequence[str]],
 
     Raises ModuleNotFoundError where the package is missing, FileNotFoundError where the source
     cannot be read.
+
+    Example: `encode, tokens = encoders.minilm(); encode(tokens(["a red fish"]))`
     """
     return Sentences(language.load(source).eval()), partial(_tokens,
                                                             language.tokens(source).tokenizer)
@@ -191,7 +204,10 @@ def _tokens(tokenizer, texts: Sequence[str]) -> Tensor:
 
 @torch.inference_mode()
 def sentence_features(texts: Sequence[str], source: str = "minilm") -> Tensor:
-    """Unit vectors (n, 384) of texts by `minilm`; those of like length go together."""
+    """Unit vectors (n, 384) of texts by `minilm`; those of like length go together.
+
+    Example: `encoders.sentence_features(["a red fish"]).shape == (1, 384)`
+    """
     encoder, tokenize = minilm(source)
     order = torch.tensor([len(text) for text in texts]).argsort()
     parts = files.progress(order.split(128), title="sentences", unit="batch")
@@ -201,7 +217,10 @@ def sentence_features(texts: Sequence[str], source: str = "minilm") -> Tensor:
 
 class Pixels(nn.Module):
     """EfficientNet-Lite0 before its classifier: the picture scaled to each of `sizes`, the smaller
-    ones within a frame of white of the largest size, features side by side."""
+    ones within a frame of white of the largest size, features side by side.
+
+    Example: `encoders.efficientnet()(torch.zeros(1, 3, 64, 64).byte())`
+    """
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, *,
                  sizes: Sequence[int] = (192,)):
@@ -225,7 +244,10 @@ class Pixels(nn.Module):
 
 def efficientnet(*, sizes: Sequence[int] = (192,)) -> Pixels:
     """EfficientNet-Lite0 with its ImageNet weights as an encoder of pictures. Raises
-    ModuleNotFoundError without its package."""
+    ModuleNotFoundError without its package.
+
+    Example: `encoders.efficientnet()`
+    """
     network = models.load("efficientnet_lite0", None).to(memory_format=torch.channels_last)
     return Pixels(network, cast(Preprocessing, models.preprocessing("efficientnet_lite0")),
                   sizes=sizes).eval()
@@ -233,7 +255,10 @@ def efficientnet(*, sizes: Sequence[int] = (192,)) -> Pixels:
 
 @torch.inference_mode()
 def picture_features(pictures: Tensor, network: Pixels | None = None) -> Tensor:
-    """Features (n, 1280 a size) of uint8 pictures (n, 3, H, W) by `efficientnet`."""
+    """Features (n, 1280 a size) of uint8 pictures (n, 3, H, W) by `efficientnet`.
+
+    Example: `encoders.picture_features(torch.zeros(1, 3, 64, 64).byte()).shape == (1, 1280)`
+    """
     network = network or efficientnet()
     return torch.cat([network(part.float())
                       for part in files.progress(pictures.split(8), title="features",

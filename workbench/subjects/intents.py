@@ -37,7 +37,10 @@ Piece = tuple[str, str]  # a stretch of text, and the slot that it fills or ""
 
 def languages() -> list[str]:
     """The languages that have at least fifteen intents. Raises ModuleNotFoundError where the
-    packages are missing."""
+    packages are missing.
+
+    Example: `"en" in languages()`
+    """
     package, _ = _packages()
     return [code for code in sorted(package.get_languages())
             if len(package.get_intents(code)["intents"]) >= LEAST]
@@ -114,7 +117,10 @@ def recombined(split: Split, count: int, *, seed: int = 0) -> Split:
 
 
 def with_recombined(split: Split, count: int, *, seed: int = 0) -> Split:
-    """The sentences of `split` and, behind them, `count` that are `recombined` from them."""
+    """The sentences of `split` and, behind them, `count` that are `recombined` from them.
+
+    Example: `with_recombined(commands.train, 1000)`
+    """
     more = recombined(split, count, seed=seed) if count else split.empty("none")
     return replace(split, inputs=Texts([*split.inputs.lines, *more.inputs.lines]),
                    targets=Texts([*split.targets.lines, *more.targets.lines]), units=None)
@@ -126,6 +132,8 @@ def chained(split: Split, most: int, *, seed: int = 0) -> Split:
     once.
 
     Raises ValueError for fewer than one.
+
+    Example: `chained(commands.test, 3)`
     """
     if most < 1:
         raise ValueError(f"chained: most is {most}, expected 1 sentence or more")

@@ -45,6 +45,8 @@ def load(source: str, task: Task | None = None, *, pretrained: bool = True, new_
     A model without a head gets a new one, drawn by `seed`; without a task it stays an encoder.
     new_head: replace a head that is there. Raises FileNotFoundError where the source cannot be
     read, ValueError for a head for another number of labels.
+
+    Example: `language.load("minilm", data.load("wiki_topics"))`
     """
     import transformers
 
@@ -106,6 +108,8 @@ def shaped(name: str, *, labels: int = 2, seed: int = 0) -> nn.Module:
     answers means nothing.
 
     Raises ValueError for another name.
+
+    Example: `shaped("mobilebert", labels=3)`
     """
     import transformers
 
@@ -135,7 +139,10 @@ def rebuilt(header: dict[str, str]) -> nn.Module:
 
 def tokens(source: str, *, longest: int = 64) -> Tokens:
     """The tokenizer of a source as what prepares a task's text. Raises FileNotFoundError where it
-    has none."""
+    has none.
+
+    Example: `tokens("minilm", longest=32)`
+    """
     import transformers
 
     place, how = located(source)
@@ -162,6 +169,8 @@ def located(source: str) -> tuple[str, dict[str, str]]:
 
     Raises ModuleNotFoundError where the package of a name, or the one that reads GGUF, is not
     installed; FileNotFoundError for a GGUF file that is not there.
+
+    Example: `located("minilm")[1] == {}`
     """
     if source in PACKAGES:
         package, inside, install = PACKAGES[source]

@@ -163,7 +163,10 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
 
 def trained_on(name: str) -> str | None:
     """The name of the data that a checkpoint's model was loaded for, as data.load takes it; None
-    where none is told."""
+    where none is told.
+
+    Example: `models.trained_on("resnet20") is None`
+    """
     known = name.endswith(".safetensors") and Path(name).exists()
     return read_header(Path(name)).get("data") if known else None
 

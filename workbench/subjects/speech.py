@@ -108,6 +108,8 @@ class Silero(nn.Module):
 
     Each chunk of 512 samples is read behind the 64 before it; in the chunk a spectrum by
     convolution and four convolutions, over the chunks an LSTM.
+
+    Example: `Silero()(torch.zeros(1, 1024)).shape == (1, 1, 2)`
     """
 
     def __init__(self):
@@ -135,7 +137,10 @@ class Silero(nn.Module):
 def silero() -> Silero:
     """silero-vad with the weights of its own ONNX file, which is in its package; the safetensors
     file beside it, of version 6.2.3, holds those of another training, and answers otherwise. Raises
-    ModuleNotFoundError where it is not installed."""
+    ModuleNotFoundError where it is not installed.
+
+    Example: `silero()`
+    """
     import onnx
 
     network, parts = (Silero(),
@@ -174,6 +179,8 @@ def package_file(package: str, *inside: str) -> Path:
     pulsevad asks for torchaudio.
 
     Raises ModuleNotFoundError where it is not installed.
+
+    Example: `package_file("silero_vad", "data").exists()`
     """
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:

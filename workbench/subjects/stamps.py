@@ -38,6 +38,8 @@ class Stamps:
     pictures: uint8 (N, 3, 64, 64). concepts: name, category, group, meaning, part; row k is concept
     k. texts: concept, language, text, part. clips: concept, language, start, frames, part. speech:
     per language uint8 (frames in all, 40).
+
+    Example: `stamps.load(languages=("en",)).subset(100)`
     """
 
     pictures: Tensor
@@ -119,7 +121,10 @@ def load(*, languages: tuple[str, ...] = LANGUAGES, seed: int = 0) -> Stamps:
 
 
 def task(preprocessing: Preprocessing | None = None) -> Task:
-    """The pictures as images to classify by category; new concepts are the test images."""
+    """The pictures as images to classify by category; new concepts are the test images.
+
+    Example: `len(stamps.task().classes) > 5`
+    """
     known = load(languages=("en",))
     categories = sorted(known.concepts.category.unique())
     labels = torch.tensor([categories.index(name) for name in known.concepts.category])

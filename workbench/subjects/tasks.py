@@ -42,7 +42,10 @@ class Preprocessing:
 
 
 def as_stored(stored: Batch) -> Batch:
-    """Nothing to prepare: the examples are the model's inputs already."""
+    """Nothing to prepare: the examples are the model's inputs already.
+
+    Example: `as_stored(task.test.batch(slice(4)))`
+    """
     return stored
 
 

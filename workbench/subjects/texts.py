@@ -85,7 +85,10 @@ def untokenized(stored: Batch) -> Batch:
 
 
 def wiki_topics(prepare=None) -> Task:
-    """Summaries of Wikipedia articles by topic, English."""
+    """Summaries of Wikipedia articles by topic, English.
+
+    Example: `len(texts.wiki_topics().classes) == 11`
+    """
     table = pd.read_parquet(embedded.verified("wiki_topics", "summaries.parquet")).astype(str)
     topics = tuple(sorted(table.topic.unique()))
     parts = {name: _labelled(part.text, part.topic.map(topics.index), prepare,
@@ -96,7 +99,10 @@ def wiki_topics(prepare=None) -> Task:
 
 
 def wiki_text(prepare=None) -> Task:
-    """The same summaries as plain text, eight to a text, by topic and title."""
+    """The same summaries as plain text, eight to a text, by topic and title.
+
+    Example: `texts.wiki_text()`
+    """
     table = pd.read_parquet(embedded.verified("wiki_topics", "summaries.parquet")).astype(str)
     parts = {name: plain(joined(part.text, 8), prepare, f"wiki_text {name}")
              for name, part in table.groupby("split")}
@@ -114,14 +120,20 @@ def joined(lines: Iterable[str], count: int) -> list[str]:
 
 
 def plain(lines: Sequence[str], prepare, name: str) -> Split:
-    """Plain text, each token of which is to be guessed from those before it."""
+    """Plain text, each token of which is to be guessed from those before it.
+
+    Example: `plain(["one two three"], None, "mine")`
+    """
     return Split(Texts(list(lines)), torch.zeros(len(lines), 0, dtype=torch.int64),
                  prepare or untokenized, NextToken(), name)
 
 
 def glosses(prepare=None) -> Task:
     """Definitions of WordNet 3.0 by lexicographer file; every eighth definition is a test
-    example."""
+    example.
+
+    Example: `texts.glosses()`
+    """
     table = wordnet.load()
     topics = tuple(sorted(table.topic.unique()))
     every = _labelled(table.definition, table.topic.map(topics.index), prepare, "wordnet")
@@ -165,6 +177,9 @@ def tagged(words, marks, intents=None, *, names: tuple[str, ...], tags: tuple[st
 
     Raises ValueError where a sentence has no words, or another number of tags than words, and for a
     tag out of the scheme: I-X follows B-X or I-X.
+
+    Example: `tagged([["play", "jazz"]], [["O", "B-genre"]], ["play"], names=("play",), tags=("O",
+    "B-genre"), name="mine")`
     """
     for k, (line, told) in enumerate(zip(words, marks, strict=True)):
         if not line:

@@ -79,7 +79,10 @@ class HashedConvolutions(nn.Module):
 
 def head(encoder: nn.Module, width: int, task: Task) -> Understanding:
     """The encoder with new heads for the task. Raises ValueError where the task asks for something
-    else than an understanding."""
+    else than an understanding.
+
+    Example: `head(encoder, 384, commands)`
+    """
     if not isinstance(task.objective, Asked):
         raise ValueError(f"{task.name} asks for {type(task.objective).__name__}; an understanding "
                          "needs sentences with an intent and a tag for each word")
@@ -91,7 +94,10 @@ def head(encoder: nn.Module, width: int, task: Task) -> Understanding:
 
 def hashed_cnn(task: Task | None, header: dict[str, str] | None = None) -> Understanding:
     """Fewer than 100,000 parameters: `HashedConvolutions` with two heads, for a task or as a
-    checkpoint's header says."""
+    checkpoint's header says.
+
+    Example: `hashed_cnn(None, {"classes": "4", "answers": "4"})`
+    """
     encoder = HashedConvolutions()
     width = encoder.widen.out_features
     model = (head(encoder, width, task) if header is None

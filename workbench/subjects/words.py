@@ -47,7 +47,10 @@ class Clip:
 @dataclass(frozen=True)
 class Scene:
     """What a microphone hears. samples: float32 (T,); clean: before the noise; said: one row per
-    clip, with what, word, voice, start_s and end_s."""
+    clip, with what, word, voice, start_s and end_s.
+
+    Example: `len(scene.labels()) == len(scene.samples) // 80`
+    """
 
     samples: np.ndarray
     clean: np.ndarray
@@ -84,6 +87,8 @@ def digits(path: Path | str) -> list[Clip]:
 
     Raises FileNotFoundError for a file that is not there, ValueError for other columns, or a
     recording that is none.
+
+    Example: `digits("spoken_digits.parquet")`
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; give a Parquet file with columns digit, "
@@ -103,6 +108,8 @@ def read_audio(source, *, rate: int = RATE, name: str | None = None) -> tuple[np
     Raises ModuleNotFoundError without the package soundfile, FileNotFoundError for no file,
     ValueError for one that is no sound, empty, of several channels, or with samples that are no
     numbers.
+
+    Example: `read_audio("said.wav", rate=16_000)`
     """
     try:
         import soundfile
@@ -136,6 +143,9 @@ def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator,
     pause: seconds between two; noise: how many dB it lies below the clips' mean level; level: of
     each clip, in dB of full scale (root mean square); speed: how much faster a clip is played,
     drawn for each.
+
+    Example: `words.scene(words.embedded()[:3], seconds=5.0,
+    draw=np.random.default_rng(0)).samples.shape == (40_000,)`
     """
     samples, rows, at = np.zeros(round(seconds * RATE),
                                  np.float32), [], round(draw.uniform(*pause) * RATE)
@@ -156,7 +166,11 @@ def scene(clips: Sequence[Clip], *, seconds: float, draw: np.random.Generator,
 def programme(commands: Sequence[Clip], others: Sequence[Clip], *, minutes: float, every_s: float,
               draw: np.random.Generator) -> list[Clip]:
     """Clips for so many minutes with pauses of 0.8 s: a command about every `every_s` seconds,
-    others in between, each clip as often as the next."""
+    others in between, each clip as often as the next.
+
+    Example: `words.programme([], words.embedded()[-5:], minutes=0.2, every_s=np.inf,
+    draw=np.random.default_rng(0))`
+    """
     chosen, seconds, due, turns = [], 0.0, every_s / 2, {True: [], False: []}
     while seconds < 60 * minutes:
         asked = seconds >= due
@@ -193,6 +207,8 @@ def train(network: nn.Module, commands: Sequence[Clip], others: Sequence[Clip], 
     About half of a scene's clips are commands, one in eight a piece of one, which is none.
     Cross-entropy over the frames, those without a word weighted by 0.5; AdamW, one cycle of the
     learning rate.
+
+    Example: `train(speech.word_spotter(), commands, others, steps=1800)`
     """
     draw, losses = np.random.default_rng(seed), []
     torch.manual_seed(seed)
@@ -255,6 +271,8 @@ def accuracy(network: nn.Module, clips: Sequence[Clip], *, seed: int = 0,
 
     Named is the word whose probability, averaged over ten frames, is greatest around the clip's
     end.
+
+    Example: `words.accuracy(models.load("word_spotter"), words.embedded()[:2]).word[0] == "zero"`
     """
     draw, rows = np.random.default_rng(seed), []
     for clip in clips:
