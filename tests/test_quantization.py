@@ -134,6 +134,18 @@ def test_a_depthwise_layer_is_equalised_too():
         1).amax(1).log().std()
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.Linear(8, 3)],
+                         ids=["convolution", "linear"])
+def test_means_alone_are_those_beside_the_second_moments(layer):
+    draw = torch.Generator().manual_seed(0)
+    shape = (4, 9, 9) if isinstance(layer, nn.Conv2d) else (5, 8)
+    x, y = ([torch.randn(count, *shape, generator=draw) for count in (7, 4)] for _ in range(2))
+    both = moments.moments(layer, x, y, seed=1)
+    mean, mean_quantised = moments.means(layer, x, y, seed=1)
+    torch.testing.assert_close(mean, both.mean)
+    torch.testing.assert_close(mean_quantised, both.mean_quantised)
+
+
 def test_correcting_the_bias_brings_each_layers_mean_back(folded, four, seen):
     fixed = rounding.correct_bias(four, folded, seen)
     images = torch.cat([images for images, _ in seen])

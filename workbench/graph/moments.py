@@ -9,6 +9,7 @@ random. Where K is large and examples are few, W* would fit those examples and n
 draws it back to W, as far as examples held out ask for.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,21 +51,17 @@ class Moments:
 def moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor], *,
             seed: int) -> Moments:
     """The moments of a layer of the float model, from what it reads there and what its copy reads,
-    batch by batch."""
-    inputs_each = layer.weight[0].numel()
-    places = min(max(-(-ROWS * inputs_each // sum(map(len, inputs))), PLACES[0]), PLACES[1])
+    batch by batch.
+
+    Example: `moments(nn.Linear(256, 4), [a], [a], seed=0).target.shape == (1, 4, 256)`
+    """
     fitted, apart, seen = None, None, 0
-    for k, pair in enumerate(zip(inputs, inputs_quantised, strict=True)):
-        x, y = (patches(layer, values, seed=1000 * seed + k, places=places).unflatten(1,
-                                                                                      (len(values),
-                                                                                       -1))
-                for values in pair)
-        held_out = torch.arange(seen, seen + len(pair[0])) % FOLDS == FOLDS - 1
-        fitted, apart = _added(fitted, x[:, ~held_out], y[:, ~held_out]), _added(apart,
-                                                                                 x[:, held_out],
-                                                                                 y[:, held_out])
-        seen += len(pair[0])
-    weight = layer.weight.detach().double().reshape(len(fitted[1]), -1, inputs_each)
+    for x, y in _read(layer, inputs, inputs_quantised, seed):
+        held_out = torch.arange(seen, seen + x.shape[1]) % FOLDS == FOLDS - 1
+        fitted = _added(fitted, x[:, ~held_out], y[:, ~held_out])
+        apart = _added(apart, x[:, held_out], y[:, held_out])
+        seen += x.shape[1]
+    weight = layer.weight.detach().double().reshape(len(fitted[1]), -1, layer.weight[0].numel())
     share, both = 1.0, fitted
     if seen >= FOLDS:  # each share's target from four fifths of the images, judged on the fifth
         (_, _, *few), (_, _, cross, own) = _centred(fitted), _centred(apart)
@@ -79,6 +76,30 @@ def moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tenso
                              * variances.mean(1, keepdim=True).clamp_min(1e-12))
     return Moments(mean.float(), mean_quantised.float(), _target(weight, cross, own, share).float(),
                    (own + ridge).float())
+
+
+def means(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor], *,
+          seed: int) -> tuple[Tensor, Tensor]:
+    """The means (g, K) alone of `moments`, without its products of K x K.
+
+    Example: `means(nn.Linear(256, 4), [a], [a], seed=0)[0].shape == (1, 256)`
+    """
+    count, total, total_quantised = 0, torch.zeros(1).double(), torch.zeros(1).double()
+    for x, y in _read(layer, inputs, inputs_quantised, seed):
+        count += x.shape[1] * x.shape[2]
+        total = total + x.sum((1, 2)).double()
+        total_quantised = total_quantised + y.sum((1, 2)).double()
+    return (total / count).float(), (total_quantised / count).float()
+
+
+def _read(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor],
+          seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the products of each batch, x and x' (g, n, P, K)."""
+    rows = ROWS * layer.weight[0].numel()
+    places = min(max(-(-rows // sum(map(len, inputs))), PLACES[0]), PLACES[1])
+    for k, pair in enumerate(zip(inputs, inputs_quantised, strict=True)):
+        x, y = (patches(layer, values, seed=1000 * seed + k, places=places) for values in pair)
+        yield x.unflatten(1, (len(pair[0]), -1)), y.unflatten(1, (len(pair[1]), -1))
 
 
 def _added(sums: list | None, x: Tensor, y: Tensor) -> list:

@@ -12,7 +12,7 @@ coordinate descent Behdin et al. 2023 (QuantEase, arXiv 2309.01885), here with t
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -26,7 +26,7 @@ from workbench.batches import Batch, Inputs, pairs
 from workbench.errors import UnsupportedModelError, listed
 from workbench.graph.kinds import BATCHNORM, is_layer
 from workbench.graph.layers import WEIGHTED, named
-from workbench.graph.moments import Moments
+from workbench.graph.moments import Moments, means
 from workbench.graph.moments import moments as second_moments
 from workbench.graph.norms import fold_batchnorm
 from workbench.graph.running import Runner
@@ -51,8 +51,7 @@ def correct_bias(model: nn.Module, reference: nn.Module, batches: Iterable[Batch
 
     Example: `rounding.correct_bias(quantised, model, list(task.validation.subset(500).batches()))`
     """
-    return _repair(model, reference, batches, lambda quantizer, weight, moments: None,
-                   "bias correction", seed)
+    return _repair(model, reference, batches, None, "bias correction", seed)
 
 
 def adaround(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *,
@@ -97,7 +96,8 @@ def descend(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *,
                    "coordinate descent", seed)
 
 
-def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], change, title: str,
+def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch],
+            change: Callable[[WeightQuantizer, Tensor, Moments], Tensor] | None, title: str,
             seed: int) -> nn.Module:
     seen = [inputs for inputs, _ in pairs(batches)]
     if not seen:
@@ -120,16 +120,20 @@ def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], ch
         quantizer, source = layer.parametrizations.weight[0], layer.parametrizations.weight.original
         if quantizer.scheme.levels == "kmeans":
             raise UnsupportedModelError(f"layer {name}: {title} needs uniform levels, not k-means")
-        moments = second_moments(known[name], inputs, inputs_quantised, seed=seed)
-        found = change(quantizer, known[name].weight.detach(), moments)
+        read = known[name], inputs, inputs_quantised
+        if change:
+            moments = second_moments(*read, seed=seed)
+            found = change(quantizer, known[name].weight.detach(), moments)
+            mean, mean_quantised = moments.mean, moments.mean_quantised
+        else:
+            mean, mean_quantised = means(*read, seed=seed)
         with torch.no_grad():
-            if found is not None:
+            if change:
                 source.copy_(found)
-            groups = len(moments.mean)
-            wanted = (known[name].weight.reshape(groups, -1, moments.mean.shape[1])
-                      @ moments.mean[:, :, None]).flatten()
-            have = (layer.weight.reshape(groups, -1, moments.mean.shape[1])
-                    @ moments.mean_quantised[:, :, None]).flatten()
+            wanted = (known[name].weight.reshape(len(mean), -1, mean.shape[1])
+                      @ mean[:, :, None]).flatten()
+            have = (layer.weight.reshape(len(mean), -1, mean.shape[1])
+                    @ mean_quantised[:, :, None]).flatten()
             bias = wanted - have if known[name].bias is None else known[name].bias + wanted - have
             layer.bias = nn.Parameter(bias)
     return round_biases(new)
