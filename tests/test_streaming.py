@@ -2,8 +2,10 @@
 cannot stream is told."""
 
 import time
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import nn
 from workbench.deployment import onnx, sessions, streaming
 from workbench.deployment.listening import Doubled, Drift, Gate, Listener, Ring, listen, paced
 from workbench.errors import UnsupportedModelError
-from workbench.measures import detection
+from workbench.measures import detection, hearing
 from workbench.methods import quantization
 from workbench.subjects import speech, words
 
@@ -293,6 +295,23 @@ def test_a_listener_stopped_and_taken_up_again_hears_the_same(tmp_path):
     (tmp_path / "state").write_bytes(b"no")
     with pytest.raises(ValueError, match="no state of a listener"):
         again.resume(tmp_path / "state")
+
+
+def test_a_higher_threshold_misses_more_and_alarms_less():
+    said = pd.DataFrame([("command", "one", "a", 1.0, 1.5), ("command", "two", "a", 3.0, 3.5)],
+                        columns=["what", "word", "voice", "start_s", "end_s"])
+    heard = np.zeros((len(words.WORDS) + 1, 600))
+    heard[-1] = 1.0
+    # probabilities: "one" at its end, "two" less surely, "six" where nothing was said
+    for word, at, share in ((1, 150, 0.95), (2, 350, 0.75), (6, 500, 0.65)):
+        heard[word, at:at + 20], heard[-1, at:at + 20] = share, 1 - share
+    scene = words.Scene(np.zeros(48_000, np.float32), np.zeros(48_000, np.float32), said)
+    found = hearing.thresholds(np.log(heard + 1e-9),
+                               partial(Listener, spotter(), [*words.WORDS, "none"]), scene,
+                               [0.6, 0.7, 0.8])
+    assert found.hits.tolist() == [2, 2, 1]
+    assert found.misses.tolist() == [0, 0, 1]
+    assert found.false_alarms.tolist() == [1, 0, 0]
 
 
 def test_listening_at_pace_loses_nothing_and_a_slow_one_says_so():

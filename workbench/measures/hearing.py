@@ -237,16 +237,20 @@ def told(logits: np.ndarray, listener: Listener) -> pd.DataFrame:
     return _table(events)
 
 
-def thresholds(logits: np.ndarray, make: Callable[..., Listener],
+def thresholds(logits: np.ndarray, make: Callable[..., Listener], scene: Scene,
                tried: Sequence[float]) -> pd.DataFrame:
-    """False alarms of a recording without commands: threshold, alarms. make: gives a listener for
-    `threshold=`.
+    """What a new listener without a gate would tell of a scene at each threshold: threshold, hits,
+    misses, false_alarms (`detection.scored`).
 
-    Example: `hearing.thresholds(logits, partial(chain.listener, "words.onnx"), [0.5, 0.9])`
+    logits: of the whole scene (classes, T). make: gives a listener for `threshold=`.
+
+    Example: `hearing.thresholds(logits, partial(chain.listener, "words.onnx"), scene, [0.5, 0.9])`
     """
-    events = {value: told(logits, make(threshold=value)) for value in tried}
-    return pd.DataFrame([{"threshold": value, "alarms": len(detection.alarms(found.at_s))}
-                         for value, found in events.items()])
+    rows, hours = [], len(scene.samples) / RATE / 3600
+    for value in tried:
+        found = detection.scored(told(logits, make(threshold=value)), scene.said, hours=hours)
+        rows.append((value, found.hits, found.misses, found.false_alarms))
+    return pd.DataFrame(rows, columns=["threshold", "hits", "misses", "false_alarms"])
 
 
 def _table(events: list) -> pd.DataFrame:
