@@ -65,6 +65,18 @@ NOT_RUN = {
     "decoding.Cached": "a decoder: test_decoding",
     "decoders.GenAI": "a decoder: test_decoding",
     "peers.quantize_nncf": "an optional package: test_deployment",
+    **dict.fromkeys(("runtimes.OpenVinoSession", "runtimes.MnnSession"),
+                    "an optional runtime: test_deployment"),
+    "runtimes.CompiledSession": "compiles for seconds: test_deployment",
+    "checkup.Checkup": "seconds: the README's own model",
+    "compress.Compressed": "a minute: test_plans", "search.Found": "a minute: test_search",
+    **dict.fromkeys(("alignment.embed", "alignment.save", "alignment.load", "encoders.items",
+                     "encoders.build"), "encoders: test_alignment"),
+    "tasks.Pictures": "wants a folder of photographs: test_data",
+    "stamps.new_concepts": "seconds: test_stamps",
+    **dict.fromkeys(("machine.stand_still", "machine.go_on"), "stops a process: test_reporting"),
+    **dict.fromkeys(("notebooks.run", "pages.write", "pages.notebook_page", "pages.committed"),
+                    "runs notebooks: test_reporting"),
     "samplers.sampler": "a space of plans: test_search",
 }
 
@@ -151,6 +163,7 @@ MADE = {
     "known": lambda of: {group.layer: group
                          for group in of("coupling").groups(of("model"), of("x"))
                          if not group.kept},
+    "points": lambda of: pd.DataFrame({"lost": [0.0, 0.1], "latency": [1.0, 0.5], "front": True}),
     "samples": lambda of: np.zeros(1600, np.float32), "recording": lambda of: torch.zeros(1, 1600),
 }
 

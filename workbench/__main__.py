@@ -39,6 +39,8 @@ def report(notebooks, profile, settings, jobs, scheduler, out, folder, force) ->
     """Execute NOTEBOOKS (all by default) and write the report site.
 
     Exit code 0: every check holds; 1: one does not; 2: bad input, or a notebook raised an error.
+
+    Example: workbench report 22_quantization --profile smoke
     """
     from workbench.reporting import notebooks as runner
     from workbench.reporting import parameters
@@ -71,6 +73,8 @@ def compare(reference, candidate, source, examples, seed, cosine, l2, agreement)
     file.
 
     Exit code 0: equivalent; 1: not; 2: bad input.
+
+    Example: workbench compare resnet20 model.onnx --examples 1000
     """
     from workbench.measures import equivalence
     from workbench.subjects import data, models
@@ -112,6 +116,8 @@ def compress(recipe, name, source, out, examples, threads, blocks, seed) -> None
     There are then model.onnx, model.safetensors, stages.csv (accuracy with interval, paired change,
     size and latency of each stage) and run.json. Killed, it goes on where it stopped. Exit code 0:
     the file answers as the module does; 1: not; 2: bad input.
+
+    Example: workbench compress int8 --model resnet20 --out smaller
     """
     from workbench.plans import recipe as recipes
     from workbench.plans.compress import compress as run
@@ -173,6 +179,8 @@ def search(name, source, out, latency, size, lost, sampler, evaluations, minutes
     Killed, it goes on where it stopped. The best plans are judged on the test split, which the
     search never saw, and timed in a process of their own. Exit code 0: the plan keeps the limits;
     1: none does, the nearest is left; 2: bad input.
+
+    Example: workbench search --model resnet20 --latency 0.7 --out found
     """
     from workbench.plans.search import Limits
     from workbench.plans.search import search as run
@@ -213,6 +221,8 @@ def listen(source, name, bits, gate, threshold, pace, microphone, state) -> None
     what it means.
 
     Sound of another rate than 8 kHz is resampled, and said to be. Exit code 0; 2: bad input.
+
+    Example: workbench listen said.wav --bits 8
     """
     from workbench.plans import chain as chains
 

@@ -159,7 +159,10 @@ def clock() -> float:
 
 
 def stand_still(process: int) -> None:
-    """Stop a process and all that it started, parents first, so that none starts more."""
+    """Stop a process and all that it started, parents first, so that none starts more.
+
+    Example: `stand_still(process)`
+    """
     with contextlib.suppress(psutil.Error):
         here = psutil.Process(process)
         here.suspend()
@@ -168,7 +171,10 @@ def stand_still(process: int) -> None:
 
 
 def go_on(process: int) -> None:
-    """Let a process that stands still go on, with all that it started."""
+    """Let a process that stands still go on, with all that it started.
+
+    Example: `go_on(process)`
+    """
     with contextlib.suppress(psutil.Error):
         here = psutil.Process(process)
         for part in (here, *here.children(recursive=True)):

@@ -76,7 +76,10 @@ def open(source, runtime: str, *, threads: int | None = None,  # noqa: A001
 
 class OpenVinoSession(sessions.Session):
     """An ONNX file on OpenVINO's CPU plugin, float32 products unless `runtime` says bfloat16;
-    integers as the file has them."""
+    integers as the file has them.
+
+    Example: `OpenVinoSession("model.onnx", runtime="OpenVINO", name="it", threads=1)(x)`
+    """
 
     def __init__(self, source: Path | str, *, runtime: str, name: str, threads: int):
         import openvino
@@ -104,7 +107,10 @@ class OpenVinoSession(sessions.Session):
 
 
 class MnnSession(sessions.Session):
-    """An ONNX file converted to MNN's own format, on its CPU backend in full precision."""
+    """An ONNX file converted to MNN's own format, on its CPU backend in full precision.
+
+    Example: `MnnSession("model.onnx", runtime="MNN", name="it", threads=1)(x)`
+    """
 
     runtime = "mnn"
 
@@ -147,7 +153,10 @@ class MnnSession(sessions.Session):
 
 
 class CompiledSession(sessions.TorchSession):
-    """A module compiled by torch's inductor, anew for every batch size."""
+    """A module compiled by torch's inductor, anew for every batch size.
+
+    Example: `CompiledSession(model, runtime="inductor", name="it", threads=1)(x)`
+    """
 
     def __init__(self, model: nn.Module, *, runtime: str, name: str, threads: int):
         if not _compiler():
@@ -157,7 +166,10 @@ class CompiledSession(sessions.TorchSession):
 
 
 class Bfloat16Session(sessions.TorchSession):
-    """A module under torch's autocast to bfloat16."""
+    """A module under torch's autocast to bfloat16.
+
+    Example: `Bfloat16Session(model, runtime="bfloat16", name="it", threads=1)(x)`
+    """
 
     def __init__(self, model: nn.Module, *, runtime: str, name: str, threads: int):
         super().__init__(model, name=name, threads=threads)

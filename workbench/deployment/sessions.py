@@ -43,6 +43,8 @@ class Session:
 
     Called, it checks the batch and returns the answer; `outputs` gives all outputs by name.
     `prepare` separates what a timing must leave out.
+
+    Example: `Session(lambda x: x.flatten(1), name="mine", threads=1)`
     """
 
     runtime = "callable"

@@ -24,6 +24,8 @@ class Heads:
     inputs, int64 (count, numbers). numbers: attributes of modules that count the heads or their
     width, by dotted name. fixed: whether the module has its width and its heads tied, so that none
     can go.
+
+    Example: `Heads("attention", 4, {}, {}, {}).count == 4`
     """
 
     layer: str

@@ -55,7 +55,10 @@ def without(model: nn.Module, removed: Mapping[str, Sequence[int]],
 
 def verified(model: nn.Module, new: nn.Module, removed: Mapping[str, Sequence[int]],
              known: Mapping[str, Group], example: Inputs) -> nn.Module:
-    """`new`, once it is seen to compute what `model` computes with the channels silenced."""
+    """`new`, once it is seen to compute what `model` computes with the channels silenced.
+
+    Example: `verified(model, copy.deepcopy(model), {}, known, x)`
+    """
     expected = put_in(model, silenced(model, removed, known))
     try:
         with evaluating(expected), evaluating(new):
@@ -118,7 +121,10 @@ def _check(removed: Mapping[str, Sequence[int]], known: Mapping[str, Group]) -> 
 
 def cut(model: nn.Module, removed: Sequence[tuple[Group, Sequence[int]]]) -> dict[str, int]:
     """Take channels, by group, out of `model` itself. Returns the attributes of modules that were
-    set, by dotted name."""
+    set, by dotted name.
+
+    Example: `cut(copy.deepcopy(model), [(known["layer1.0.conv1"], [0, 1])]) == {}`
+    """
     # what goes, by layer: places of outputs, of norms, of inputs
     rows, norms, columns, numbers = {}, {}, {}, {}
     for group, places in removed:

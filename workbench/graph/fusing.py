@@ -28,6 +28,8 @@ class Fused:
 
     names: the modules among them. other: the node of the second summand, or None; adding: the place
     of that sum.
+
+    Example: `next(iter(fusions(running.Runner(folded, x)).values())).names`
     """
 
     def __init__(self, graph: Runner, place: int):

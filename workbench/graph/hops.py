@@ -43,7 +43,10 @@ class Track:
 class Timing:
     """What is known of a streaming network. hop: samples that it takes, along `axis` of the input
     called `source`; start: its state before the first sample, of one recording, by input name;
-    tracks: of its outputs, by name."""
+    tracks: of its outputs, by name.
+
+    Example: `Timing(80, -1, "samples", {}, {}).hop == 80`
+    """
 
     hop: int
     axis: int

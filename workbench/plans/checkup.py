@@ -18,7 +18,10 @@ from workbench.subjects.tasks import Split
 class Checkup:
     """What `checkup` found. row: one row of a table; files: the float32 and the int8 file;
     by_layer: where the int8 file parts from the float model; scan: sensitivity of each group of
-    channels, neurons or heads."""
+    channels, neurons or heads.
+
+    Example: `checkup(start, folder=Path("files")).row["int8_ratio"]`
+    """
 
     row: dict
     files: dict[str, Path]

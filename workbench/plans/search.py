@@ -88,7 +88,10 @@ class Found:
     """What a search leaves. plans: one row a plan in the order of asking; confirmed: the model as
     it came and the best plans, the best first, judged again; plan: the one that is taken; file: its
     ONNX file; base: that of the model as it came; reason: what to say of it; saved: share of the
-    scoring that racing spared; forecast: what was expected."""
+    scoring that racing spared; forecast: what was expected.
+
+    Example: `search(start, limits, Path("out")).confirmed`
+    """
 
     plans: pd.DataFrame
     confirmed: pd.DataFrame

@@ -34,7 +34,10 @@ FULL = files.REPORTS / "full"  # the committed reports of the full profile
 @dataclass(frozen=True, eq=False)
 class Job:
     """One notebook to execute. source: the notebook's text; folder: where notebooks run, so that
-    paths resolve."""
+    paths resolve.
+
+    Example: `Job("01_one", "{}", {}, "quick", "0", ".").given == ()`
+    """
 
     name: str
     source: str

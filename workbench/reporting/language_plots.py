@@ -52,7 +52,11 @@ def loads(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Requests a second against the wait of 99 of 100, a line a way of serving, from few clients to
     many.
 
-    table: candidate, clients, requests_per_s, p99_ms."""
+    table: candidate, clients, requests_per_s, p99_ms.
+
+    Example: `language_plots.loads(pd.DataFrame({"candidate": "int8", "clients": [1, 16],
+    "requests_per_s": [50.0, 90.0], "p99_ms": [20.0, 180.0]}))`
+    """
     ax = ax or _axes(9, 5)
     for place, (name, part) in enumerate(table.groupby("candidate", sort=False)):
         colour = (GREY, "black", BLUE, "#2a7a5b", "#b8860b", "#7a4fa3", RED)[place % 7]
@@ -91,7 +95,11 @@ def contexts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def decoders(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Tokens a second, a bar a candidate, its perplexity as a share of float32's beside it.
 
-    table: candidate, tokens_per_s, over."""
+    table: candidate, tokens_per_s, over.
+
+    Example: `language_plots.decoders(pd.DataFrame({"candidate": ["float32"], "tokens_per_s": 40.0,
+    "over": 1.0}))`
+    """
     ax, rows = ax or _axes(8, 0.5 * len(table) + 1.5), table.iloc[::-1]
     ours = ~rows.candidate.str.contains("genai|transformers")
     ax.barh(rows.candidate, rows.tokens_per_s, color=[BLUE if own else GREY for own in ours])

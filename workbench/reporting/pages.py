@@ -23,6 +23,8 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
 
     ran: the notebooks of this run; failures: those that left no new report, with the reason; one
     that raised in an earlier run stays among them until it is run well.
+
+    Example: `write(Path("reports"), ran=[], failures={})`
     """
     records = [json.loads(path.read_text()) for path in sorted(out.glob("*/run.json"))]
     reports = [_entry(record) for record in records]
@@ -47,7 +49,10 @@ def write(out: Path, *, ran: list[str], failures: dict[str, str]) -> dict:
 
 def notebook_page(notebook, title: str, status: str) -> str:
     """HTML of an executed notebook, figures embedded, its code folded away, without scripts. The
-    parameters that a run sets stand in place of the defaults."""
+    parameters that a run sets stand in place of the defaults.
+
+    Example: `notebook_page(notebook, "01_baseline", "passed")`
+    """
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
@@ -109,7 +114,10 @@ def _systems(out: Path) -> list[dict[str, str]]:
 
 def committed(out: Path) -> dict[str, dict[str, str]]:
     """A page in OUT/committed for each report that git keeps, without its notebook, of the full
-    profile and of other models: by folder the address of each, seen from OUT."""
+    profile and of other models: by folder the address of each, seen from OUT.
+
+    Example: `committed(Path("reports"))`
+    """
     found: dict[str, dict[str, str]] = {}
     for path in sorted(files.REPORTS.glob("[a-z]*/*/run.json")):
         report, group = path.parent, path.parents[1].name

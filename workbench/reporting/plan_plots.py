@@ -15,7 +15,10 @@ def front(table: pd.DataFrame, found: pd.DataFrame, *, limit: float | None = Non
     """Every plan of a space as points, their exact front, and the front of what a search found.
 
     table, found: columns lost (fraction), latency (share) and front (whether no other beats the
-    plan); table also bits."""
+    plan); table also bits.
+
+    Example: `plan_plots.front(points.assign(bits=8), points)`
+    """
     ax = ax or _axes(8, 5)
     for (bits, part), colour in zip(table.groupby("bits", sort=False), (GREY, "#9bb7d4"),
                                     strict=False):
@@ -38,7 +41,11 @@ def samplers(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share of the exact front's area against evaluations, the mean over seeds of each sampler with
     its bootstrap interval.
 
-    curves: sampler, seed, evaluations, share."""
+    curves: sampler, seed, evaluations, share.
+
+    Example: `plan_plots.samplers(pd.DataFrame({"sampler": "random", "seed": [0, 0, 1, 1],
+    "evaluations": [1, 2, 1, 2], "share": [0.5, 0.7, 0.4, 0.8]}))`
+    """
     ax = ax or _axes(8, 5)
     order = curves[curves.evaluations
                    == curves.evaluations.max()].groupby("sampler").share.mean().sort_values(
@@ -112,7 +119,10 @@ def orders(matrix: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def left(table: pd.DataFrame, columns: Sequence[str], *, beside: Mapping[str, float] | None = None,
          by: str = "subject", ax: Axes | None = None) -> Axes:
     """What is left of each quantity, in percent of what it was before: a row a quantity, a mark a
-    subject, the further left the less. beside: a published share of some of the quantities."""
+    subject, the further left the less. beside: a published share of some of the quantities.
+
+    Example: `plan_plots.left(pd.DataFrame({"subject": ["MiniLM"], "params": 0.2}), ["params"])`
+    """
     ax = ax or _axes(8, 1 + 0.5 * len(columns))
     places = np.arange(len(columns))[::-1]
     for (_, row), colour, marker in zip(table.iterrows(), (BLUE, RED, "#2a7a5b", "#b8860b", GREY),

@@ -288,6 +288,9 @@ def ladder(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     Columns: top1_change, top1_change_low and top1_change_high, as `accuracy.difference` gives them,
     and the name of each row in `rung`, `stage`, `candidate` or `model`, else in the first column.
+
+    Example: `plots.ladder(pd.DataFrame({"rung": ["int8"], "top1_change": -0.01, "top1_change_low":
+    -0.02, "top1_change_high": 0.0}))`
     """
     ax = ax or _axes(8, 0.45 * len(table) + 1.4)
     names = next((name for name in ("rung", "stage", "candidate", "model") if name in table),
@@ -342,7 +345,11 @@ def budgets(table: pd.DataFrame, baseline: float, *, ax: Axes | None = None) -> 
 
 def load(table: pd.DataFrame, *, by: str = "candidate") -> Figure:
     """Requests per second and 99th percentile of the wait against the number of clients, of
-    latency.under_load."""
+    latency.under_load.
+
+    Example: `plots.load(pd.DataFrame({"candidate": "int8", "clients": [1, 16], "requests_per_s":
+    [50.0, 90.0], "p99_ms": [20.0, 180.0]}))`
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, part in table.groupby(by, sort=False):
         left.plot(part.clients, part.requests_per_s, "o-", label=name)

@@ -44,7 +44,11 @@ def recalls(table: pd.DataFrame) -> Figure:
 
 def rates(table: pd.DataFrame, whole: float) -> Axes:
     """Mean recall at 10 over coded bits a vector, a line for each allocation, `whole` that of
-    float32 vectors as a grey line."""
+    float32 vectors as a grey line.
+
+    Example: `retrieval_plots.rates(pd.DataFrame({"allocation": "even", "coded_bits": [64, 128],
+    "recall_at_10": [0.4, 0.5], "step": [1, 2]}), 0.6)`
+    """
     axes = plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
     for (name, rows), colour in zip(table.groupby("allocation", sort=False), COLOURS, strict=False):
         rows = rows.sort_values("coded_bits")

@@ -17,7 +17,11 @@ def heard(samples: np.ndarray, said: pd.DataFrame, events: pd.DataFrame, *, star
     """The wave of some seconds, what was said in it (coloured spans) and what was heard (marks,
     each with its word).
 
-    said: what, word, start_s, end_s; events: at_s, word."""
+    said: what, word, start_s, end_s; events: at_s, word.
+
+    Example: `speech_plots.heard(scene.samples, scene.said, pd.DataFrame({"at_s": [1.0], "word":
+    "one"}), start_s=0.0, seconds=2.0, rate=8_000)`
+    """
     ax = ax or _axes(12, 4)
     part = samples[round(start_s * rate):round((start_s + seconds) * rate)]
     ax.plot(start_s + np.arange(len(part)) / rate, part, color=GREY, linewidth=0.4)

@@ -209,7 +209,10 @@ class _Run:
 @torch.inference_mode()
 def embed(encoders: Mapping[str, nn.Module], items: Mapping[str, Items], *,
           batch: int = 256) -> dict[str, Tensor]:
-    """Unit vectors (n, dim) of all items, by modality; texts of like length go together."""
+    """Unit vectors (n, dim) of all items, by modality; texts of like length go together.
+
+    Example: `embed(encoders, items)`
+    """
     found = {}
     for name, part in items.items():
         values = part.values
@@ -227,7 +230,10 @@ def _trimmed(values: Tensor) -> Tensor:
 
 def save(encoders: nn.ModuleDict, path: Path | str, told: Mapping) -> None:
     """Write the weights in 8 bits (`checkpoints.in_eight_bits`), with `told` (recipe, seed, ...) in
-    the header."""
+    the header.
+
+    Example: `save(encoders, "towers.safetensors", {"seed": 0})`
+    """
     with files.atomic(path) as new:
         save_file(checkpoints.in_eight_bits(encoders.state_dict()), new,
                   {"told": json.dumps(dict(told))})
@@ -235,7 +241,10 @@ def save(encoders: nn.ModuleDict, path: Path | str, told: Mapping) -> None:
 
 def load(encoders: nn.ModuleDict, path: Path | str) -> nn.ModuleDict:
     """`encoders`, itself, with the weights that `save` wrote, of these modalities or more, in eval
-    mode. Raises ValueError where they do not fit."""
+    mode. Raises ValueError where they do not fit.
+
+    Example: `load(encoders, "towers.safetensors")`
+    """
     try:
         with safe_open(path, framework="pt") as stored:
             mine = [key for key in stored.keys() if key.split(".")[0] in encoders]  # noqa: SIM118

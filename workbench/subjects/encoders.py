@@ -268,7 +268,10 @@ def picture_features(pictures: Tensor, network: Pixels | None = None) -> Tensor:
 def items(known: stamps.Stamps, *, pretrained: bool = True) -> dict[str, Items]:
     """What the encoders read of a set of stamps. pretrained: features of pictures, and English
     sentences as a modality of their own ("english"), beside n-grams of all languages ("text") and
-    spectrograms ("speech")."""
+    spectrograms ("speech").
+
+    Example: `encoders.items(stamps.load(languages=("en",)))`
+    """
     rows = pd.DataFrame({"concept": range(len(known.concepts)), "language": "",
                          "part": known.concepts.part})
     found = {"image": Items(picture_features(known.pictures) if pretrained
@@ -287,7 +290,10 @@ def items(known: stamps.Stamps, *, pretrained: bool = True) -> dict[str, Items]:
 
 def build(items: Mapping[str, Items], *, dim: int = 256, seed: int = 0) -> nn.ModuleDict:
     """An encoder for each of `items`, drawn by `seed`: `Projection` for pretrained features, else
-    the small networks."""
+    the small networks.
+
+    Example: `encoders.build(encoders.items(stamps.load(languages=("en",))))`
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = nn.ModuleDict()

@@ -44,7 +44,11 @@ def told(function: Callable) -> str:
 def save(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict,
          progress: dict) -> None:
     """Write the state_dict of each of `parts`, the optimizer's slots, what the training is and how
-    far it has come."""
+    far it has come.
+
+    Example: `save(Path("a.state"), {"model": model}, torch.optim.SGD(model.parameters(), 0.1),
+    {"steps": 1}, {"step": 1})`
+    """
     tensors = {f"{name}.{k}": v.contiguous().clone()  # a copy: two names may share one tensor
                for name, part in parts.items() for k, v in part.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
@@ -57,7 +61,12 @@ def save(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity:
 
 def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
     """Take up what `save` wrote and return its progress. Raises ValueError where it is damaged or
-    of another training."""
+    of another training.
+
+    Example: `optimizer = torch.optim.SGD(model.parameters(), 0.1); save(Path("a.state"), {"model":
+    model}, optimizer, {"steps": 1}, {"step": 1}); restore(Path("a.state"), {"model": model},
+    optimizer, {"steps": 1}) == {"step": 1}`
+    """
     try:
         with safe_open(path, framework="pt") as stored:
             header, names = stored.metadata(), stored.keys()
@@ -89,6 +98,9 @@ def finish(state: Path, path: Path) -> None:
     filters as float16, the rest as it is), what the training is, its history and the machine.
 
     Raises ValueError where its last step is not done.
+
+    Example: `save(Path("a.state"), {"model": model}, torch.optim.SGD(model.parameters(), 0.1),
+    {"steps": 1}, {"step": 1}); finish(Path("a.state"), Path("a.safetensors"))`
     """
     with safe_open(state, framework="pt") as stored:
         header, every = stored.metadata(), stored.keys()
@@ -107,7 +119,10 @@ def finish(state: Path, path: Path) -> None:
 def finished(model: nn.Module, identity: dict, folder: Path | str) -> dict | None:
     """Fill `model` from the training of `folder` that is the same one, but for the rounding of its
     start, and return its progress; None where there is none. Raises ValueError where a file is
-    damaged."""
+    damaged.
+
+    Example: `finished(model, {"steps": 1}, Path(".")) is None`
+    """
     mine = json.loads(json.dumps(identity))
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:

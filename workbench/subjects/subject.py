@@ -54,6 +54,8 @@ class Step(Protocol):
 
     A class may have keeps_shape: whether the model that comes out has the layers and tensors of the
     one that went in, with other numbers; where it has none, it is taken not to.
+
+    Example: `Prune(macs=0.5).apply(start)`
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

@@ -54,6 +54,8 @@ class Pictures:
     int64 tensor or a slice.
 
     `take` chooses pictures without decoding them.
+
+    Example: `Pictures(column, preprocessing, "photographs")[:8]`
     """
 
     def __init__(self, column, preprocessing: Preprocessing, name: str,

@@ -28,6 +28,8 @@ class Tokens:
 
     Raises ValueError, when called, for a text without tokens, or one with tags that is longer than
     the model reads.
+
+    Example: `Tokens(lambda lines, **how: {}, longest=32).padding == "longest"`
     """
 
     tokenizer: Callable

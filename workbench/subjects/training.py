@@ -125,6 +125,9 @@ class Loop:
     precision; its epochs are not looked at. steps: how many in all. identity: what the training is;
     a state of another one is refused. progress: plain numbers that are saved with the state, "step"
     among them. Every draw follows from (seed, step).
+
+    Example: `Loop({"model": model}, model.parameters(), Recipe(epochs=1), steps=10, seed=0,
+    identity={})`
     """
 
     def __init__(self, parts: Mapping, parameters: Iterable[Tensor], recipe: Recipe, *, steps: int,
