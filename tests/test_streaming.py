@@ -297,6 +297,36 @@ def test_a_listener_stopped_and_taken_up_again_hears_the_same(tmp_path):
         again.resume(tmp_path / "state")
 
 
+def test_scenes_to_train_on_have_pieces_of_words_that_are_none():
+    draw, noise = np.random.default_rng(0), np.random.default_rng(1)
+    word = words.Clip(noise.standard_normal(4000).astype(np.float32), "command", "one")
+    effect = words.Clip(noise.standard_normal(16_000).astype(np.float32), "effect")
+    said = pd.concat([words._drawn([word], [effect], 8.0, draw).said for _ in range(200)])
+    lengths, shares = said.end_s - said.start_s, said.what.value_counts(normalize=True)
+    assert abs(shares["command"] - words.WHOLE) < 0.05
+    assert abs(shares["speech"] - words.PIECES) < 0.05
+    # played between 0.8 and 1.25 times as fast, the whole word lasts at least 0.4 s
+    assert lengths[said.what == "command"].between(0.39, 0.63).all()
+    assert lengths[said.what == "speech"].between(0.07, 0.26).all()
+    assert lengths[said.what == "effect"].between(0.23, 1.88).all()
+
+
+def test_a_word_spotter_learns_and_the_same_seed_gives_the_same():
+    noise = np.random.default_rng(0)
+    tone = np.sin(2 * np.pi * 600 * np.arange(3200) / 8000).astype(np.float32)
+    commands = [words.Clip(tone, "command", "one")]
+    others = [words.Clip(noise.standard_normal(8000).astype(np.float32), "effect")]
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = speech.WordSpotter(11, width=16, dilations=(1, 2))
+        losses = words.train(network, commands, others, steps=30, batch=4, seconds=1.5, seed=3)
+        made.append((losses, network.head.weight.detach().clone()))
+    assert np.mean(made[0][0][-5:]) < 0.8 * np.mean(made[0][0][:5])
+    assert made[0][0] == made[1][0]
+    assert torch.equal(made[0][1], made[1][1])
+
+
 def test_a_higher_threshold_misses_more_and_alarms_less():
     said = pd.DataFrame([("command", "one", "a", 1.0, 1.5), ("command", "two", "a", 3.0, 3.5)],
                         columns=["what", "word", "voice", "start_s", "end_s"])

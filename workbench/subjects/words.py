@@ -255,7 +255,7 @@ def _piece(clip: Clip, draw: np.random.Generator) -> Clip:
     """What is no command: the beginning or end of one, up to 0.4 of it, or 0.3 to 1.5 s of another
     clip, one in four backwards."""
     if clip.what == "command":
-        count = int(len(clip.samples) * draw.uniform(0.2, 0.4))
+        count = max(int(len(clip.samples) * draw.uniform(0.2, 0.4)), 1)
         return Clip(clip.samples[:count] if draw.random() < 0.5 else clip.samples[-count:],
                     "speech")
     count = min(round(draw.uniform(0.3, 1.5) * RATE), len(clip.samples))
