@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from torch import nn
 
 from workbench.deployment import onnx, sessions
 from workbench.errors import UnsupportedModelError
@@ -95,6 +96,25 @@ def test_cost_counts_attention_and_grouped_convolutions():
     # torchvision's
     assert cost.total(mobile, torch.zeros(1, 3, 224,
                                           224))["macs"] == pytest.approx(0.300e9, rel=0.02)
+
+
+def test_what_runs_in_lists_of_modules_counts_for_the_layers_and_nothing_is_negative():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.ModuleDict({"one": nn.Linear(8, 8), "other": nn.Linear(8, 4)}) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block["one"](x) + block["other"](x).repeat(1, 2)
+            return x @ torch.ones(8, 2)
+
+    table = cost.table(Listed(), torch.zeros(1, 8)).set_index("layer")
+    assert table.macs.to_dict() == {"Listed": 16} | {
+        f"blocks.{k}.{name}": macs for k in range(3) for name, macs in (("one", 64), ("other", 32))}
+    lite = models.load("efficientnet_lite0", None, pretrained=False)
+    assert (cost.table(lite, torch.zeros(1, 3, 64, 64)).macs >= 0).all()
 
 
 def test_cost_leaves_the_model_as_it_was(network):

@@ -152,12 +152,17 @@ def own_macs(model: nn.Module, example: Inputs) -> dict[str, int]:
     """
     counts = {path: sum(ops.values()) for path, ops in macs_by_module(model, example).items()}
     root = type(model).__name__
-    whole = {name: counts.get(f"{root}.{name}" if name else root, 0)
-             for name, _ in model.named_modules()}
-    whole[""] = whole[""] or counts.get("Global", 0)
-    inner = {name: [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-             for name, module in model.named_modules()}
-    return {name: whole[name] - sum(whole.get(child, 0) for child in inner[name]) for name in whole}
+    whole: dict[str, int] = {}
+    own: dict[str, int] = {}
+    if not counts.get(root) and "Global" in counts:
+        counts[root] = counts["Global"]
+    for name, module in reversed(list(model.named_modules())):  # what is inside comes first
+        inside = sum(whole.get(f"{name}.{child}" if name else child, 0)
+                     for child, _ in module.named_children())
+        # a list of modules is not called itself
+        whole[name] = counts.get(f"{root}.{name}" if name else root, inside)
+        own[name] = whole[name] - inside
+    return {name: own[name] for name, _ in model.named_modules()}
 
 
 def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) -> Tensor:
