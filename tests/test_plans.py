@@ -166,6 +166,20 @@ def test_killed_while_it_trains_it_goes_on_and_leaves_the_same(tmp_path):
     assert whole.read_bytes() == killed.read_bytes()
 
 
+@pytest.mark.parametrize("step", ["quantize: {bits: 8}", "tune: {bits: 8}", "train: {epochs: 1}"])
+def test_what_needs_other_examples_is_refused_before_anything_runs(model, tiny, tmp_path, step):
+    none = tiny.train.take(torch.arange(0))
+    kind, _, params = step.partition(": ")
+    steps = recipe.parse(f"compression: [{{type: fold}}, {{type: {kind}, params: {params}}}]").steps
+    only = Subject(model, replace(tiny, train=none, validation=none))
+    with pytest.raises(ValueError, match=f"^{kind} needs examples other than the test's, and "
+                       "fashion_mnist has none; .* give folder:PATH files or folders named train"):
+        compress(only, steps, tmp_path / "out", blocks=5)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="^fashion_mnist has 0 validation or training examples"):
+        Tune().apply(only)
+
+
 def test_what_a_run_leaves(model, tiny, tmp_path):
     made = compress(Subject(model, tiny),
                     recipe.parse(WHOLE.replace("epochs: 3", "epochs: 1")).steps, tmp_path, blocks=5)

@@ -246,4 +246,5 @@ def describe() -> str:
     formats = ", ".join(has["formats"]) or "no vector formats known"
     libraries = ", ".join(f"{name} {runs[name]}" for name in ("torch", "onnxruntime")
                           if name in runs)
-    return f"{has['processor']}, {has['cores']} cores ({formats}); {libraries}"
+    count = f"{has['cores']} core{'s' if has['cores'] > 1 else ''}"
+    return f"{has['processor']}, {count} ({formats}); {libraries}"

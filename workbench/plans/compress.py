@@ -28,9 +28,11 @@ from workbench.numbers.quantizers import quantizers
 from workbench.plans.recipe import STEPS, written
 from workbench.store import Store, code
 from workbench.subjects.subject import Step, Subject
-from workbench.subjects.tasks import Split, Task
+from workbench.subjects.tasks import ONE_SPLIT, Split, Task
 
 COMPARED = 1000  # examples behind the verdict on module and file
+# steps that calibrate, judge or train on other examples than those of the test
+LEARNING = ("fisher", "reestimate", "train", "distil", "quantize", "tune", "mix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +63,16 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *,
     default the task's test split. seed: of the order of timing.
 
     Raises UnsupportedModelError where a step or the export cannot be done, naming the stage;
-    ValueError as the steps do.
+    ValueError as the steps do, before any is taken where one needs examples and there are none but
+    the test's.
 
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
+    learning = [name for name, step in steps.items()
+                if type(step) in [STEPS[kind] for kind in LEARNING]]
+    if learning and not len(start.task.train) and not len(start.task.validation):
+        raise ValueError(f"{learning[0]} needs examples other than the test's, and "
+                         f"{start.task.name} has none; {ONE_SPLIT}")
     out, test = Path(out), test or start.task.test
     store, made, old = Store(stages or out / "stages"), [], []
     key: dict[str, Any] = {"model": files.fingerprint(start.model.state_dict().values()),

@@ -38,7 +38,7 @@ from workbench.plans.samplers import sampler as sampler_of
 from workbench.plans.space import Forecast, Plan, Space, plan_of
 from workbench.store import Store, code
 from workbench.subjects.subject import Subject
-from workbench.subjects.tasks import Split
+from workbench.subjects.tasks import ONE_SPLIT, Split
 
 CONFIRMED = 3  # plans that are judged again, at most
 LEAST = 100  # validation examples below which training ones judge
@@ -174,8 +174,8 @@ def judged_by(start: Subject, images: int, seed: int) -> Split:
     task = start.task
     source = task.validation if len(task.validation) >= LEAST else task.train
     if not len(source):
-        raise ValueError(f"search: {task.name} has no validation or training examples; it needs "
-                         "some, test examples are not for choosing")
+        raise ValueError(f"search: {task.name} has no validation or training examples, and test "
+                         f"examples are not for choosing; {ONE_SPLIT}")
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:images]
     return source.take(order)
 

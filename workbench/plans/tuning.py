@@ -23,7 +23,7 @@ from workbench.methods.rounding import REPAIRS
 from workbench.numbers.grid import GRANULARITIES, Scheme
 from workbench.numbers.histograms import CALIBRATORS
 from workbench.subjects.subject import Count, Removed, Subject
-from workbench.subjects.tasks import Split, Task
+from workbench.subjects.tasks import ONE_SPLIT, Split, Task
 
 WINS = 0.98  # of the least distance so far: what a further repair has to stay below
 
@@ -103,8 +103,8 @@ def _drawn(task: Task, examples: int, judged: int, seed: int) -> tuple[Split, Sp
     both."""
     source = task.validation if len(task.validation) >= examples + judged else task.train
     if len(source) < 2:
-        raise ValueError(f"tune: {task.name} has {len(source)} validation or training examples; it "
-                         "needs some of these, test examples are not for tuning")
+        raise ValueError(f"{task.name} has {len(source)} validation or training examples, and test "
+                         f"examples are not for tuning; {ONE_SPLIT}")
     drawn = source.subset(min(examples + judged, len(source)), seed=seed)
     first = min(examples, len(drawn) - len(drawn) * judged // (examples + judged), len(drawn) - 1)
     return drawn.take(torch.arange(first)), drawn.take(torch.arange(first, len(drawn)))

@@ -68,7 +68,7 @@ def cost(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Median latency of latency.paired, a bar per candidate and row, with the 95th percentile as a
-    tick.
+    tick and in brackets.
 
     Example: `plots.latency(frame)`
     """
@@ -76,14 +76,13 @@ def latency(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     names = [f"{r.candidate}, threads {r.threads}, batch {r.batch}" for r in table.itertuples()]
     at = np.arange(len(table))[::-1]
     ax.barh(at, table.latency_ms, color=BLUE, height=0.6)
-    ax.plot(table.p95_ms, at, "|", color=RED, markersize=12, label="95th percentile")
+    ax.plot(table.p95_ms, at, "|", color=RED, markersize=12)
     for y, value, high in zip(at, table.latency_ms, table.p95_ms, strict=True):
-        ax.text(max(value, high), y, f"  {value:.2f}", va="center", fontsize=9)
-    ax.margins(x=0.18)
+        ax.text(max(value, high), y, f"  {value:.2f} ({high:.2f})", va="center", fontsize=9)
+    ax.margins(x=0.25)
     ax.set_yticks(at, names)
-    ax.set(xlabel="latency of one batch, ms (median)")
-    ax.set_title(table.attrs.get("machine", ""), fontsize=8, wrap=True)
-    ax.legend(frameon=False, loc="lower right")
+    ax.set(xlabel="latency of one batch, ms: median (and 95th percentile)")
+    ax.set_title(table.attrs.get("machine", ""), fontsize=7, wrap=True)
     return ax
 
 

@@ -14,6 +14,10 @@ from workbench.batches import Batch, Inputs, joined, rows, tensors
 from workbench.errors import reason
 from workbench.subjects.objectives import IGNORED, Objective
 
+# what to do where a task has no examples but those that judge
+ONE_SPLIT = ("a set that has one split only is all test: give folder:PATH files or folders named "
+             "train, validation and test, or data.of(train, test)")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -39,7 +43,6 @@ class Preprocessing:
         made = ((stored.inputs.float() / 255 - mean)
                 / std).contiguous(memory_format=torch.channels_last)
         return Batch(made, stored.targets)
-
 
 def as_stored(stored: Batch) -> Batch:
     """Nothing to prepare: the examples are the model's inputs already.
@@ -162,9 +165,7 @@ class Split:
         Raises ValueError where the split is empty.
         """
         if not len(self):
-            raise ValueError(f"{self.name} holds no {self.objective.unit}s; a set that has one "
-                             "split only is all test: give folder:PATH files or folders named "
-                             "train, validation and test, or data.of(train, test)")
+            raise ValueError(f"{self.name} holds no {self.objective.unit}s; {ONE_SPLIT}")
         for places in torch.arange(len(self)).split(size):
             yield self.batch(places)
 
