@@ -160,6 +160,16 @@ def test_equivalence_keeps_nothing_of_a_stream(network):
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(["conv1", "layer1.2.conv1", "layer2.0.conv2", "layer3.2.conv2", "linear"]),
        st.integers(0, 99))
+def test_a_verdict_says_which_limit_is_not_kept():
+    limits = equivalence.Limits()
+    good = equivalence.Equivalence(1.0, 1.0, 0.0, 0.0, 1.0, 20, limits)
+    assert str(good).endswith("the same answer for 100.00% of 20")
+    bad = equivalence.Equivalence(1.0, 0.9985, 0.01, 0.05, 1.0, 20, limits)
+    assert str(bad).startswith("not equivalent: cosine at least 0.9985, relative L2 at most 0.05, ")
+    assert str(bad).endswith("; asked: relative L2 of the outputs <= 0.0001; by_layer shows where "
+                             "they part")
+
+
 def test_the_damaged_layer_is_the_first_that_parts(layer, seed):
     task = data.load("fashion_mnist")
     model = models.load("resnet20", task)

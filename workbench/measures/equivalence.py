@@ -82,8 +82,11 @@ class Equivalence:
 
     def __str__(self) -> str:
         word = "equivalent" if self.passed else "not equivalent"
+        missed = [f"{check['name'].partition(',')[0]} {check['limit']}"
+                  for check in self.checks() if not check["passed"]]
+        rest = f"; asked: {', '.join(missed)}; by_layer shows where they part" if missed else ""
         return (f"{word}: cosine at least {self.cosine_min:.6g}, relative L2 at most "
-                f"{self.l2_max:.2g}, the same answer for {self.agreement:.2%} of {self.n:,}")
+                f"{self.l2_max:.2g}, the same answer for {self.agreement:.2%} of {self.n:,}{rest}")
 
     __repr__ = __str__
 
