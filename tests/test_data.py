@@ -124,7 +124,9 @@ def test_preprocessing_resizes_and_crops(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("mnist", "unknown data 'mnist'"), ("folder:", "unknown data"), ("hub:", "unknown data"),
+    ("mnist", "unknown data 'mnist'"),
+    ("fashon_mnist", "unknown data 'fashon_mnist', did you mean 'fashion_mnist'; expected one of"),
+    ("folder:", "unknown data"), ("hub:", "unknown data"),
     ("folder:/nowhere", "'/nowhere' does not exist"),
 ])
 def test_what_is_not_there_is_refused_in_one_line(name, message):
@@ -136,6 +138,16 @@ def test_what_is_not_there_is_refused_in_one_line(name, message):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no set of images"):
         data.load(f"folder:{tmp_path}")
+
+
+def test_a_folder_of_several_sets_names_them_and_says_how_one_is_given(tmp_path, capfd):
+    pd.DataFrame({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "sentences.parquet")
+    pd.DataFrame({"samples": [[0.5]], "digit": [3]}).to_parquet(tmp_path / "digits.parquet")
+    said = (f"it has digits.parquet, sentences.parquet: for one of them alone give "
+            f"folder:{tmp_path}/digits.parquet")
+    with pytest.raises(FileNotFoundError, match=said):
+        data.load(f"folder:{tmp_path}")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_images_of_different_sizes_need_preprocessing(tmp_path):

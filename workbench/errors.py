@@ -2,9 +2,11 @@
 own error is told."""
 
 import contextlib
+import difflib
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 
 
 class UnsupportedModelError(Exception):
@@ -22,6 +24,15 @@ def reason(error: Exception) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The name that is meant where one is misspelt, for a message; nothing where none is like it.
+
+    Example: `nearest("prun", ["prune", "drop"]) == ", did you mean 'prune'"`
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}" if near else ""
 
 
 def listed(names, *, most: int = 6) -> str:

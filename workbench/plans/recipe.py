@@ -12,7 +12,6 @@ understood too (ALIASES). `model` and `data` may be named; the recipe is then fo
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -24,7 +23,7 @@ import yaml
 from annotated_types import Gt
 from torch import nn
 
-from workbench.errors import reason
+from workbench.errors import nearest, reason
 from workbench.graph.layers import matching, named
 from workbench.methods.channels import Prune
 from workbench.methods.depth import Drop
@@ -190,7 +189,7 @@ def _steps(entry: object, where: str) -> list[tuple[str, Step]]:
     if not isinstance(params, dict):
         raise ValueError(f"{where}: params is {params!r}, expected fields with their values")
     if name not in STEPS and name not in ALIASES:
-        raise ValueError(f"{where}: unknown type{_nearest(name, (*STEPS, *ALIASES))}; expected one "
+        raise ValueError(f"{where}: unknown type{nearest(name, (*STEPS, *ALIASES))}; expected one "
                          f"of {', '.join(STEPS)}")
     kind, fields, beside = ALIASES.get(name, (name, {}, {}))
     params = beside | {fields.get(key, key): value for key, value in params.items()}
@@ -200,7 +199,7 @@ def _steps(entry: object, where: str) -> list[tuple[str, Step]]:
         method = params.pop("method")
         if method not in REPAIRS and method not in CALIBRATORS:
             raise ValueError(f"{where}: method is "
-                             f"{method!r}{_nearest(str(method), (*REPAIRS, *CALIBRATORS))}; "
+                             f"{method!r}{nearest(str(method), (*REPAIRS, *CALIBRATORS))}; "
                              f"expected one of {', '.join((*REPAIRS, *CALIBRATORS))}")
         repair = Repair(method) if method in REPAIRS else None
         params |= {} if repair else {"calibrator": method}
@@ -274,18 +273,13 @@ def _first(error: pydantic.ValidationError, schema: type[pydantic.BaseModel],
     field = str(found["loc"][0])
     if found["type"] == "extra_forbidden":
         takes = ", ".join(schema.model_fields) or "none"
-        return f"unknown field {field!r}{_nearest(field, schema.model_fields)}; it takes {takes}"
+        return f"unknown field {field!r}{nearest(field, schema.model_fields)}; it takes {takes}"
     if found["type"] == "missing":
         return f"{back.get(field, field)} is missing"
     expected = " or ".join(dict.fromkeys(re.sub(r"^[Ii]nput should be (a valid )?", "", part["msg"])
                                          for part in error.errors()
                                          if part["loc"][0] == field))
     return f"{back.get(field, field)} is {found['input']!r}, expected {expected}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}" if near else ""
 
 
 def _changed(value) -> dict[str, object]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workbench import files
 from workbench.batches import Batch, Inputs, count, joined, mapped
-from workbench.errors import reason
+from workbench.errors import listed, nearest, quietly, reason
 from workbench.subjects import embedded, intents, stamps, texts
 from workbench.subjects.objectives import Objective, Understanding, objective
 from workbench.subjects.tasks import Pictures, Preprocessing, Split, Task, as_stored, set_aside
@@ -49,7 +49,8 @@ def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) ->
         return intents.load(rest, preprocessing)
     if kind in FETCHED and rest:
         return _from_columns(name, partial(FETCHED[kind], rest), preprocessing)
-    raise ValueError(f"unknown data {name!r}; expected one of {', '.join(EMBEDDED)}, "
+    raise ValueError(f"unknown data {name!r}{nearest(name, EMBEDDED)}; expected one of "
+                     f"{', '.join(EMBEDDED)}, "
                      "intents:LANGUAGE, hub:ID or folder:PATH")
 
 
@@ -168,15 +169,19 @@ def _open_folder(path: str):
     datasets.disable_progress_bars()
     try:
         if os.path.isdir(matches[0]):
-            return datasets.load_dataset(matches[0])
+            with quietly():
+                return datasets.load_dataset(matches[0])
         kinds = ("train", "validation", "test")
         named = {kind: [m for m in matches if kind in Path(m).stem] for kind in kinds}
         named = {kind: found for kind, found in named.items() if found} or {"test": matches}
         return datasets.load_dataset("parquet", data_files=named)
     except Exception as error:  # as above, and whatever a damaged image or Parquet file provokes
+        tables = sorted(Path(matches[0]).glob("*.parquet"))
+        several = (f"; it has {listed([table.name for table in tables])}: for one of them alone "
+                   f"give folder:{tables[0]}" if len(tables) > 1 else "")
         raise FileNotFoundError(f"data folder {path!r} holds no set of images or text "
                                 f"({reason(error)}); expected train/CLASS/*.png or "
-                                "train-*.parquet") from error
+                                f"train-*.parquet{several}") from error
 
 
 EMBEDDED: dict[str, Callable[..., Task]] = {

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from workbench.batches import answer, call, mapped
-from workbench.errors import quietly, reason
+from workbench.errors import nearest, quietly, reason
 from workbench.subjects import embedded, language, speech
 from workbench.subjects.checkpoints import answers_of, fill, read_header, refuse_nan, save
 from workbench.subjects.networks import RepVGG, ResNet
@@ -326,7 +326,8 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
 
         size = {"num_classes": classes, "in_chans": channels}
         return _of_zoo(kind, rest, lambda: timm.create_model(rest, pretrained=pretrained, **size))
-    raise ValueError(f"unknown model {base!r}; expected one of {', '.join(NAMES)}")
+    raise ValueError(f"unknown model {base!r}{nearest(base, NAMES)}; expected one of "
+                     f"{', '.join(NAMES)}")
 
 
 def _of_zoo(kind: str, name: str, make):
