@@ -73,6 +73,34 @@ def test_the_table_states_threads_batch_and_machine(exported):
     assert "torch" in frame.attrs["machine"]
 
 
+def test_a_busy_machine_is_told(monkeypatch, capsys):
+    images = torch.zeros(1, 1)
+    for share, said in ((0.05, False), (0.48, True)):
+        monkeypatch.setattr(machine, "others", lambda share=share: lambda: share)
+        frame = latency.paired({"a": sleeper(1)}, images, threads=1, blocks=5)
+        assert frame.attrs["machine"].endswith("other processes took 48% of it meanwhile") == said
+        assert ("measure again when it is quiet" in capsys.readouterr().out) == said
+
+
+def test_others_count_what_this_process_does_not(monkeypatch):
+    from collections import namedtuple
+
+    every = namedtuple("every", "user system idle iowait guest")
+    own = namedtuple("own", "user system")
+    moments = iter([0.0, 10.0, 20.2, 20.4])
+    counts = iter([every(5, 1, 10, 1, 0), every(15, 4, 17, 1, 2), every(0, 0, 0, 0, 0),
+                   every(9, 9, 9, 9, 9)])
+    used = iter([own(1, 0), own(5, 1), own(0, 0), own(0, 0)])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(moments))
+    monkeypatch.setattr(machine.psutil, "cpu_times", lambda: next(counts))
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.psutil, "Process",
+                        lambda: type("Process", (), {"cpu_times": lambda _self: next(used)})())
+    # of 20 processor seconds 13 were busy, a guest's among the users', and 5 were this one's
+    assert machine.others()() == pytest.approx((13 - 5) / 20)
+    assert machine.others()() == 0.0
+
+
 def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported, model, task,
                                                                         tmp_path):
     made = quantization.quantize(reparameterization.fold_batchnorm(model, task.example),

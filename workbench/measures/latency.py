@@ -28,6 +28,7 @@ SETTLE_RUNS = 3
 # a model that takes 10 times as long as that need not settle, and is run fewer than three times a
 # turn: until
 LONG_TURNS = 10
+BUSY = 0.1  # share of the processors in others' hands from which on a measurement says so
 # it took 10 times the least duration
 
 
@@ -37,7 +38,8 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
 
     Columns: candidate, runtime, threads, batch, latency_ms (median), p95_ms, p99_ms, spread_ms
     (interquartile), ratio to the reference (median over rounds) with ratio_low and ratio_high (95
-    %), runs; attrs["machine"] says where.
+    %), runs; attrs["machine"] says where, and how busy others were if they took a tenth of the
+    processors or more, which is printed as well: the figures are then not those of a quiet machine.
 
     inputs: one batch. threads: all cores by default; a `Session` keeps its own.
 
@@ -53,7 +55,9 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
     with machine.alone():
         opened = {name: sessions.open(model, threads=threads or machine.cores(), name=name)
                   for name, model in candidates.items()}
+        taken = machine.others()
         times = _timed(opened, inputs, blocks, block_ms, seed)
+        busy = taken()
     medians = {name: np.array([np.median(turn) for turn in turns]) for name, turns in times.items()}
     reference = next(iter(medians.values()))
     lines = []
@@ -70,6 +74,10 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
                      "runs": len(every)})
     frame = pd.DataFrame(lines)
     frame.attrs["machine"] = machine.describe()
+    if busy >= BUSY:
+        frame.attrs["machine"] += f"; other processes took {busy:.0%} of it meanwhile"
+        print(f"latency: other processes took {busy:.0%} of the machine meanwhile; measure again "
+              "when it is quiet")
     return frame
 
 

@@ -105,5 +105,5 @@ def voices(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                     color=(BLUE, RED, "black", "#2a7a5b")[place % 4], capsize=3, label=candidate)
     ax.set(xticks=range(len(names)), xticklabels=names, ylabel="words named right, percent (95 %)",
            ylim=(None, 101), title="Words of voices that were not trained on")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.legend(frameon=False, fontsize=8)
     return ax
