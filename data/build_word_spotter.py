@@ -10,12 +10,12 @@ stream.
 
 Commands: recordings of people (a Parquet file with digit, speaker and audio; the Free Spoken Digit
 Dataset, CC BY-SA 4.0) and the voices of flite and espeak-ng. What is no command: sentences and
-words like digits in those voices, phrases in French, Italian and Russian, words in twenty languages
-(ktuberling), effects and music of the other packages, but for those that data/build_speech.py keeps
-to be tested with. Of each there are more with another
-pitch, length and size of the head, half of them through the code of telephones (GSM 06.10), in
-which the phrases are: else the code alone would tell what is no command. --without leaves a speaker
-out, for a test by speaker. Only the weights are kept.
+words nearly like digits in those voices, phrases in French, Italian and Russian, words in twenty
+languages (ktuberling), effects and music of the other packages. What data/build_speech.py keeps for
+tests is left out. Each clip is added again with its frequencies and its length changed, half of
+these through the code of telephones (GSM 06.10). The phrases come in that code; if they alone did,
+the code would tell what is no command. --without leaves a speaker out, for a test by speaker. Only
+the weights are kept.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--digits", type=Path, required=True)
     parser.add_argument("--source", type=Path, default=Path("/"))
     parser.add_argument("--without", default="")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--out", type=Path,
                         default=HERE / "checkpoints" / "word_spotter-digits.safetensors")
     asked = parser.parse_args()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import workbench
+from workbench.__main__ import cli
 
 PACKAGE = Path(workbench.__file__).parent
 # examples that are not run here, and why
@@ -205,3 +206,12 @@ def test_an_example_runs(name, names, folder):
         value = eval(compile(ast.Expression(last.value), name, "eval"), space)
         assert value is not False, code
         assert not isinstance(last.value, ast.Compare) or value, code
+
+
+@pytest.mark.parametrize("command", list(cli.commands.values()), ids=list(cli.commands))
+def test_a_commands_example_has_what_the_command_needs(command, folder):
+    said = re.search(r"Example: workbench (\S+) (.*)", command.help)
+    assert said[1] == command.name
+    for name in re.findall(r"\S+\.(?:wav|onnx)", said[2]):
+        Path(name).touch()
+    command.make_context(said[1], said[2].split())

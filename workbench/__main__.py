@@ -117,7 +117,7 @@ def compress(recipe, name, source, out, examples, threads, blocks, seed) -> None
     size and latency of each stage) and run.json. Killed, it goes on where it stopped. Exit code 0:
     the file answers as the module does; 1: not; 2: bad input.
 
-    Example: workbench compress int8 --model resnet20 --out smaller
+    Example: workbench compress int8 --model resnet20 --data fashion_mnist --out smaller
     """
     from workbench.plans import recipe as recipes
     from workbench.plans.compress import compress as run
@@ -180,7 +180,7 @@ def search(name, source, out, latency, size, lost, sampler, evaluations, minutes
     search never saw, and timed in a process of their own. Exit code 0: the plan keeps the limits;
     1: none does, the nearest is left; 2: bad input.
 
-    Example: workbench search --model resnet20 --latency 0.7 --out found
+    Example: workbench search --model resnet20 --data fashion_mnist --latency 0.7 --out found
     """
     from workbench.plans.search import Limits
     from workbench.plans.search import search as run

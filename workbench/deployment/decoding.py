@@ -40,7 +40,7 @@ class Cached(nn.Module):
     Raises ValueError for other bits, UnsupportedModelError for a model whose attention takes no
     cache like this.
 
-    Example: `Cached(models.load("wiki_decoder"), bits=8)`
+    Example: `Cached(models.load("wiki_decoder", data.load("wiki_text")), bits=8)`
     """
 
     def __init__(self, model: nn.Module, *, bits: int = 32,

@@ -59,12 +59,10 @@ def moments(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tenso
 
     Example: `moments(nn.Linear(256, 4), [a], [a], seed=0).target.shape == (1, 4, 256)`
     """
-    fitted, apart, seen = None, None, 0
-    for x, y in _read(layer, inputs, inputs_quantised, seed):
-        held_out = torch.arange(seen, seen + x.shape[1]) % FOLDS == FOLDS - 1
+    fitted, apart, seen = None, None, sum(map(len, inputs))
+    for x, y, held_out in _read(layer, inputs, inputs_quantised, seed):
         fitted = _added(fitted, x[:, ~held_out], y[:, ~held_out])
         apart = _added(apart, x[:, held_out], y[:, held_out])
-        seen += x.shape[1]
     weight = layer.weight.detach().double().reshape(len(fitted[1]), -1, layer.weight[0].numel())
     share, both = 1.0, fitted
     if seen >= FOLDS:  # each share's target from four fifths of the images, judged on the fifth
@@ -88,27 +86,28 @@ def means(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor]
 
     Example: `means(nn.Linear(256, 4), [a], [a], seed=0)[0].shape == (1, 256)`
     """
-    sums, seen = torch.zeros(2, 2, 1, 1).double(), 0  # of x and x', examples fitted and held out
-    count = 0
-    for pair in _read(layer, inputs, inputs_quantised, seed):
-        held_out = torch.arange(seen, seen + pair[0].shape[1]) % FOLDS == FOLDS - 1
+    sums, count = torch.zeros(2, 2, 1, 1).double(), 0  # of x and x', examples fitted and held out
+    for *pair, held_out in _read(layer, inputs, inputs_quantised, seed):
         # in the parts in which moments adds, so that the last bit is the same
         sums = sums + torch.stack([torch.stack([values[:, part].flatten(1, 2).sum(1).double()
                                                 for part in (~held_out, held_out)])
                                    for values in pair])
-        seen, count = seen + pair[0].shape[1], count + pair[0].shape[1] * pair[0].shape[2]
+        count += pair[0].shape[1] * pair[0].shape[2]
     mean, mean_quantised = (sums.sum(1) / count).float()
     return mean, mean_quantised
 
 
 def _read(layer: nn.Module, inputs: list[Tensor], inputs_quantised: list[Tensor],
-          seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the products of each batch, x and x' (g, n, P, K)."""
-    rows = ROWS * layer.weight[0].numel()
+          seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of the products of each batch, x and x' (g, n, P, K), and which of its n examples are
+    held out."""
+    rows, seen = ROWS * layer.weight[0].numel(), 0
     places = min(max(-(-rows // sum(map(len, inputs))), PLACES[0]), PLACES[1])
     for k, pair in enumerate(zip(inputs, inputs_quantised, strict=True)):
-        x, y = (patches(layer, values, seed=1000 * seed + k, places=places) for values in pair)
-        yield x.unflatten(1, (len(pair[0]), -1)), y.unflatten(1, (len(pair[1]), -1))
+        x, y = (patches(layer, values, seed=1000 * seed + k, places=places)
+                .unflatten(1, (len(values), -1)) for values in pair)
+        yield x, y, torch.arange(seen, seen + len(pair[0])) % FOLDS == FOLDS - 1
+        seen += len(pair[0])
 
 
 def _added(sums: list | None, x: Tensor, y: Tensor) -> list:

@@ -19,7 +19,7 @@ class Transformers:
     """A causal language model as transformers generates with it, in PyTorch, its cache in
     float32.
 
-    Example: `decoders.Transformers(models.load("wiki_decoder"), threads=1)`
+    Example: `decoders.Transformers(models.load("wiki_decoder", data.load("wiki_text")), threads=1)`
     """
 
     def __init__(self, model: nn.Module, *, threads: int):

@@ -26,10 +26,9 @@ from workbench.deployment import batching, sessions
 SETTLE_MS = 10.0
 SETTLE_RUNS = 3
 # a model that takes 10 times as long as that need not settle, and is run fewer than three times a
-# turn: until
+# turn: until it took 10 times the least duration
 LONG_TURNS = 10
 BUSY = 0.1  # share of the processors in others' hands from which on a measurement says so
-# it took 10 times the least duration
 
 
 def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | None = None,

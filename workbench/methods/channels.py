@@ -347,6 +347,7 @@ def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1",
 def zeroing(model: nn.Module, *, layers: Mapping[str, nn.Module]):
     """A method for sensitivity.scan as in Li et al. 2017: a layer's smallest filters by L1 become
     zero, alone. What a residual connection adds stays; `silencing` is the effect of a removal.
+    layers: by name, of layers.named(model, ...).
 
     Example: `channels.zeroing(model, layers={"conv1": model.conv1})("conv1", 0.5).removed == 8`
     """

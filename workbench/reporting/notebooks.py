@@ -32,7 +32,8 @@ def run(jobs: Sequence[Job], *, out: Path, workers: int = 1, scheduler: str | No
     Raises ValueError where `workers` is below 1 or another run is writing to `out`; OSError where
     `out` cannot be written or its disk is full, and then leaves what was finished.
 
-    Example: `run(parameters.plan(["22_quantization"]), out=Path("reports"))`
+    Example: `run(parameters.plan(["22_quantization"], folder=Path("notebooks")),
+    out=Path("reports"))`
     """
     if workers < 1:
         raise ValueError(f"jobs is {workers}, expected at least 1")
