@@ -166,7 +166,10 @@ def test_killed_while_it_trains_it_goes_on_and_leaves_the_same(tmp_path):
     assert whole.read_bytes() == killed.read_bytes()
 
 
-@pytest.mark.parametrize("step", ["quantize: {bits: 8}", "tune: {bits: 8}", "train: {epochs: 1}"])
+@pytest.mark.parametrize("step", [
+    "quantize: {bits: 8}", "tune: {bits: 8}", "train: {epochs: 1}", "drop: {share: 0.5}",
+    "factorize: {rank: 4, outputs: true}", "sparsify: {sparsity: 0.5, epochs: 1}",
+    "prune: {macs: 0.5, criterion: taylor}"])
 def test_what_needs_other_examples_is_refused_before_anything_runs(model, tiny, tmp_path, step):
     none = tiny.train.take(torch.arange(0))
     kind, _, params = step.partition(": ")

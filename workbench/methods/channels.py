@@ -37,8 +37,7 @@ from workbench.subjects.subject import Count, Globs, Removed, Share, Subject
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
-# a cut to such blocks may keep this fraction of the target, else it takes narrower ones
-NEAR = 0.95
+NEAR = 0.95  # of the target, which a cut to blocks may keep, else it takes narrower ones
 
 
 def score(model: nn.Module, criterion: str, *, example: Inputs,
@@ -82,9 +81,9 @@ def score(model: nn.Module, criterion: str, *, example: Inputs,
         if not torch.isfinite(total).all():
             raise ValueError(f"layer {group.layer}: criterion {criterion} gives NaN or infinity; "
                              "look at its weights")
-        rows += [{"layer": group.layer, "channel": c, "score": float(s),
-                  "group_size": group.channels,
-                  "kept": group.kept is not None, "unit": group.unit} for c, s in enumerate(total)]
+        same = {"group_size": group.channels, "kept": group.kept is not None, "unit": group.unit}
+        rows += [{"layer": group.layer, "channel": c, "score": float(s), **same}
+                 for c, s in enumerate(total)]
     return pd.DataFrame(rows)
 
 
@@ -106,8 +105,7 @@ def select(scores: pd.DataFrame, ratio: float, *, scope: str = "global",
     Example: `channels.select(scores, 0.3)`
     """
     if not 0 <= ratio < 1:
-        raise ValueError(f"ratio is {ratio}, expected 0 <= ratio < 1, the fraction of the channels "
-                         "to remove")
+        raise ValueError(f"ratio is {ratio}, expected 0 <= ratio < 1, the fraction that goes")
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}; expected one of {', '.join(SCOPES)}")
     if scores.score.isna().any():
@@ -265,9 +263,8 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
                    for name, (outward, both) in counts.items()) / whole
 
     best: tuple[float, dict[str, list[int]] | None] = (0.0, None)
-    least = 1.0
-    for widths in (multiple,) if multiple else (*(partial(blocks, parts=parts)
-                                                  for parts in (2, 4, 8, 16)), 1):
+    least, wide = 1.0, [partial(blocks, parts=parts) for parts in (2, 4, 8, 16)]
+    for widths in (multiple,) if multiple else (*wide, 1):
         chosen = cache(lambda step, widths=widths: select(scores, step / 256, multiple=widths,
                                                           **chosen_by))
         kept = cache(lambda step, chosen=chosen: left(chosen(step)))
@@ -320,11 +317,10 @@ def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1",
     Example: `sensitivity.scan(model, task.test, channels.silencing(model, example=task.example),
     levels=[.3, .5])`
     """
-    table = score(model, criterion, example=example, batches=batches, objective=objective,
-                  seed=seed)
     known = {group.layer: group for group in groups(model, example)}
-    ranked = {layer: part.sort_values("score", kind="stable").channel.tolist()
-              for layer, part in table.groupby("layer")}
+    scores = score(model, criterion, example=example, batches=batches, objective=objective,
+                   seed=seed).sort_values("score", kind="stable")
+    ranked = scores.groupby("layer").channel.agg(list)
 
     def method(layer: str, level: float) -> Change:
         if layer not in known:
@@ -336,9 +332,9 @@ def silencing(model: nn.Module, *, example: Inputs, criterion: str = "l1",
         places = ranked[layer][: min(round(level * group.channels), group.channels - 1)]
         left = {name: outputs * inputs
                 for name, (outputs, inputs) in cutting.shares(model, [(group, places)]).items()}
-        note = "" if places else "nothing was removed at this level"
         return Change(cutting.silenced(model, {layer: places}, {layer: group}), removed=len(places),
-                      of=group.channels, layers=tuple(group.made_by), left=left, note=note)
+                      of=group.channels, layers=tuple(group.made_by), left=left,
+                      note="" if places else "nothing was removed at this level")
 
     method.layers = list(known)  # type: ignore[attr-defined]  # a function may have attributes
     return method
@@ -396,14 +392,18 @@ class Prune:
             raise ValueError("prune: give exactly one of macs, params, shares (what stays) and "
                              "ratio (which channels go)")
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether the criterion reads examples."""
+        return self.criterion == "taylor"
+
     def apply(self, subject: Subject) -> Subject:
         """The cut subject. Raises UnsupportedModelError for one that is quantised."""
         if any(quantizers(subject.model)):
             raise UnsupportedModelError("prune: the model is quantised, its scales belong to the "
                                         "channels that it has; put prune before quantize")
-        validation = subject.task.validation
-        seen = (list(validation.subset(self.examples, seed=self.seed).batches(100))
-                if len(validation) else None)
+        few = subject.task.validation.subset(self.examples, seed=self.seed)
+        seen = list(few.batches(100)) if len(few) else None
         scores = score(subject.model, self.criterion, example=subject.example, batches=seen,
                        objective=subject.task.objective, seed=self.seed)
         keep = _others(scores, self.layers, self.keep)

@@ -99,6 +99,11 @@ class Drop:
             raise ValueError("drop: give either blocks, names of what goes, or share, the fraction "
                              "of the blocks that stays")
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether examples say which blocks go."""
+        return self.share is not None
+
     def apply(self, subject: Subject) -> Subject:
         """The subject without these blocks, the order in which they went in `made["order"]`."""
         known = blocks(subject.model, subject.example)

@@ -330,6 +330,7 @@ class Distil:
     """
 
     keeps_shape: ClassVar[bool] = True
+    needs_examples: ClassVar[bool] = True
     recipe: Recipe
     kind: Literal[KINDS] = "soft_targets"  # type: ignore[valid-type]
     temperature: Schedule = 3.0

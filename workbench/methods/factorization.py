@@ -323,6 +323,11 @@ class Factorize:
                for target in (self.rank, self.energy, self.share_of_layers)) != 1:
             raise ValueError("factorize: give exactly one of rank, energy and share_of_layers")
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether the factors are fitted to outputs."""
+        return self.outputs
+
     def apply(self, subject: Subject) -> Subject:
         """The factored subject."""
         seen = (subject.task.validation.subset(self.examples, seed=self.seed).batches(50)

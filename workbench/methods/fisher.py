@@ -16,6 +16,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -328,6 +329,7 @@ class Fisher:
     Example: `Fisher(macs=0.7, examples=64).apply(Subject(model, task)).model`
     """
 
+    needs_examples: ClassVar[bool] = True
     macs: Share
     examples: Count = 512
     keep: Globs = ()  # type: ignore[assignment]  # a default can be no list

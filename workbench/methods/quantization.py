@@ -15,7 +15,7 @@ Sources: Jacob et al. 2018 (arXiv 1712.05877); where the quantisers stand, Krish
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -341,6 +341,7 @@ class Quantize:
     Example: `Quantize(bits=8, examples=64).apply(Subject(model, task)).model`
     """
 
+    needs_examples: ClassVar[bool] = True
     bits: Annotated[int, Ge(2), Le(8)] | None = 8
     granularity: Literal[GRANULARITIES] = "channel"  # type: ignore[valid-type]
     group: Count = 0

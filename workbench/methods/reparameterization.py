@@ -158,6 +158,7 @@ class Reestimate:
     """
 
     keeps_shape: ClassVar[bool] = True
+    needs_examples: ClassVar[bool] = True
     examples: Count = 1000
     seed: Count = 0
 

@@ -359,6 +359,11 @@ class Sparsify:
     seed: Count = 0
     state: str | None = None
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether it trains."""
+        return self.recipe is not None
+
     def apply(self, subject: Subject) -> Subject:
         """The sparse subject."""
         hook = Regrow(subject.model, self.sparsity, pattern=self.pattern, exchange=self.exchange,

@@ -8,7 +8,7 @@ float is converted, and laid out anew.
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -194,6 +194,7 @@ class Mix:
     Example: `Mix(bytes=0.5, widths=[4, 8])`
     """
 
+    needs_examples: ClassVar[bool] = True
     bytes: Share = 0.5
     widths: tuple[int, ...] | list[int] = (2, 3, 4, 6, 8)
     calibrator: Literal[CALIBRATORS] = "minmax"  # type: ignore[valid-type]

@@ -31,8 +31,6 @@ from workbench.subjects.subject import Step, Subject
 from workbench.subjects.tasks import ONE_SPLIT, Split, Task
 
 COMPARED = 1000  # examples behind the verdict on module and file
-# steps that calibrate, judge or train on other examples than those of the test
-LEARNING = ("fisher", "reestimate", "train", "distil", "quantize", "tune", "mix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +66,7 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *,
 
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
-    learning = [name for name, step in steps.items()
-                if type(step) in [STEPS[kind] for kind in LEARNING]]
+    learning = [name for name, step in steps.items() if getattr(step, "needs_examples", False)]
     if learning and not len(start.task.train) and not len(start.task.validation):
         raise ValueError(f"{learning[0]} needs examples other than the test's, and "
                          f"{start.task.name} has none; {ONE_SPLIT}")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -40,6 +40,7 @@ class Tune:
     Example: `Tune(bits=4)`
     """
 
+    needs_examples: ClassVar[bool] = True
     bits: Annotated[int, Ge(2), Le(8)] = 8
     granularity: Literal[GRANULARITIES] = "channel"  # type: ignore[valid-type]
     group: Count = 0

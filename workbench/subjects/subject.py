@@ -53,7 +53,8 @@ class Step(Protocol):
     """One method with its settings: a frozen dataclass whose fields are what a recipe writes.
 
     A class may have keeps_shape: whether the model that comes out has the layers and tensors of the
-    one that went in, with other numbers; where it has none, it is taken not to.
+    one that went in, with other numbers; where it has none, it is taken not to. And needs_examples:
+    whether it calibrates, judges or trains on examples other than the test's.
 
     Example: `Prune(macs=0.5).apply(start)`
     """

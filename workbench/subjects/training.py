@@ -370,6 +370,7 @@ class Train:
     """
 
     keeps_shape: ClassVar[bool] = True
+    needs_examples: ClassVar[bool] = True
     recipe: Recipe
     examples: Count = 0
     seed: Count = 0
