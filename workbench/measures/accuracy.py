@@ -112,7 +112,7 @@ class Difference:
                 f"p = {self.p_value:.2g} ({self.gained} gained, {self.lost} lost of {self.n:,})")
 
 
-def evaluate(model, split: Split, *, batch_size: int = 64) -> Score:
+def evaluate(model, split: Split, *, batch_size: int = 32) -> Score:
     """The metric of the split's objective for anything that sessions.open takes, on all its
     examples.
 
@@ -137,7 +137,7 @@ def evaluate(model, split: Split, *, batch_size: int = 64) -> Score:
     return scored(torch.cat(rows), asked, labels=seen[0], predictions=seen[1], units=split.units)
 
 
-def labelled_by(model, split: Split, *, batch_size: int = 64) -> Split:
+def labelled_by(model, split: Split, *, batch_size: int = 32) -> Split:
     """`split` with what a model answers in the place of its labels, so that the accuracy of another
     is agreement with it.
 

@@ -104,7 +104,7 @@ class Equivalence:
 
 
 def compare(reference, candidate, inputs, *, limits: Limits | None = None,
-            batch_size: int = 256) -> Equivalence:
+            batch_size: int = 32) -> Equivalence:
     """The verdict on two models (anything that sessions.open takes) over `inputs`, batch by batch.
 
     inputs: a Split, inputs with the examples along axis 0, or an iterable of batches; nothing but
@@ -127,7 +127,7 @@ def compare(reference, candidate, inputs, *, limits: Limits | None = None,
 
 
 def by_layer(reference, candidate, inputs, *, limit: float = 0.995,
-             batch_size: int = 64) -> pd.DataFrame:
+             batch_size: int = 32) -> pd.DataFrame:
     """One row per weighted layer in order of execution: layer, cosine (mean), sqnr_db, parted,
     first.
 
@@ -204,7 +204,7 @@ def batch_proof(model, sentences: Iterable[Inputs], *, batches: Sequence[int] = 
     return pd.DataFrame(lines)
 
 
-def shifts(reference, candidate, inputs, *, batch_size: int = 256) -> Tensor:
+def shifts(reference, candidate, inputs, *, batch_size: int = 32) -> Tensor:
     """The largest change of an output, example by example, float32 (N,). Raises as `compare` does.
 
     Example: `equivalence.shifts(folded, quantised, task.test).median()`
@@ -214,7 +214,7 @@ def shifts(reference, candidate, inputs, *, batch_size: int = 256) -> Tensor:
 
 
 def disagreements(reference, candidate, inputs, *, limit: float,
-                  batch_size: int = 256) -> pd.DataFrame:
+                  batch_size: int = 32) -> pd.DataFrame:
     """One row per example to which the two give different answers: image (its place), reference and
     candidate (classes), margin, moved, limit, explained, layer.
 

@@ -13,7 +13,7 @@ from workbench.subjects.objectives import Understanding
 from workbench.subjects.tasks import Split, Texts
 
 
-def sureness(model, split: Split, *, batch_size: int = 64) -> np.ndarray:
+def sureness(model, split: Split, *, batch_size: int = 32) -> np.ndarray:
     """The probability of the intent that is chosen, float (n,), for anything that sessions.open
     takes.
 

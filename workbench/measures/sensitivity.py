@@ -64,7 +64,7 @@ class _Point:
 
 def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[float],
          layers: Sequence[str] | None = None, mode: str = "exact", tolerance: float = 0.03,
-         shard: tuple[int, int] = (0, 1), seed: int = 0, batch_size: int = 100,
+         shard: tuple[int, int] = (0, 1), seed: int = 0, batch_size: int = 64,
          state: Path | str | None = None) -> pd.DataFrame:
     """One row per layer and level: how the share that is right changes when `method` changes that
     layer, alone, to that level.
