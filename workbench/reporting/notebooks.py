@@ -195,7 +195,7 @@ def _on_cluster(jobs: Sequence[Job], out: Path, address: str) -> Iterator[tuple[
         raise ValueError("--scheduler needs dask.distributed; pip install "
                          "'workbench[cluster]'") from error
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=5)
     except (OSError, ValueError) as error:
         raise ValueError(f"no dask scheduler answers at {address} ({error})") from error
     with client:

@@ -342,7 +342,7 @@ class _Fit:
             return float("nan")
         asked, sums = self.task.objective, 0.0
         self.model.eval()
-        for inputs, targets in split.batches(500 if isinstance(split.inputs, Tensor) else 64):
+        for inputs, targets in split.batches(64):
             outputs = call(self.model, mapped(lambda value: value.to(self.device), inputs))
             sums = sums + asked.statistics(asked.read(outputs).cpu(), targets).sum(0)
         self.model.train()
