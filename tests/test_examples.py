@@ -76,6 +76,10 @@ NOT_RUN = {
     "tasks.Pictures": "wants a folder of photographs: test_data",
     "stamps.new_concepts": "seconds: test_stamps",
     **dict.fromkeys(("machine.stand_still", "machine.go_on"), "stops a process: test_reporting"),
+    "machine.end_with_parent": "binds a process: test_reporting",
+    **dict.fromkeys(("capture.as_typed", "capture.remembered_operators"),
+                    "seconds: test_deployment"),
+    "policy.Policy": "an optional package: test_search",
     **dict.fromkeys(("notebooks.run", "pages.write", "pages.notebook_page", "pages.committed"),
                     "runs notebooks: test_reporting"),
     "samplers.sampler": "a space of plans: test_search",
@@ -165,6 +169,7 @@ MADE = {
                          for group in of("coupling").groups(of("model"), of("x"))
                          if not group.kept},
     "points": lambda of: pd.DataFrame({"lost": [0.0, 0.1], "latency": [1.0, 0.5], "front": True}),
+    "transformers": lambda of: importlib.import_module("transformers"),
     "samples": lambda of: np.zeros(1600, np.float32), "recording": lambda of: torch.zeros(1, 1600),
 }
 

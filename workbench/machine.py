@@ -184,7 +184,10 @@ def go_on(process: int) -> None:
 
 def end_with_parent() -> None:
     """On Linux: have this process killed when the one that started it ends, also while it stands
-    still."""
+    still.
+
+    Example: `end_with_parent()`
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

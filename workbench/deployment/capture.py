@@ -85,6 +85,8 @@ def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> Expo
 
     args, kwargs: example inputs; shapes: which of their axes are free, as torch.export.export has
     it.
+
+    Example: `captured(model, (inputs,), None, ({0: torch.export.Dim.AUTO},)) is not None`
     """
     if not all(_known(module) for module in model.modules()):
         return None
@@ -101,7 +103,10 @@ def captured(model: nn.Module, args: tuple, kwargs: dict | None, shapes) -> Expo
 @contextlib.contextmanager
 def as_typed(program: ExportedProgram | None) -> Iterator[None]:
     """Spare the exporter its search for operands of different kinds of numbers, a fifth of its
-    time, in a captured program that has none."""
+    time, in a captured program that has none.
+
+    Example: `with as_typed(program): torch.onnx.export(program, dynamo=True)`
+    """
     if program is None or any(map(_mixes, program.graph.nodes)):
         yield
         return
@@ -133,7 +138,10 @@ def table_of_operators(version: int = _constants.TORCHLIB_OPSET) -> ONNXRegistry
 
 @contextlib.contextmanager
 def remembered_operators() -> Iterator[None]:
-    """Let the exporter take a copy of a table that is built once."""
+    """Let the exporter take a copy of a table that is built once.
+
+    Example: `with remembered_operators(): torch.onnx.export(model, (x,), dynamo=True)`
+    """
     def known(opset_version: int = _constants.TORCHLIB_OPSET) -> ONNXRegistry:
         table = copy.copy(table_of_operators(opset_version))
         # a file adds its own
@@ -184,7 +192,7 @@ def _unlike_onnx(node: fx.Node) -> bool:
     return node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) != [1, 1]
 
 
-def batch_norm(x, weight, bias, mean, var, _training=False, _momentum=0.1, eps=1e-5, _cudnn=True):
+def _batch_norm(x, weight, bias, mean, var, _training=False, _momentum=0.1, eps=1e-5, _cudnn=True):
     """torch.batch_norm in eval mode, with a scale and a shift of its own or without."""
     zero = op.Sub(mean, mean)
     weight, bias = (op.Add(zero, op.Constant(value_float=1.0)) if weight is None else weight,
@@ -192,27 +200,27 @@ def batch_norm(x, weight, bias, mean, var, _training=False, _momentum=0.1, eps=1
     return op.BatchNormalization(x, weight, bias, mean, var, epsilon=eps)
 
 
-def average(x, _size):
+def _average(x, _size):
     """An adaptive average pool to one place, as the mean over both axes that the exporter writes
     for it."""
     return op.ReduceMean(x, op.Constant(value_ints=[-1, -2]), keepdims=1)
 
 
-def silu(x):
+def _silu(x):
     """x sigmoid(x)."""
     return op.Mul(x, op.Sigmoid(x))
 
 
-def cast(x, dtype, *_more):
+def _cast(x, dtype, *_more):
     """A tensor's `to` another type."""
     return op.Cast(x, to=dtype)
 
 
-def cast_on(x, _device=None, dtype=None, *_more, **_layout):
+def _cast_on(x, _device=None, dtype=None, *_more, **_layout):
     """A tensor's `to` another type, where a device is named as well."""
     return x if dtype is None else op.Cast(x, to=dtype)
 
 
-TRANSLATIONS = {aten.batch_norm.default: batch_norm, aten.adaptive_avg_pool2d.default: average,
-                aten.silu.default: silu,
-                aten.to.dtype: cast, aten.to.device: cast_on, aten.to.dtype_layout: cast_on}
+TRANSLATIONS = {aten.batch_norm.default: _batch_norm, aten.adaptive_avg_pool2d.default: _average,
+                aten.silu.default: _silu, aten.to.dtype: _cast, aten.to.device: _cast_on,
+                aten.to.dtype_layout: _cast_on}

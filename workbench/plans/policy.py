@@ -25,6 +25,8 @@ class Policy(Repeating):
     It sees which gene is next, how much latency the choices so far leave at least (from the
     forecast, where there is one), and what it chose last. A limit is drawn for each plan from the
     box, so that one policy learns the whole front.
+
+    Example: `Policy(Space.of(model, x), None, (1.0, 1.0), seed=0).ask(2)`
     """
 
     EPISODES = 8  # plans behind each update

@@ -85,7 +85,10 @@ NAMES = ("forecast", "greedy", "random", "nsga2", "tpe", "gp", "policy")
 
 
 class Random(Repeating):
-    """Plans drawn uniformly."""
+    """Plans drawn uniformly.
+
+    Example: `len(Random(Space.of(model, x), seed=0).ask(2)) == 2`
+    """
 
     def __init__(self, space: Space, seed: int):
         super().__init__(space)
@@ -96,7 +99,10 @@ class Random(Repeating):
 
 
 class Optuna(Repeating):
-    """One of Optuna's samplers, by name."""
+    """One of Optuna's samplers, by name; beyond the box it is told that a limit is not kept.
+
+    Example: `len(Optuna("tpe", Space.of(model, x), (1.0, 1.0), seed=0).ask(2)) == 2`
+    """
 
     def __init__(self, name: str, space: Space, box: Box, seed: int):
         import optuna

@@ -14,7 +14,11 @@ def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Accuracy of intents, slots and whole sentences against the time of one sentence, each with
     its interval.
 
-    table: candidate, latency_ms; intent, f1 and sentence with _low and _high."""
+    table: candidate, latency_ms; intent, f1 and sentence with _low and _high.
+
+    Example: `students(pd.DataFrame({"candidate": ["int8"], "latency_ms": [3.0]} | {f"{m}{end}":
+    [0.9] for m in ("intent", "f1", "sentence") for end in ("", "_low", "_high")}))`
+    """
     ax = ax or _axes(9, 5)
     for metric, colour, marker in METRICS:
         ends = [100 * abs(table[f"{metric}_{end}"] - table[metric]) for end in ("low", "high")]
@@ -32,7 +36,11 @@ def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def cuts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What is lost against the time that is left, one line a metric. table: latency (share), and
-    intent_change, f1_change and sentence_change with _low and _high."""
+    intent_change, f1_change and sentence_change with _low and _high.
+
+    Example: `cuts(pd.DataFrame({"latency": [0.8]} | {f"{m}_change{end}": [-0.01] for m in
+    ("intent", "f1", "sentence") for end in ("", "_low", "_high")}))`
+    """
     ax, rows = ax or _axes(8, 5), table.sort_values("latency")
     for metric, colour, marker in METRICS:
         change = f"{metric}_change"
@@ -114,7 +122,10 @@ def decoders(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def rejected(curves: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
     """Share of the sentences in scope that are accepted against the share of others let in. curves:
-    of rejection.roc, by name."""
+    of rejection.roc, by name.
+
+    Example: `rejected({"teacher": rejection.roc(np.array([0.9, 0.8]), np.array([0.2, 0.3]))})`
+    """
     ax = ax or _axes(6, 5)
     for (name, curve), colour in zip(curves.items(), (BLUE, RED, "#2a7a5b", "#b8860b"),
                                      strict=False):

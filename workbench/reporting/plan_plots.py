@@ -73,7 +73,11 @@ def attainment(surfaces: pd.DataFrame, exact: pd.DataFrame, *, ax: Axes | None =
     the exact front beneath.
 
     surfaces: sampler, percentile (25, 50, 75), lost (fraction), latency (share). exact: lost,
-    latency of the front alone."""
+    latency of the front alone.
+
+    Example: `attainment(pd.DataFrame({"sampler": "tpe", "percentile": [25, 50, 75], "lost": 0.01,
+    "latency": 0.6}), pd.DataFrame({"lost": [0.0, 0.01], "latency": [0.9, 0.5]}))`
+    """
     ax = ax or _axes(8, 5)
     # beyond it nothing is gained
     grid = np.linspace(exact.latency.min(), 1.15 * exact.latency.max(), 400)

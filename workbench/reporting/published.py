@@ -161,6 +161,10 @@ def apart(table: pd.DataFrame, *, title: str = "") -> Axes:
     `beside`, in ratios.
 
     A difference of points is left out: it has no ratio.
+
+    Example: `apart(pd.DataFrame({"id": ["C8"], "subject": ["int8"], "setting": ["phone"], "metric":
+    ["size"], "published": [0.25], "ours": [0.2], "verdict": ["better"], "form": ["ratio"],
+    "better": ["less"]}))`
     """
     compared = table.verdict.isin(["better", "equal", "worse"]) & (table.form != "difference")
     rows = table[compared & (table.ours > 0)].iloc[::-1]
@@ -189,7 +193,11 @@ def apart(table: pd.DataFrame, *, title: str = "") -> Axes:
 
 def pairs(table: pd.DataFrame, ids: Mapping[str, str], *, title: str = "") -> Axes:
     """Published against ours, a panel for each of `ids` (id of the table: its title), with the
-    interval of ours and the line on which the two agree; of `beside`."""
+    interval of ours and the line on which the two agree; of `beside`.
+
+    Example: `pairs(pd.DataFrame({"id": ["B0"], "published": [92.2], "ours": [92.1], "low": [91.6],
+    "high": [92.6], "verdict": ["equal"]}), {"B0": "baselines"})`
+    """
     shown = {name: table[(table.id == name) & table.ours.notna()] for name in ids}
     shown = {name: part for name, part in shown.items() if len(part)}
     grid = plt.subplots(1, max(len(shown), 1), figsize=(3.6 * max(len(shown), 1), 3.8),

@@ -29,7 +29,10 @@ ROOMS = {"ground": "what a model reads and answers, atomic writes, results kept 
 
 @dataclass(frozen=True)
 class Entry:
-    """A public function, class or method. head: its signature; text: its docstring as HTML."""
+    """A public function, class or method. head: its signature; text: its docstring as HTML.
+
+    Example: `Entry("load", "load(name)", "<p>A model by name.</p>").parts == []`
+    """
 
     name: str
     head: str

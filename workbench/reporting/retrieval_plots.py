@@ -16,7 +16,12 @@ COLOURS = (BLUE, RED, "#2e7d32", "#b26a00", "#6a1b9a", "#5d4037", "#00838f", "#d
 def recalls(table: pd.DataFrame) -> Figure:
     """Recall at 10 with its interval, a panel for each "held out", a line for each direction, a
     mark for each "codebook" where there is one, and chance as a grey tick, of
-    retrieval.directions."""
+    retrieval.directions.
+
+    Example: `recalls(pd.DataFrame({"held out": ["pictures"], "query": ["word"], "gallery":
+    ["image"], "recall_at_10": [0.8], "recall_at_10_low": [0.7], "recall_at_10_high": [0.9],
+    "chance_at_10": [0.1], "gallery_size": [100]}))`
+    """
     parts = list(dict.fromkeys(table["held out"]))
     kinds = list(dict.fromkeys(table.codebook)) if "codebook" in table else [""]
     high = 1.9 * max(len(kinds), 2) ** 0.7 + 1.6
@@ -83,7 +88,11 @@ def spectrograms(mels: np.ndarray, titles: Sequence[str], *, columns: int = 3) -
 
 def codes(shown: Sequence[dict], *, most: int = 8) -> Figure:
     """For single codes a line each: title, pictures uint8 (n, 3, H, W), words and clips (texts)
-    that use it."""
+    that use it.
+
+    Example: `codes([{"title": "code 7", "pictures": np.zeros((2, 3, 8, 8), np.uint8), "words":
+    ["cat"], "clips": ["a cat"]}])`
+    """
     figure, grid = plt.subplots(len(shown), most + 2, figsize=(1.0 * most + 6.4, 1.25 * len(shown)),
                                 squeeze=False, layout="constrained",
                                 width_ratios=[1] * most + [3.2, 3.2])

@@ -76,7 +76,12 @@ def load(source: str, task: Task | None = None, *, pretrained: bool = True, new_
 
 
 def build(kind: str, config, source: str | None = None) -> nn.Module:
-    """A model of a configuration with the head `kind`, its weights from `source` or at random."""
+    """A model of a configuration with the head `kind`, its weights from `source` or at random.
+
+    Raises FileNotFoundError where the weights are missing or cannot be read.
+
+    Example: `build("class", transformers.BertConfig(num_hidden_layers=1, vocab_size=100))`
+    """
     import transformers
 
     folder, how = located(source) if source else (None, {})
