@@ -4,10 +4,10 @@ copy of the repository.
     python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 300]
 
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
-True becomes False, min max. The four test files that name the changed module most run until one
-fails; a change that makes them take longer than --seconds counts as noticed. Writes
-reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an hour or
-two.
+True becomes False, min max. The four test files that name the changed module, or what it defines,
+most (where none does: what imports it) run until one fails; a change that makes them take longer
+than --seconds counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an
+hour or two.
 """
 
 import argparse
@@ -99,12 +99,7 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
     lines[line - 1] = lines[line - 1][:column] + new + lines[line - 1][column + len(old):]
     target.write_text("".join(lines))
     try:
-        named = {path: len(re.findall(rf"\b{module.stem}\b", path.read_text()))
-                 for path in (copy / "tests").glob("test_*.py")
-                 if path.name not in ("test_reporting.py", "test_architecture.py",
-                                      "test_examples.py")}
-        chosen = [str(path) for path in sorted(named, key=named.get, reverse=True)[:4]
-                  if named[path]]
+        chosen = _telling(copy, module)
         run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
                               *chosen], cwd=copy,
                              timeout=seconds, capture_output=True, check=False)
@@ -113,6 +108,29 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
         return True
     finally:
         target.write_text(whole)
+
+
+def _telling(copy: Path, module: Path) -> list[str]:
+    """The four test files that name the module, or what it defines, most; where none does, what
+    imports it."""
+    tests = [path for path in (copy / "tests").glob("test_*.py")
+             if path.name not in ("test_reporting.py", "test_architecture.py", "test_examples.py")]
+    defined = [node.name for node in ast.parse((ROOT / module).read_text()).body
+               if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names, room = {module.stem, *defined}, [module]
+    while True:
+        asked = rf"\b({'|'.join(names)})\b"
+        named = {path: len(re.findall(asked, path.read_text())) for path in tests}
+        chosen = [str(path) for path in sorted(named, key=named.get, reverse=True)[:4]
+                  if named[path]]
+        if chosen:
+            return chosen
+        known = rf"\b({'|'.join(path.stem for path in room)})\b"
+        room = [path.relative_to(ROOT) for path in (ROOT / "workbench").rglob("*.py")
+                if path.stem not in names and any(re.search(known, line) for line
+                                                  in path.read_text().splitlines()
+                                                  if line.startswith(("from ", "import ")))]
+        names |= {path.stem for path in room}
 
 
 if __name__ == "__main__":
