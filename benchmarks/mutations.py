@@ -4,10 +4,10 @@ copy of the repository.
     python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 300]
 
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
-True becomes False, min max. The four test files that name the changed module, or what it defines,
-most (where none does: what imports it) run until one fails; a change that makes them take longer
-than --seconds counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an
-hour or two.
+True becomes False, min max. The four test files that name the changed module, or what it
+defines, most (where none does: what imports it) run until one fails; a change that makes them take
+longer than --seconds counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change;
+survivors are printed. 48 changes take an hour or two.
 """
 
 import argparse
