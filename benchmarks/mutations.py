@@ -99,7 +99,7 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
     lines[line - 1] = lines[line - 1][:column] + new + lines[line - 1][column + len(old):]
     target.write_text("".join(lines))
     try:
-        chosen = _telling(copy, module)
+        chosen = _telling(copy, module, line)
         run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
                               *chosen], cwd=copy,
                              timeout=seconds, capture_output=True, check=False)
@@ -110,17 +110,22 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
         target.write_text(whole)
 
 
-def _telling(copy: Path, module: Path) -> list[str]:
-    """The four test files that name the module, or what it defines, most; where none does, what
-    imports it."""
+def _telling(copy: Path, module: Path, line: int) -> list[str]:
+    """The four test files that name what is changed, or who uses it, most, then those that name the
+    module or what it defines; where none does, what imports it."""
     tests = [path for path in (copy / "tests").glob("test_*.py")
              if path.name not in ("test_reporting.py", "test_architecture.py", "test_examples.py")]
-    defined = [node.name for node in ast.parse((ROOT / module).read_text()).body
-               if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    names, room = {module.stem, *defined}, [module]
+    text = (ROOT / module).read_text()
+    parts = {node.name: node for node in ast.parse(text).body
+             if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    changed = [name for name, node in parts.items() if node.lineno <= line <= node.end_lineno]
+    near = {name for name, node in parts.items() if changed and re.search(
+        rf"\b{changed[0]}\b", ast.get_source_segment(text, node))}
+    names, room = {module.stem, *parts}, [module]
     while True:
-        asked = rf"\b({'|'.join(names)})\b"
-        named = {path: len(re.findall(asked, path.read_text())) for path in tests}
+        asked, first = (rf"\b({'|'.join(some)})\b" for some in (names, near or {"^"}))
+        named = {path: len(re.findall(asked, told := path.read_text()))
+                 + 100 * len(re.findall(first, told)) for path in tests}
         chosen = [str(path) for path in sorted(named, key=named.get, reverse=True)[:4]
                   if named[path]]
         if chosen:

@@ -338,7 +338,8 @@ def _of_zoo(kind: str, name: str, make):
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         known = importlib.import_module(
             {"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
-        near = [] if name in known else difflib.get_close_matches(name, known, n=1)
+        found = name in known or name.partition(".")[0] in known  # with the tag of its weights
+        near = [] if found else difflib.get_close_matches(name, known, n=1)
         remedy = (f"did you mean {kind}:{near[0]}?" if near else "check the name and the network, "
                   f"give weights that you have as {kind}:{name}@CHECKPOINT, or pass "
                   "pretrained=False for a random start")
