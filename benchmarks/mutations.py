@@ -4,9 +4,9 @@ copy of the repository.
     python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 300]
 
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
-True becomes False, min max. The four test files that name the changed module, or what it
-defines, most (where none does: what imports it) run until one fails; a change that makes them take
-longer than --seconds counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change;
+True becomes False, min max. The test files that name the changed module most, or what is changed in
+it (where none does: what imports it) run until one fails; a change that makes them take longer than
+--seconds counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change;
 survivors are printed. 48 changes take an hour or two.
 """
 
@@ -111,8 +111,8 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
 
 
 def _telling(copy: Path, module: Path, line: int) -> list[str]:
-    """The four test files that name what is changed, or who uses it, most, then those that name the
-    module or what it defines; where none does, what imports it."""
+    """The three test files that name the module most (where none does: what it defines or what
+    imports it), and the two that name what is changed, or who uses it."""
     tests = [path for path in (copy / "tests").glob("test_*.py")
              if path.name not in ("test_reporting.py", "test_architecture.py", "test_examples.py")]
     text = (ROOT / module).read_text()
@@ -121,15 +121,17 @@ def _telling(copy: Path, module: Path, line: int) -> list[str]:
     changed = [name for name, node in parts.items() if node.lineno <= line <= node.end_lineno]
     near = {name for name, node in parts.items() if changed and re.search(
         rf"\b{changed[0]}\b", ast.get_source_segment(text, node))}
-    names, room = {module.stem, *parts}, [module]
+
+    def most(names: set[str], count: int) -> list[str]:
+        asked = rf"\b({'|'.join(names)})\b"
+        named = {str(path): len(re.findall(asked, path.read_text())) for path in tests}
+        return [path for path in sorted(named, key=named.get, reverse=True)[:count] if named[path]]
+
+    names, room = {module.stem}, [module]
     while True:
-        asked, first = (rf"\b({'|'.join(some)})\b" for some in (names, near or {"^"}))
-        named = {path: len(re.findall(asked, told := path.read_text()))
-                 + 100 * len(re.findall(first, told)) for path in tests}
-        chosen = [str(path) for path in sorted(named, key=named.get, reverse=True)[:4]
-                  if named[path]]
+        chosen = most(names, 3) or most(names | set(parts), 3)
         if chosen:
-            return chosen
+            return [*dict.fromkeys([*chosen, *(most(near, 2) if near else [])])]
         known = rf"\b({'|'.join(path.stem for path in room)})\b"
         room = [path.relative_to(ROOT) for path in (ROOT / "workbench").rglob("*.py")
                 if path.stem not in names and any(re.search(known, line) for line

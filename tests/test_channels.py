@@ -360,3 +360,47 @@ def test_heads_that_the_forward_derives_stay_and_the_rest_is_cut():
     assert small.fc.out_features < 64
     assert small.qkv.out_features == 96
     assert model.token.requires_grad
+
+
+class Meeting(nn.Module):
+    """A parameter that meets channels, on either side of the sum."""
+
+    def __init__(self, first: bool):
+        super().__init__()
+        self.one, self.two, self.first = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), first
+        self.fixed = nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.two(self.fixed + x if self.first else x + self.fixed).mean((2, 3))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_channels_that_meet_a_parameter_stay(first):
+    groups = coupling.groups(Meeting(first).eval(), torch.randn(2, 3, 8, 8))
+    assert {group.layer: group.kept for group in groups} == {"one": Kept.OTHER, "two": Kept.OUTPUT}
+
+
+class Spelled(nn.Module):
+    """Attention written out: two products and a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.mix, self.last = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2)
+                   for part in (self.q, self.k, self.v))
+        seen = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+        return self.last(self.mix(seen.transpose(1, 2).flatten(2)).mean(1))
+
+
+def test_heads_of_attention_that_is_written_out_can_go():
+    torch.manual_seed(0)
+    model, x = Spelled().eval(), torch.randn(2, 5, 16)
+    heads = next(group for group in coupling.groups(model, x) if group.layer == "q")
+    assert (heads.unit, heads.channels, heads.kept) == ("head", 4, None)
+    small = channels.remove(model, {"q": [1]}, example=x)
+    assert [small.q.out_features, small.v.out_features, small.mix.in_features] == [12, 12, 12]
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), channels.mask(model, {"q": [1]}, example=x)(x))

@@ -205,6 +205,8 @@ def test_redundancy_adapts_to_the_network_and_judges_no_layer_alone():
     judged = sensitivity.redundant(scores, 0.6).set_index("layer").redundant
     assert judged["f"]
     assert not judged["c"]  # low itself, but its neighbours are not
+    smoothed = sensitivity.redundant(scores, 0.6).smoothed
+    assert smoothed[:4].tolist() == [10, 7.75, 5.5, 5.5], "with the median of both neighbours"
     scaled = sensitivity.redundant(scores.assign(score=scores.score * 1000),
                                    0.6).set_index("layer").redundant
     assert scaled.equals(judged)

@@ -121,6 +121,15 @@ def test_a_stream_answers_as_the_whole_network(kind, samples, hops, tmp_path):
                                            streaming.Stream(stream).every)
 
 
+def test_time_may_be_another_axis_than_the_last():
+    torch.manual_seed(0)
+    network = Said(lambda x, a: a(x)[0], a=nn.LSTM(6, 4, batch_first=True)).eval()
+    recording = torch.randn(2, 29, 6)  # three hops and five steps
+    stream = streaming.Stream(streaming.stream(network, recording[:1], hop=8, axis=-2))
+    with torch.inference_mode():
+        torch.testing.assert_close(stream.whole(recording)["logits"], network(recording))
+
+
 layers = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 6),
                    st.booleans())
 
