@@ -49,6 +49,13 @@ def test_codes_decode_to_what_forward_gives_and_training_lowers_the_loss(other):
     assert book.bits == 2 * book.levels * 5
 
 
+def test_the_second_level_starts_from_what_the_first_leaves():
+    book = made(levels=2)
+    book.train()({"image": cloud(200), "text": cloud(200, seed=1)})
+    first, second = book.table.norm(dim=-1).mean(1).tolist()
+    assert second < 0.9 * first
+
+
 def test_the_gradient_goes_straight_through_to_the_vectors():
     book, vectors = made(), cloud(40).requires_grad_()
     book({"image": vectors, "text": cloud(40, seed=1)}).values["image"].sum().backward()

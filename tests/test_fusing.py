@@ -1,6 +1,8 @@
 """Convolutions fused with what follows them: the same numbers up to rounding, and a tie is decided
 as the model decides it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +76,9 @@ def test_a_branch_near_a_tie_is_computed_as_the_model_does(model):
         base, outputs = run(x, [same])
     assert run.again == 1
     assert torch.equal(outputs[0], model(x))
+
+
+@pytest.mark.parametrize(("logits", "near"), [([[1.0, 1.0]], True), ([[1.0, -1.0]], False),
+                                              ([[1.0]], False)])
+def test_two_answers_can_be_as_good_as_equal_and_one_cannot(logits, near):
+    assert Branching._near_tie(SimpleNamespace(error=1e-7), torch.tensor(logits)) == near
