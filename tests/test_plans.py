@@ -187,6 +187,7 @@ def test_what_a_run_leaves(model, tiny, tmp_path):
     made = compress(Subject(model, tiny),
                     recipe.parse(WHOLE.replace("epochs: 3", "epochs: 1")).steps, tmp_path, blocks=5)
     assert list(made.stages.stage) == ["start", "prune", "distil", "quantize"]
+    assert made.stages.took_s.between(0, 100).all()
     assert made.verdict.passed
     assert made.stages.size_bytes.is_monotonic_decreasing or made.stages.size_bytes.iloc[
         -1] < made.stages.size_bytes.iloc[0] / 3
