@@ -3,6 +3,7 @@ cannot stream is told."""
 
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -508,3 +509,25 @@ def test_silent_and_clipped_sound_is_told(tmp_path):
         soundfile.write(tmp_path / "x.wav", samples, 8_000)
         chain.recording(tmp_path / "x.wav", told=said.append)
         assert wanted in said[0]
+
+
+class Deaf:
+    """A listener that hears a word at one second, whatever is said."""
+
+    hop, rate, hops, worked = 80, 8000, 0, 0
+
+    def hear(self, hop):
+        self.hops += 1
+        self.worked += self.hops % 2
+        return ([SimpleNamespace(at_s=1.0, word="seven", score=0.9, meaning="")]
+                if self.hops == 100 else [])
+
+
+def test_a_run_times_each_hop_and_counts_what_was_missed():
+    clips = [clip for clip in words.embedded() if clip.word == "one"][:1]
+    scene = words.scene(clips, seconds=3.0, draw=np.random.default_rng(0), pause=(1.5, 1.5))
+    table, times, row = hearing.run(Deaf(), scene)
+    assert table.word.tolist() == ["seven"]
+    assert len(times) == len(scene.samples) // 80
+    assert 0 < times.min() <= times.max() < 1000
+    assert (row["hits"], row["misses"], row["false_alarms"], row["worked"]) == (0, 1, 1, 0.5)
