@@ -56,6 +56,13 @@ def test_the_second_level_starts_from_what_the_first_leaves():
     assert second < 0.9 * first
 
 
+def test_as_many_codes_as_pieces_start_on_the_pieces():
+    book, pieces = made(size=8, cosine=False), torch.eye(8) * torch.arange(1, 9)[:, None]
+    book._start(pieces)
+    nearest = torch.cdist(pieces, book.table[0]).min(1).values
+    torch.testing.assert_close(nearest, torch.zeros(8))
+
+
 def test_the_gradient_goes_straight_through_to_the_vectors():
     book, vectors = made(), cloud(40).requires_grad_()
     book({"image": vectors, "text": cloud(40, seed=1)}).values["image"].sum().backward()
