@@ -5,9 +5,10 @@ copy of the repository.
 
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
 True becomes False, min max. The test files that name the changed module most, or what is changed in
-it (where none does: what imports it) run until one fails; a change that makes them take longer than
---seconds counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change;
-survivors are printed. 48 changes take an hour or two.
+it (where none does: what imports it) run until one fails, then the examples of that module; a
+change that makes either take longer than --seconds counts as noticed. Writes
+reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an hour or
+two.
 """
 
 import argparse
@@ -99,11 +100,12 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
     lines[line - 1] = lines[line - 1][:column] + new + lines[line - 1][column + len(old):]
     target.write_text("".join(lines))
     try:
-        chosen = _telling(copy, module, line)
-        run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                              *chosen], cwd=copy,
-                             timeout=seconds, capture_output=True, check=False)
-        return run.returncode != 0
+        tests = [_telling(copy, module, line),
+                 ["tests/test_examples.py", "-k", f"{module.stem}. or not_run"]]
+        return any(subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p",
+                                   "no:cacheprovider", *some], cwd=copy, timeout=seconds,
+                                  capture_output=True, check=False).returncode
+                   for some in tests)
     except subprocess.TimeoutExpired:
         return True
     finally:
