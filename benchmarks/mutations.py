@@ -7,8 +7,8 @@ A comparison is turned, a sum becomes a difference, a product a quotient, a numb
 True becomes False, min max. The test files that name the changed module most, or what is changed in
 it (where none does: what imports it) run until one fails, then the examples of that module; a
 change that makes either take longer than --seconds counts as noticed. Writes
-reports/benchmarks/mutations.csv, a row a change; survivors are printed. 48 changes take an hour or
-two.
+reports/benchmarks/mutations.csv, a row a change, beside those of other seeds; survivors are
+printed. 48 changes take an hour or two.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def main() -> None:
               for place in _places(path)]
     drawn = random.Random(options.seed).sample(places, min(options.count, len(places)))
     out, rows = ROOT / "reports" / "benchmarks" / "mutations.csv", []
+    kept = pd.read_csv(out).query("seed != @options.seed") if out.exists() else pd.DataFrame()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "reports",
@@ -53,13 +54,13 @@ def main() -> None:
             noticed = _noticed(copy, path.relative_to(ROOT), line, column, old, new,
                                options.seconds)
             text = path.read_text().splitlines()[line - 1].strip()
-            rows.append({"module": path.relative_to(ROOT / "workbench"), "line": line,
-                         "change": f"{old} to {new}",
-                         "noticed": noticed, "text": text})
+            rows.append({"seed": options.seed, "module": path.relative_to(ROOT / "workbench"),
+                         "line": line, "change": f"{old} to {new}", "noticed": noticed,
+                         "text": text})
             word = "noticed" if noticed else "SURVIVED"
             print(f"{number} of {len(drawn)}: {word}, {rows[-1]['module']}:{line}, {old} "
                   f"to {new}: {text}", flush=True)
-            pd.DataFrame(rows).to_csv(out, index=False)
+            pd.concat([kept, pd.DataFrame(rows)]).to_csv(out, index=False)
     share = sum(row["noticed"] for row in rows) / len(rows)
     print(f"noticed {share:.0%} of {len(rows)} changes (seed {options.seed}); {out}")
 
@@ -100,6 +101,7 @@ def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: st
     lines[line - 1] = lines[line - 1][:column] + new + lines[line - 1][column + len(old):]
     target.write_text("".join(lines))
     try:
+        # not_run is a test of its own: where a module has no example, one is chosen even so
         tests = [_telling(copy, module, line),
                  ["tests/test_examples.py", "-k", f"{module.stem}. or not_run"]]
         return any(subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p",

@@ -249,14 +249,14 @@ def test_what_is_no_state_dict_is_refused_in_one_line(tmp_path, held, message):
 
 
 def test_a_name_of_a_zoo_that_is_nearly_right_is_told():
-    with pytest.raises(ValueError, match="did you mean torchvision:mobilenet_v2"):
+    with pytest.raises(ValueError, match="did you mean 'torchvision:mobilenet_v2'"):
         models.load("torchvision:mobilenetv2", pretrained=False)
 
 
 @pytest.mark.parametrize(("name", "said"), [
     ("resnet18.a1_in1k", "check the name and the network"),
     ("resnet18.of_mine", "check the name and the network"),
-    ("resnet81", "did you mean timm:resnet18")])
+    ("resnet81", "did you mean 'timm:resnet18'; check the name")])
 def test_a_hub_that_does_not_answer_is_no_misspelt_name(name, said):
     def fetched():
         raise OSError("no network")

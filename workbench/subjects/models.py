@@ -4,7 +4,6 @@ Sources: networks.py for our own; torchvision; timm; Hugging Face; EfficientNet-
 efficientnet-lite-pytorch.
 """
 
-import difflib
 import importlib
 import inspect
 import json
@@ -339,11 +338,10 @@ def _of_zoo(kind: str, name: str, make):
         known = importlib.import_module(
             {"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
         found = name in known or name.partition(".")[0] in known  # with the tag of its weights
-        near = [] if found else difflib.get_close_matches(name, known, n=1)
-        remedy = (f"did you mean {kind}:{near[0]}?" if near else "check the name and the network, "
-                  f"give weights that you have as {kind}:{name}@CHECKPOINT, or pass "
-                  "pretrained=False for a random start")
-        raise ValueError(f"{kind}:{name} could not be made ({reason(error)}); {remedy}") from error
+        meant = "" if found else nearest(f"{kind}:{name}", [f"{kind}:{one}" for one in known])
+        raise ValueError(f"{kind}:{name} could not be made ({reason(error)}){meant}; check the "
+                         f"name and the network, give weights that you have as {kind}:{name}"
+                         "@CHECKPOINT, or pass pretrained=False for a random start") from error
 
 
 def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Module:
