@@ -37,7 +37,7 @@ from workbench.subjects.subject import Count, Globs, Removed, Share, Subject
 
 CRITERIA = ("l1", "l2", "bn_gamma", "taylor", "fpgm", "random")
 SCOPES = ("global", "layer")
-NEAR = 0.95  # of the target, which a cut to blocks may keep, else it takes narrower ones
+NEAR = 0.95  # share of the target that blocks must keep; else narrower ones are tried
 
 
 def score(model: nn.Module, criterion: str, *, example: Inputs,
@@ -263,8 +263,8 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
                    for name, (outward, both) in counts.items()) / whole
 
     best: tuple[float, dict[str, list[int]] | None] = (0.0, None)
-    least, wide = 1.0, [partial(blocks, parts=parts) for parts in (2, 4, 8, 16)]
-    for widths in (multiple,) if multiple else (*wide, 1):
+    least, sizes = 1.0, [partial(blocks, parts=parts) for parts in (2, 4, 8, 16)]
+    for widths in (multiple,) if multiple else (*sizes, 1):
         chosen = cache(lambda step, widths=widths: select(scores, step / 256, multiple=widths,
                                                           **chosen_by))
         kept = cache(lambda step, chosen=chosen: left(chosen(step)))
