@@ -4,23 +4,27 @@ copy of the repository.
     python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 300]
 
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
-True becomes False, min max. The test files that name the changed module most, or what is changed in
-it (where none does: what imports it) run until one fails, then the examples of that module; a
-change that makes either take longer than --seconds counts as noticed. Writes
-reports/benchmarks/mutations.csv, a row a change, beside those of other seeds; survivors are
-printed. 48 changes take an hour or two.
+True becomes False, min max. First all tests and examples run once, the notebooks' aside, and
+coverage notes which of them run which line (a quarter of an hour; --known FILE keeps it). Then the
+tests that run the changed statement (where it runs on import: any part of its module) run, the
+shortest first, as many as took --seconds in all, until one fails; a change that makes them take
+five times as long counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change,
+beside those of other seeds; survivors are printed. Needs `pip install pytest-cov`.
 """
 
 import argparse
 import ast
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +41,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rooms", nargs="+", default=ROOMS)
-    parser.add_argument("--seconds", type=float, default=300,
+    parser.add_argument("--seconds", type=float, default=60,
                         help="that the tests of one change may take")
+    parser.add_argument("--known", type=Path, default=Path(tempfile.gettempdir()) / "mutations",
+                        help="a folder: which test runs which line, measured where it is empty")
     options = parser.parse_args()
     places = [(path, *place) for room in options.rooms
               for path in sorted((ROOT / "workbench" / room).glob("*.py"))
@@ -48,15 +54,17 @@ def main() -> None:
     kept = pd.read_csv(out).query("seed != @options.seed") if out.exists() else pd.DataFrame()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "reports",
-                                                                  ".*cache"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".*cache"))
+        if not (options.known / "times.xml").exists():
+            _measure(copy, options.known)
+        told = Told(options.known)
         for number, (path, line, column, old, new) in enumerate(drawn, 1):
-            noticed = _noticed(copy, path.relative_to(ROOT), line, column, old, new,
-                               options.seconds)
+            module, tests = path.relative_to(ROOT), told.tests(path, line, options.seconds)
+            noticed = _noticed(copy, module, (line, column, old, new), tests, 5 * options.seconds)
             text = path.read_text().splitlines()[line - 1].strip()
             rows.append({"seed": options.seed, "module": path.relative_to(ROOT / "workbench"),
-                         "line": line, "change": f"{old} to {new}", "noticed": noticed,
-                         "text": text})
+                         "line": line, "change": f"{old} to {new}", "tests": len(tests),
+                         "noticed": noticed, "text": text})
             word = "noticed" if noticed else "SURVIVED"
             print(f"{number} of {len(drawn)}: {word}, {rows[-1]['module']}:{line}, {old} "
                   f"to {new}: {text}", flush=True)
@@ -92,56 +100,81 @@ def _places(path: Path) -> list[tuple[int, int, str, str]]:
     return sorted(set(found))
 
 
-def _noticed(copy: Path, module: Path, line: int, column: int, old: str, new: str,
-             seconds: float) -> bool:
-    """Whether a test of the copy fails with this one change; the copy is put right again."""
+class Told:
+    """Which tests run which lines, and how long each takes; those that fail unchanged are left
+    out."""
+
+    def __init__(self, folder: Path):
+        from coverage import CoverageData
+
+        self.data = CoverageData(str(folder / "coverage"))
+        self.data.read()
+        self.seconds: dict[str, float] = {}
+        for case in xml.parse(folder / "times.xml").iter("testcase"):
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            if not len(case):  # neither failed nor skipped
+                self.seconds[name] = float(case.get("time", 0))
+
+    def tests(self, path: Path, line: int, seconds: float) -> list[str]:
+        """Those that run the statement at `line`, else any line of the file: the shortest first, as
+        many as take `seconds` in all."""
+        file = next(name for name in self.data.measured_files()
+                    if name.endswith(str(path.relative_to(ROOT))))
+        by_line = self.data.contexts_by_lineno(file)
+
+        def named(lines) -> list[str]:
+            found = {name.partition("|")[0] for line in lines for name in by_line.get(line, ())}
+            return sorted(found & set(self.seconds), key=lambda name: self.seconds[name])
+
+        chosen = named(_statement(path, line)) or named(by_line)
+        last = np.cumsum([self.seconds[name] for name in chosen]).searchsorted(seconds)
+        return chosen[:last + 1]
+
+
+def _statement(path: Path, line: int) -> range:
+    """The lines of the innermost statement at `line`, of a compound one its head."""
+    found = range(line, line + 1)
+    for node in ast.walk(ast.parse(path.read_text())):  # the outer before the inner
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno
+            if node.lineno <= line <= last:
+                found = range(node.lineno, last + 1)
+    return found
+
+
+def _run(copy: Path, *options, **how) -> int:
+    """The exit code of the copy's tests."""
+    return subprocess.run([sys.executable, "-m", "pytest", *options], cwd=copy, check=False,
+                          env={**os.environ, "PYTHONPATH": str(copy)} | how.pop("env", {}),
+                          **how).returncode
+
+
+def _measure(copy: Path, folder: Path) -> None:
+    """Run every test but the notebooks' with coverage, once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _run(copy, "--numprocesses", "logical", "--dist", "worksteal", "--ignore",
+         "tests/test_reporting.py", "--cov", "workbench", "--cov-context", "test", "--cov-report",
+         "", "--junitxml", folder / "times.xml", env={"COVERAGE_FILE": str(folder / "coverage")})
+
+
+def _noticed(copy: Path, module: Path, change: tuple, tests: list[str], seconds: float) -> bool:
+    """Whether one of these tests fails with this one change; the copy is put right again."""
+    line, column, old, new = change
     target, whole = copy / module, (ROOT / module).read_text()
     lines = whole.splitlines(keepends=True)
     assert lines[line - 1][column:].startswith(old), (module, line, column, old)
     lines[line - 1] = lines[line - 1][:column] + new + lines[line - 1][column + len(old):]
     target.write_text("".join(lines))
+    asked = copy / "asked.txt"
+    asked.write_text("\n".join(tests))
     try:
-        # not_run is a test of its own: where a module has no example, one is chosen even so
-        tests = [_telling(copy, module, line),
-                 ["tests/test_examples.py", "-k", f"{module.stem}. or not_run"]]
-        return any(subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p",
-                                   "no:cacheprovider", *some], cwd=copy, timeout=seconds,
-                                  capture_output=True, check=False).returncode
-                   for some in tests)
+        return bool(tests) and _run(copy, "-x", "-p", "no:cacheprovider", f"@{asked}",
+                                    timeout=seconds, capture_output=True) != 0
     except subprocess.TimeoutExpired:
         return True
     finally:
         target.write_text(whole)
-
-
-def _telling(copy: Path, module: Path, line: int) -> list[str]:
-    """The three test files that name the module most (where none does: what it defines or what
-    imports it), and the two that name what is changed, or who uses it."""
-    tests = [path for path in (copy / "tests").glob("test_*.py")
-             if path.name not in ("test_reporting.py", "test_architecture.py", "test_examples.py")]
-    text = (ROOT / module).read_text()
-    parts = {node.name: node for node in ast.parse(text).body
-             if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    changed = [name for name, node in parts.items() if node.lineno <= line <= node.end_lineno]
-    near = {name for name, node in parts.items() if changed and re.search(
-        rf"\b{changed[0]}\b", ast.get_source_segment(text, node))}
-
-    def most(names: set[str], count: int) -> list[str]:
-        asked = rf"\b({'|'.join(names)})\b"
-        named = {str(path): len(re.findall(asked, path.read_text())) for path in tests}
-        return [path for path in sorted(named, key=named.get, reverse=True)[:count] if named[path]]
-
-    names, room = {module.stem}, [module]
-    while True:
-        chosen = most(names, 3) or most(names | set(parts), 3)
-        if chosen:
-            return [*dict.fromkeys([*chosen, *(most(near, 2) if near else [])])]
-        known = rf"\b({'|'.join(path.stem for path in room)})\b"
-        room = [path.relative_to(ROOT) for path in (ROOT / "workbench").rglob("*.py")
-                if path.stem not in names and any(re.search(known, line) for line
-                                                  in path.read_text().splitlines()
-                                                  if line.startswith(("from ", "import ")))]
-        names |= {path.stem for path in room}
 
 
 if __name__ == "__main__":

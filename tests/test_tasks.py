@@ -28,7 +28,7 @@ def test_f1_is_seqevals():
     from seqeval.metrics import f1_score
 
     torch.manual_seed(0)
-    asked, targets = Tagging(tags=TAGS), torch.randint(0, 4, (30, 8))
+    asked, targets = Tagging(tags=TAGS, whole=False), torch.randint(0, 4, (30, 8))
     targets[:, 5:] = torch.where(torch.rand(30, 3) < 0.5, IGNORED, targets[:, 5:])
     chosen = torch.where(torch.rand(30, 8) < 0.7, targets.clamp_min(0),
                          torch.randint(0, 4, (30, 8)))

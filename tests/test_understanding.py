@@ -1,6 +1,8 @@
 """Commands with an intent and slots: data, objective, models, cutting, teaching, rejection; bad
 input."""
 
+import copy
+import itertools
 import sys
 from dataclasses import replace
 
@@ -18,9 +20,9 @@ from workbench.graph.coupling import groups
 from workbench.measures import accuracy, cost, equivalence, rejection
 from workbench.methods import distillation, fisher, quantization, transfer
 from workbench.subjects import data, intents, language, models, networks, training
-from workbench.subjects.objectives import IGNORED, Understanding
+from workbench.subjects.objectives import IGNORED, Tagging, Understanding, likeliest
 from workbench.subjects.subject import Subject
-from workbench.subjects.tasks import Texts
+from workbench.subjects.tasks import Texts, shuffled
 from workbench.subjects.understanding import Understanding as Model
 
 TAGS, INTENTS = ("O", "B-room", "B-thing", "I-thing"), ("on", "off")
@@ -44,7 +46,8 @@ def small(commands):
 
 
 def test_the_metrics_are_those_of_seqeval_and_of_counting():
-    asked, draw = Understanding(intents=INTENTS, tags=TAGS), torch.Generator().manual_seed(0)
+    asked, draw = (Understanding(intents=INTENTS, tags=TAGS, whole=False),
+                   torch.Generator().manual_seed(0))
     logits, targets = torch.randn(40, 7, 4,
                                   generator=draw), torch.randint(0, 4, (40, 7), generator=draw)
     targets[:, 0] %= 2
@@ -70,6 +73,70 @@ def test_the_metrics_are_those_of_seqeval_and_of_counting():
              nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), targets[:, 1:].flatten(),
                                          ignore_index=IGNORED)]
     assert float(loss) == pytest.approx(float(sum(apart)), rel=1e-5)
+
+
+def test_the_likeliest_tags_are_those_of_trying_every_sentence():
+    draw = torch.Generator().manual_seed(0)
+    logits, counted = torch.randn(30, 5, 4, generator=draw), torch.rand(30, 5, generator=draw) > 0.3
+    logits[0], counted[0] = torch.tensor([0.0, 0.0, 0.0, 9.0]), True  # I-thing, wherever it may be
+    counted[1] = False
+    found = likeliest(logits, counted, TAGS)
+    assert found[0].tolist() == [2, 3, 3, 3, 3]
+    for line, scores, mask in zip(found, logits.log_softmax(-1), counted, strict=True):
+        scores, line = scores[mask], line[mask].tolist()
+        lines = [tags for tags in itertools.product(range(4), repeat=len(scores))
+                 if all(now != 3 or before in (2, 3)
+                        for before, now in zip((0, *tags), tags, strict=False))]
+        best = max(lines, key=lambda tags: sum(scores[k, tag] for k, tag in enumerate(tags)))
+        assert line == list(best)
+
+
+def test_only_whole_entities_are_told_apart_by_the_tag_before():
+    asked = Understanding(intents=INTENTS, tags=TAGS)
+    logits, targets = torch.zeros(1, 3, 4), torch.tensor([[1, 0, 0]])
+    logits[0, 0, 1], logits[0, 1:, 0], logits[0, 2, 3] = 1.0, 2.0, 3.0  # I-thing behind O
+    assert asked.right(logits, targets).item() == 1.0
+    assert replace(asked, whole=False).right(logits, targets).item() == 0.0
+    assert asked.statistics(logits, targets).tolist() == [[1, 1, 0, 0, 0]]
+    assert replace(asked, whole=False).statistics(logits, targets).tolist() == [[0, 1, 0, 1, 0]]
+    tagging = Tagging(tags=TAGS)
+    assert tagging.right(logits[:, 1:], targets[:, 1:]).item() == 1.0
+    assert replace(tagging, whole=False).right(logits[:, 1:], targets[:, 1:]).item() == 0.5
+
+
+def test_sentences_of_like_length_come_together_and_each_comes_once(commands):
+    split = commands.train
+    lengths = torch.tensor([len(words) for words in split.inputs.lines])
+    order = shuffled(split, 32, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == [*range(len(split))]
+    spread = torch.stack([lengths[part].float().std() for part in order.split(32)[:-1]])
+    assert spread.mean() < 0.3 * lengths.float().std()
+    again = shuffled(split, 32, torch.Generator().manual_seed(0))
+    other = shuffled(split, 32, torch.Generator().manual_seed(1))
+    assert torch.equal(order, again)
+    assert not torch.equal(order, other)
+    means = torch.stack([lengths[part].float().mean() for part in order.split(32)[:-1]])
+    assert (means.diff() < 0).float().mean() > 0.2, "not from short to long"
+
+
+def test_a_remembered_teacher_answers_as_it_did_whatever_the_padding(small, commands):
+    few = commands.train.subset(70)
+    known = networks.Remembered(small, few, size=16)
+    batch = few.batch(torch.tensor([5, 0, 69]))
+    wide = {name: nn.functional.pad(value, (0, 3)) for name, value in batch.inputs.items()}
+    mask = batch.inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        wanted, found, padded = small(**batch.inputs), known(**batch.inputs), known(**wide)
+    assert torch.allclose(found[mask], wanted[mask], atol=1e-5)
+    assert torch.equal(padded[:, :-3], found)
+    assert found[~mask].abs().sum() == 0
+    teach = [distillation.loss(teacher)(copy.deepcopy(small), batch, few.objective, 0.0)
+             for teacher in (small, known)]
+    assert teach[0].item() == pytest.approx(teach[1].item(), rel=1e-4)
+    with pytest.raises(ValueError, match="sentence 0 of the batch is none of those"):
+        known(**commands.test.batch(slice(1)).inputs)
+    with pytest.raises(ValueError, match="holds no sentences"):
+        networks.Remembered(nn.Identity(), data.load("fashion_mnist").test.subset(2))
 
 
 def test_templates_are_held_out_and_every_language_is_listed(commands):

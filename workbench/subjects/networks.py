@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.batches import answer
+from workbench import files
+from workbench.batches import answer, call
+from workbench.graph.layers import evaluating
+from workbench.subjects.tasks import Split, shuffled
 
 # channels and blocks, the first of stride 2, behind a stem of 16 channels
 REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))
@@ -188,3 +191,57 @@ class Averaged(nn.Module):
 
     def forward(self, *given, **named) -> Tensor:
         return torch.stack([answer(network(*given, **named)) for network in self.several]).mean(0)
+
+
+class Remembered(nn.Module):
+    """A network that has answered the sentences of a split once and looks its answers up: a teacher
+    that costs its students next to nothing.
+
+    split: of sentences, which `network` reads as `input_ids` and `attention_mask`; they are found
+    again however they are padded. Raises ValueError for a split of anything else, and, when called,
+    for a sentence that is not among them.
+
+    Example: `distillation.loss(networks.Remembered(teacher, commands.train))`
+    """
+
+    answers: Tensor  # (tokens of all sentences, answers)
+
+    def __init__(self, network: nn.Module, split: Split, *, size: int = 64):
+        super().__init__()
+        answers: list[Tensor] = []
+        self.places: dict[bytes, tuple[int, int]] = {}
+        known, order = 0, shuffled(split, size, torch.Generator().manual_seed(0))
+        with torch.inference_mode(), evaluating(network), files.progress(
+                total=len(split), title="what the teacher answers", unit="sentence") as bar:
+            for places in order.split(size):
+                inputs, _ = split.batch(places)
+                if not isinstance(inputs, Mapping):
+                    raise ValueError(f"Remembered: {split.name} holds no sentences; a teacher that "
+                                     "sees pictures anew each time cannot be remembered")
+                logits = answer(call(network, inputs)).float()
+                for key, mask, row in zip(_sentences(inputs), inputs["attention_mask"].bool(),
+                                          logits, strict=True):
+                    answers.append(row[mask])
+                    self.places[key] = known, known + len(answers[-1])
+                    known += len(answers[-1])
+                bar.update(len(places))
+        self.register_buffer("answers", torch.cat(answers).clone())
+
+    # int64 (n, L) each -> (n, L, answers), 0 behind the end of a sentence
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        keys = _sentences({"input_ids": input_ids, "attention_mask": attention_mask})
+        new = next((k for k, key in enumerate(keys) if key not in self.places), None)
+        if new is not None:
+            raise ValueError(f"Remembered: sentence {new} of the batch is none of those whose "
+                             "answers are known; give the split that is trained on")
+        out = self.answers.new_zeros(*input_ids.shape, self.answers.shape[1])
+        out[attention_mask.bool()] = torch.cat([self.answers[slice(*self.places[key])]
+                                                for key in keys])
+        return out
+
+
+def _sentences(inputs: Mapping[str, Tensor]) -> list[bytes]:
+    """The tokens of each sentence, without padding, as a key."""
+    return [ids[mask].cpu().numpy().tobytes()
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(),
+                                 strict=True)]

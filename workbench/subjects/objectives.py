@@ -93,15 +93,17 @@ class Tagging(Objective):
     """A tag for each token, B- and I- marking entities; the metric is the F1 of whole entities, as
     seqeval counts them.
 
-    tags: their names, in the order of the model's classes. Source: CoNLL-2000 evaluation, Tjong Kim
-    Sang & Buchholz 2000.
+    tags: their names, in the order of the model's classes. A sentence is answered by the likeliest
+    tags that are one (`likeliest`), or, where `whole` is False, by the likeliest of each token.
+    Source: CoNLL-2000 evaluation, Tjong Kim Sang & Buchholz 2000.
 
-    Example: `Tagging(("O", "B-room", "I-room"))`
+    Example: `Tagging(tags=("O", "B-room", "I-room"))`
     """
 
     tags: Sequence[str] = ()
     metric: str = "f1"
     unit: str = "sentence"
+    whole: bool = True
 
     def read(self, outputs, targets: Tensor | None = None) -> Tensor:
         """Logits float (n, tokens, tags). Raises as `Objective.read` does, and where there is not a
@@ -122,14 +124,20 @@ class Tagging(Objective):
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The share of each sentence's tokens that are right, float (n,)."""
-        return _share((self.answers(logits) == targets), targets != IGNORED)
+        return _share(self.tagged(logits, targets) == targets, targets != IGNORED)
+
+    def tagged(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The chosen tags of the tokens that count, int64 (n, tokens)."""
+        return (likeliest(logits, targets != IGNORED, self.tags) if self.whole
+                else self.answers(logits))
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
         """By sentence: entities that are right, entities found, entities there."""
         from seqeval.metrics.sequence_labeling import get_entities
 
         rows = []
-        for chosen, wanted in zip(self.answers(logits).tolist(), targets.tolist(), strict=True):
+        for chosen, wanted in zip(self.tagged(logits, targets).tolist(), targets.tolist(),
+                                  strict=True):
             kept = [k for k, tag in enumerate(wanted) if tag != IGNORED]
             found, there = (set(get_entities([self.tags[line[k]] for k in kept]))
                             for line in (chosen, wanted))
@@ -208,7 +216,8 @@ class Understanding(Objective):
 
     metric: "sentence" (share of sentences whose intent and tags are all right), "intent" (share of
     intents) or "f1" (of whole entities, as seqeval counts them). The loss is the cross entropy of
-    the intents and that of the tags, added. Source: JointBERT, Chen et al. 2019 (arXiv 1902.10909).
+    the intents and that of the tags, added. Tags are chosen as `Tagging` does, by `whole`. Source:
+    JointBERT, Chen et al. 2019 (arXiv 1902.10909).
 
     Example: `Understanding(intents=("on", "off"), tags=("O", "B-room"))`
     """
@@ -217,6 +226,7 @@ class Understanding(Objective):
     tags: Sequence[str] = ()
     metric: str = "sentence"
     unit: str = "sentence"
+    whole: bool = True
 
     def __post_init__(self):
         if self.metric not in UNDERSTOOD:
@@ -260,13 +270,14 @@ class Understanding(Objective):
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Whether all of a sentence is right, float (n,)."""
-        return ((self.answers(logits) == targets) | (targets == IGNORED)).all(1).float()
+        chosen = torch.cat([self.answers(logits[:, :1]), self._tags.tagged(
+            logits[:, 1:, :len(self.tags)], targets[:, 1:])], 1)
+        return ((chosen == targets) | (targets == IGNORED)).all(1).float()
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
         """By sentence: all is right, the intent is right, entities that are right, entities found,
         entities there."""
-        tagging = Tagging(tags=self.tags)
-        entities = tagging.statistics(logits[:, 1:, :len(self.tags)], targets[:, 1:])
+        entities = self._tags.statistics(logits[:, 1:, :len(self.tags)], targets[:, 1:])
         intent = (self.answers(logits)[:, 0] == targets[:, 0]).double()
         return torch.cat([self.right(logits, targets).double()[:, None], intent[:, None], entities],
                          1)
@@ -274,12 +285,17 @@ class Understanding(Objective):
     def value(self, sums: Tensor, n) -> Tensor:
         """The metric."""
         if self.metric == "f1":
-            return Tagging(tags=self.tags).value(sums[..., 2:], n)
+            return self._tags.value(sums[..., 2:], n)
         return sums[..., UNDERSTOOD.index(self.metric)] / n
 
     def check_targets(self, inputs, targets: Tensor) -> None:
         """Raise ValueError where a sentence has not one target for each of its tokens."""
         _check_lengths(inputs, targets)
+
+
+    @property
+    def _tags(self) -> Tagging:
+        return Tagging(tags=self.tags, whole=self.whole)
 
 
 UNDERSTOOD = ("sentence", "intent", "f1")
@@ -296,6 +312,39 @@ def objective(name: str, **options) -> Objective:
         raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(OBJECTIVES)}, or "
                          "an Objective of your own")
     return OBJECTIVES[name](**options)
+
+
+def likeliest(logits: Tensor, counted: Tensor, tags: Sequence[str]) -> Tensor:
+    """The tags, int64 (n, tokens), of the greatest product of probabilities among those that are
+    entities: I-X stands behind B-X or I-X alone.
+
+    logits: float (n, tokens, tags). counted: bool (n, tokens); what does not count is passed over
+    and answered by any tag. Source: Viterbi 1967, doi 10.1109/TIT.1967.1054010.
+
+    Example: `likeliest(torch.tensor([[[2.0, 0.0, 3.0]]]), torch.tensor([[True]]), ("O", "B-room",
+    "I-room")).tolist() == [[0]]`
+    """
+    inside = [k for k, tag in enumerate(tags)
+              if tag.startswith("I-") and f"B-{tag[2:]}" in tags]
+    begin = [tags.index(f"B-{tags[k][2:]}") for k in inside]
+    order = (~counted).byte().argsort(dim=1, stable=True)  # what counts first
+    chances = logits.float().log_softmax(-1).take_along_dim(order[:, :, None], 1)
+    lengths, same = counted.sum(1, keepdim=True), torch.arange(len(tags), device=logits.device)
+    total = chances[:, 0].clone()
+    total[:, inside] = -torch.inf
+    before = []
+    for place in range(1, chances.shape[1]):
+        best, came = (found.expand(-1, len(tags)).clone() for found in total.max(1, keepdim=True))
+        goes_on = total[:, inside] >= total[:, begin]
+        best[:, inside] = total[:, inside].maximum(total[:, begin])
+        came[:, inside] = torch.where(goes_on, same[inside], same[begin])
+        ended = place >= lengths
+        total = torch.where(ended, total, best + chances[:, place])
+        before.append(torch.where(ended, same, came))
+    path = [total.argmax(1, keepdim=True)]
+    for came in reversed(before):
+        path.append(came.gather(1, path[-1]))
+    return torch.empty_like(order).scatter_(1, order, torch.cat(path[::-1], 1))
 
 
 def _share(hits: Tensor, counted: Tensor) -> Tensor:

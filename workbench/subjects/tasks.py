@@ -198,6 +198,25 @@ class Split:
                        units=None if self.units is None else self.units[:0])
 
 
+def shuffled(split: Split, size: int, generator: torch.Generator) -> Tensor:
+    """The places of all examples in random order, int64 (N,), to be taken in batches of `size`.
+
+    Sentences of like length come together, so that little of a batch is padding: within every
+    sixteen batches they are put in order of length, and then the batches are drawn.
+
+    Example: `shuffled(task.train, 64, torch.Generator().manual_seed(0)).split(64)`
+    """
+    order = torch.randperm(len(split), generator=generator)
+    if not isinstance(split.inputs, Texts):
+        return order
+    lengths = torch.tensor([len(line) for line in split.inputs.lines])
+    order = torch.cat([part[lengths[part].argsort(stable=True)]
+                       for part in order.split(16 * size)])
+    full = order[:len(split) // size * size].view(-1, size)
+    drawn = full[torch.randperm(len(full), generator=generator)]
+    return torch.cat([drawn.flatten(), order[full.numel():]])
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set and what is asked of a model: splits, names of the classes, source and licence.

@@ -24,7 +24,7 @@ from workbench.batches import Batch, call, count, mapped
 from workbench.subjects import states
 from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Subject
-from workbench.subjects.tasks import Split, Task, augment
+from workbench.subjects.tasks import Split, Task, augment, shuffled
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 SAVE_EVERY_S = 60.0
@@ -321,7 +321,7 @@ class _Fit:
         epoch, place = divmod(step, self.epoch_steps)
         if self._order is None or self._order[0] != epoch:
             shuffle = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
-            self._order = epoch, torch.randperm(len(self.task.train), generator=shuffle)
+            self._order = epoch, shuffled(self.task.train, self.recipe.batch_size, shuffle)
         chosen = self._order[1][place * self.recipe.batch_size:(place + 1) * self.recipe.batch_size]
         stored = self.task.train.stored(chosen)
         if (isinstance(stored.inputs, Tensor) and stored.inputs.dtype == torch.uint8
