@@ -1,13 +1,14 @@
 """Export and sessions: any batch size, nothing half-written, one line for what is refused."""
 
 import onnx as onnx_library
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from workbench import machine
-from workbench.deployment import capture, nodes, onnx, sessions
+from workbench.deployment import capture, nodes, onnx, sessions, surgery
 from workbench.errors import UnsupportedModelError
 from workbench.graph import layers
 from workbench.measures import equivalence, peers
@@ -39,6 +40,20 @@ def test_a_model_that_cannot_be_exported_leaves_no_file(tmp_path):
 
     with pytest.raises(UnsupportedModelError, match="Odd cannot be exported to ONNX"):
         onnx.export(Odd(), EXAMPLE, tmp_path / "odd.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_whose_shapes_contradict_each_other_is_not_written(network, tmp_path, monkeypatch):
+    finish = surgery.finish
+
+    def spoilt(*given, **named):
+        model = finish(*given, **named)
+        model.graph.outputs[0].shape = ir.Shape([7, 7])
+        return model
+
+    monkeypatch.setattr(surgery, "finish", spoilt)
+    with pytest.raises(UnsupportedModelError, match="cannot be exported to ONNX"):
+        onnx.export(network, EXAMPLE, tmp_path / "odd.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -76,6 +76,15 @@ def test_a_larger_budget_loses_less_energy(net):
     assert errors[-1] == 0
 
 
+def test_a_layer_that_is_larger_as_a_whole_gets_no_more_ranks():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    even = factorization.table(factorization.factorize(net, share_of_layers=0.5), net)["rank"]
+    net[1].weight.data *= 100
+    found = factorization.table(factorization.factorize(net, share_of_layers=0.5), net)["rank"]
+    assert found.tolist() == even.tolist()
+
+
 def test_a_layer_of_zeros_leaves_the_others_their_ranks():
     torch.manual_seed(0)
     layers = [nn.Linear(32, 32) for _ in range(6)]

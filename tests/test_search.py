@@ -4,6 +4,7 @@ limits are one line."""
 import shutil
 import sys
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -120,6 +121,20 @@ def test_a_search_that_is_given_nothing_else_may_leave_out_half_of_the_blocks(mo
     found = spared(start, judged_by(start, 100, 0))
     assert len(found) == 3
     assert set(found) <= set(depth.blocks(model, tiny.example))
+
+
+@pytest.mark.parametrize(("box", "limits"), [((1.0, 1.0), []), ((0.02, 1.0), ["lost"]),
+                                             ((0.02, 0.7), ["lost", "latency"])])
+def test_the_samplers_of_optuna_are_told_the_limits_and_no_others(space, box, limits):
+    told, asked = [], sampler("tpe", space, box=box)
+
+    class Trial:
+        set_constraint = staticmethod(lambda name, value: told.append((name, round(value, 6))))
+
+    asked.study = SimpleNamespace(tell=lambda trial, values: None)
+    asked.learn(Trial, 0.03, 0.8)
+    wanted = {"lost": 0.03 - box[0], "latency": 0.8 - box[1]}
+    assert told == [(name, round(wanted[name], 6)) for name in limits]
 
 
 def test_a_plan_comes_back_from_its_label():

@@ -18,6 +18,17 @@ def test_every_stamp_has_a_picture_a_description_and_speech():
                        & (KNOWN.texts.language == "en")].text.item() == "A penguin."
 
 
+def test_a_picture_is_its_tile_of_the_sheet():
+    from PIL import Image
+
+    sheet = np.array(Image.open(embedded.verified("stamps", "pictures.webp")))
+    across = sheet.shape[1] // 64
+    for place in (0, 1, across, 5 * across + 3):
+        down, right = 64 * (place // across), 64 * (place % across)
+        tile = torch.from_numpy(sheet[down:down + 64, right:right + 64]).permute(2, 0, 1)
+        assert torch.equal(KNOWN.pictures[place], tile)
+
+
 def test_new_concepts_share_no_group_with_the_others_and_keep_the_categories():
     new = KNOWN.concepts.part == stamps.NEW_CONCEPT
     assert 90 <= new.sum() <= 110

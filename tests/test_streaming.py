@@ -398,6 +398,14 @@ def test_noise_that_changes_is_told_once_and_so_is_silence():
     assert "no signal" in silent
 
 
+@pytest.mark.parametrize(("louder", "told"), [(11.5, 0), (12.5, 1)])
+def test_noise_is_told_from_twelve_decibels_on(louder, told):
+    drift = Drift(80)
+    hops = [np.full(80, level, np.float32)
+            for level in (0.01, 0.01 * 10 ** (louder / 20)) for _ in range(4000)]
+    assert len([line for hop in hops if (line := drift.hear(hop))]) == told
+
+
 def test_events_are_scored_as_mlperf_tiny_scores_them():
     import pandas as pd
 

@@ -135,6 +135,12 @@ def test_where_a_relu_cuts_is_read_from_the_graph():
     assert found == [(0.0, 6.0), (-2.0, 3.0), (0.0, float("inf"))]
 
 
+def test_a_norm_without_a_bias_is_a_layer_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, bias=False), nn.Linear(4, 2)).eval()
+    graph = trace(model, torch.zeros(2, 4)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+
+
 def test_a_branch_overwrites_nothing_that_others_read():
     class Residual(nn.Module):
         def __init__(self):
