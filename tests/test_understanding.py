@@ -127,12 +127,12 @@ def test_a_remembered_teacher_answers_as_it_did_whatever_the_padding(small, comm
     mask = batch.inputs["attention_mask"].bool()
     with torch.inference_mode():
         wanted, found, padded = small(**batch.inputs), known(**batch.inputs), known(**wide)
-    assert torch.allclose(found[mask], wanted[mask], atol=1e-5)
+    assert torch.allclose(found[mask], wanted[mask], atol=0.02), "bf16"
     assert torch.equal(padded[:, :-3], found)
     assert found[~mask].abs().sum() == 0
     teach = [distillation.loss(teacher)(copy.deepcopy(small), batch, few.objective, 0.0)
              for teacher in (small, known)]
-    assert teach[0].item() == pytest.approx(teach[1].item(), rel=1e-4)
+    assert teach[0].item() == pytest.approx(teach[1].item(), rel=1e-2)
     with pytest.raises(ValueError, match="sentence 0 of the batch is none of those"):
         known(**commands.test.batch(slice(1)).inputs)
     with pytest.raises(ValueError, match="holds no sentences"):

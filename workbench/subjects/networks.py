@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench import files
+from workbench import files, machine
 from workbench.batches import answer, call
 from workbench.graph.layers import evaluating
 from workbench.subjects.tasks import Split, shuffled
@@ -198,7 +198,7 @@ class Remembered(nn.Module):
     that costs its students next to nothing.
 
     split: of sentences, which `network` reads as `input_ids` and `attention_mask`; they are found
-    again however they are padded. Raises ValueError for a split of anything else, and, when called,
+    again however they are padded. It answers in bf16 where the processor multiplies it. Raises ValueError for a split of anything else, and, when called,
     for a sentence that is not among them.
 
     Example: `distillation.loss(networks.Remembered(teacher, commands.train))`
@@ -211,7 +211,8 @@ class Remembered(nn.Module):
         answers: list[Tensor] = []
         self.places: dict[bytes, tuple[int, int]] = {}
         known, order = 0, shuffled(split, size, torch.Generator().manual_seed(0))
-        with torch.inference_mode(), evaluating(network), files.progress(
+        half = torch.autocast("cpu", torch.bfloat16, enabled=machine.multiplies_bf16())
+        with torch.inference_mode(), evaluating(network), half, files.progress(
                 total=len(split), title="what the teacher answers", unit="sentence") as bar:
             for places in order.split(size):
                 inputs, _ = split.batch(places)
