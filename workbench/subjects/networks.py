@@ -198,8 +198,9 @@ class Remembered(nn.Module):
     that costs its students next to nothing.
 
     split: of sentences, which `network` reads as `input_ids` and `attention_mask`; they are found
-    again however they are padded. It answers in bf16 where the processor multiplies it. Raises ValueError for a split of anything else, and, when called,
-    for a sentence that is not among them.
+    again however they are padded. It answers in bf16 where the processor multiplies it. Raises
+    ValueError for a split of anything else, and, when called, for a sentence that is not among
+    them.
 
     Example: `distillation.loss(networks.Remembered(teacher, commands.train))`
     """
