@@ -18,7 +18,10 @@ PROBLEMS = (ValueError, OSError, ImportError, UnsupportedModelError)
 @click.option("--traceback", is_flag=True, expose_value=False,
               help="where an error arose, not only what it is")
 def cli() -> None:
-    """Compress neural networks and regenerate every table about it."""
+    """Compress neural networks and regenerate every table about it.
+
+    Example: workbench report 01_baseline
+    """
 
 
 @cli.command()
@@ -245,7 +248,10 @@ def _first_parting(both: list, test) -> str:
 
 
 def main() -> None:
-    """Run the command line; bad input is one line on stderr and exit code 2."""
+    """Run the command line; bad input is one line on stderr and exit code 2.
+
+    Example: `sys.argv = ["workbench", "--help"]; main()`
+    """
     try:
         cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):

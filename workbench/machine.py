@@ -134,7 +134,10 @@ def alone() -> Iterator[None]:
 
 def end_of_alone(lock: TextIO) -> None:
     """Write into the lock of the run, which the caller holds, that who was alone is so no longer,
-    be it by being killed."""
+    be it by being killed.
+
+    Example: `with open("lock", "w") as lock: end_of_alone(lock)`
+    """
     written = Path(lock.name).read_text()
     if written and not written.endswith("\n"):
         lock.write(f" {time.perf_counter()}\n")

@@ -13,6 +13,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
     Raises ValueError where the width of a head, or with grouped queries the number of heads, is not
     known.
+
+    Example: `attention(query, key, value, is_causal=True)`
     """
     width, axes = query.shape[-1], len(key.shape)
     if not isinstance(width, int):

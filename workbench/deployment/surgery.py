@@ -31,6 +31,8 @@ def finish(model: ir.Model, packed: Mapping[str, Grouped], *, quantised: bool) -
     """The exported model, ready for the runtime. packed: layers for the kernel of groups, by name.
 
     Raises UnsupportedModelError, naming the layer, where that kernel has no place.
+
+    Example: `finish(program.model, {}, quantised=False)`
     """
     _name_weights(model)
     ClearMetadataAndDocStringPass()(model)
@@ -203,7 +205,10 @@ def _bytes(integers: Tensor, bits: int) -> np.ndarray:
 
 
 def replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    """Let `new`, of one output, stand where `old` stood; its output keeps the name."""
+    """Let `new`, of one output, stand where `old` stood; its output keeps the name.
+
+    Example: `replace(model, old, new)`
+    """
     name, value = old.outputs[0].name, old.outputs[0]
     model.graph.insert_after(old, new)
     new.outputs[0].shape, new.outputs[0].dtype = value.shape, value.dtype

@@ -57,7 +57,10 @@ class Timing:
 
 class HopGraph(fx.Graph):
     """A graph of one hop. inputs: of its state, by name; start: the state before the first sample;
-    behind: that behind a hop."""
+    behind: that behind a hop.
+
+    Example: `HopGraph(80).hop == 80`
+    """
 
     def __init__(self, hop: int):
         super().__init__()

@@ -21,7 +21,11 @@ POOLS = {aten.max_pool1d.default, aten.max_pool2d.default, aten.avg_pool1d.defau
 class Sliding:
     """A traced graph that is being written anew. new: the new node of each old one; tracks: of the
     old nodes that have steps of time; padded: zeros put around a recording, for the layer behind to
-    read; heard: nodes of one value for all that was heard."""
+    read; heard: nodes of one value for all that was heard.
+
+    Example: `Sliding(tracing.trace(nn.Sequential(nn.Conv1d(1, 1, 3)), torch.ones(1, 1, 9)),
+    "mine", 8)`
+    """
 
     _keep: Callable[..., None]  # the converter's, for a node that works on each step alone
 

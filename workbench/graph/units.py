@@ -13,7 +13,10 @@ from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
 
 class Unit:
-    """A layer of a model with the norm and the quantiser behind it, and where they stand."""
+    """A layer of a model with the norm and the quantiser behind it, and where they stand.
+
+    Example: `Unit(Runner(model, x), 1).names[0] == "conv1"`
+    """
 
     def __init__(self, graph: Runner, place: int):
         self.graph, self.place = graph, graph.nodes[place]

@@ -8,7 +8,10 @@ TRIES = 200  # of a sampler for plans that it has not proposed before
 
 
 class Sampler(Protocol):
-    """Proposes plans of a space."""
+    """Proposes plans of a space.
+
+    Example: `plans = sampler("random", space).ask(8)`
+    """
 
     def ask(self, count: int) -> list[Plan]:
         """At most `count` plans that it has not proposed before; none where it knows no more."""
@@ -24,6 +27,8 @@ class Repeating:
 
     `draw` gives a plan, written in any way, and what led to it; `learn` takes the latter with what
     the plan came to.
+
+    Example: `Repeating(Space({"layer1": (1.0, 0.5)})).known == {}`
     """
 
     def __init__(self, space: Space):

@@ -28,7 +28,10 @@ LOOK = 500  # examples between two looks at a race
 
 class Evaluations:
     """What the evaluations of one search share: the model, the examples that judge, the store.
-    looked, whole: examples scored so far, and how many they would have been without racing."""
+    looked, whole: examples scored so far, and how many they would have been without racing.
+
+    Example: `Evaluations(start, space, store, key, judging, 8, 0).forecast()`
+    """
 
     def __init__(self, start: Subject, space: Space, store: Store, key: dict, judging: Split,
                  blocks: int, seed: int):
@@ -171,7 +174,10 @@ def _behind(score: accuracy.Score, rival: accuracy.Score) -> bool:
 
 def made(start: Subject, space: Space, plan: Plan, store: Store, key: dict) -> Path:
     """The folder of a plan, made here where it is not there yet: model.onnx, model.safetensors,
-    plan.json."""
+    plan.json.
+
+    Example: `made(start, space, plan, store, key) / "model.onnx"`
+    """
     torch.set_num_threads(1)  # so that one worker and many round alike
 
     def make(folder: Path) -> None:
@@ -196,6 +202,8 @@ class Makers:
 
     A cluster's workers get what they need as bytes: a module that one of its threads traces cannot
     be sent from another.
+
+    Example: `with Makers(start, space, store, key, 2, None) as make: make(plans)`
     """
 
     # times that plans are sent anew, where the scheduler or the last worker that had the bytes was

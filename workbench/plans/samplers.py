@@ -133,7 +133,10 @@ class Optuna(Repeating):
 
 class Greedy:
     """The plans that the measured sensitivities alone say are best: those that no other is expected
-    to beat, front by front."""
+    to beat, front by front.
+
+    Example: `Greedy(forecast, (1.0, 0.7), pool).ask(8)`
+    """
 
     def __init__(self, forecast: Forecast, box: Box, pool: list[Plan]):
         self.box, self.pool = box, pool
@@ -168,6 +171,8 @@ class Forecasting:
     in part (a Gaussian process). The deviation's size is half of what losses have differed from
     their sums so far, and at least DEVIATION, about the standard error of a loss on 2,500 pictures:
     so that neighbours of the best plans are tried too.
+
+    Example: `Forecasting(forecast, (1.0, 0.7), pool).ask(8)`
     """
 
     DEVIATION = 0.003

@@ -194,6 +194,8 @@ class Forecast:
 
     harm: gene, option, distance (of the outputs) of each option alone. times: share, bits, layer,
     latency_ms. genes_of: of each layer the genes that its time depends on.
+
+    Example: `Forecast.read("out/forecast", space).latency(plan)`
     """
 
     space: Space

@@ -54,7 +54,10 @@ def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int],
     this one.
 
     lock: of a run of several notebooks at a time, the file by which one of them has the machine
-    alone (machine.alone)."""
+    alone (machine.alone).
+
+    Example: `start(job, Path("out"), Path("scratch"), cores=[0]).wait()`
+    """
     path, environment = _written(job, out, scratch, cores)
     run = {"lock": str(lock.resolve()), "processors": machine.processors()} if lock else None
     return kernels.copied(_child, path, job.folder, environment, cores, run)
@@ -62,7 +65,10 @@ def start(job: Job, out: Path, scratch: Path, *, cores: Sequence[int],
 
 def packed(job: Job) -> bytes:
     """The report of `job`, executed on this machine, as a tar archive: what a cluster's worker
-    sends back."""
+    sends back.
+
+    Example: `tarfile.open(fileobj=io.BytesIO(packed(job)))`
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / job.name
         # the worker's own clone
@@ -109,7 +115,10 @@ def _child(path: str, folder: str, environment: dict[str, str], cores: Sequence[
 
 def execute(job: Job, out: Path) -> None:
     """Execute the notebook, write NAME.ipynb, index.html and run.json into `out`; errors of cells
-    go to run.json."""
+    go to run.json.
+
+    Example: `execute(job, Path("out"))`
+    """
     kernel = kernels.Reserve()
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -174,7 +183,10 @@ def agreement(headlines: Sequence[dict], full: Path) -> list[dict]:
 
 def reason(out: Path) -> str:
     """Why the process that was to fill `out` failed: the last line of its error output, which in
-    Python names it."""
+    Python names it.
+
+    Example: `reason(Path("."))`
+    """
     if shutil.disk_usage(out).free < 2**20:  # then not even the error could be written
         return f"no space left for the reports in {out.parent}; free some, or give another --out"
     lines = ((out / ERRORS).read_text(errors="replace").strip().splitlines()
@@ -216,7 +228,10 @@ def _settle(cores: Sequence[int]) -> None:
 
 
 def main(path: str) -> None:
-    """Execute this job file."""
+    """Execute this job file.
+
+    Example: `main("out/job.json")`
+    """
     execute(Job(**json.loads(Path(path).read_text())), Path(path).parent)
 
 

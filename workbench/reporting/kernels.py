@@ -25,7 +25,10 @@ WARM = ["workbench.reporting.execution", "ipykernel.ipkernel", "ipykernel.kernel
 
 
 class Copy:
-    """A copied process, with what subprocess.Popen has of one."""
+    """A copied process, with what subprocess.Popen has of one.
+
+    Example: `Copy("fork", print, "from a copy").wait() == 0`
+    """
 
     stdin = stdout = stderr = None
 
@@ -59,20 +62,29 @@ class Copy:
 
 
 def copied(target: Callable, *arguments) -> Copy:
-    """A copy of the process that waits for this, running target(*arguments)."""
+    """A copy of the process that waits for this, running target(*arguments).
+
+    Example: `copied(print, "from a copy").wait()`
+    """
     return Copy("forkserver", target, *arguments)
 
 
 def prepare(*, warm: bool) -> None:
     """Say what that process does before its first copy. warm: import what notebooks import, in 12
-    s, which two do not earn back."""
+    s, which two do not earn back.
+
+    Example: `prepare(warm=False)`
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["workbench.reporting.nursery",
                                                                       *(WARM if warm else [])])
 
 
 def settle(folder: str, environment: Mapping[str, str], threads: int | None = None) -> None:
     """In a copy: the folder, environment and number of threads of a process that would have been
-    started there."""
+    started there.
+
+    Example: `settle("notebooks", os.environ)`
+    """
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -83,7 +95,10 @@ def settle(folder: str, environment: Mapping[str, str], threads: int | None = No
 
 class Reserve:
     """A copy of this process that waits to become a notebook's kernel; to be made before this
-    process has threads."""
+    process has threads.
+
+    Example: `Reserve().manager()`
+    """
 
     def __init__(self) -> None:
         self._pipe, there = multiprocessing.Pipe()

@@ -42,7 +42,10 @@ class Entry:
 
 def write(out: Path, render) -> dict[str, str]:
     """Write OUT/reference/ROOM.html for each room, by `render` (template and values to HTML);
-    return the rooms and what is in each. Pages that are newer than the package stay."""
+    return the rooms and what is in each. Pages that are newer than the package stay.
+
+    Example: `write(Path("out"), lambda template, **values: "")`
+    """
     newest = max(path.stat().st_mtime for path in PACKAGE.rglob("*.py"))
     folder = out / "reference"
     for room, about in ROOMS.items():

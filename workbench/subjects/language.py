@@ -127,7 +127,10 @@ def shaped(name: str, *, labels: int = 2, seed: int = 0) -> nn.Module:
 
 
 def rebuilt(header: dict[str, str]) -> nn.Module:
-    """A model at random of what a checkpoint's header says."""
+    """A model at random of what a checkpoint's header says.
+
+    Example: `rebuilt(header).origin["architecture"]`
+    """
     import transformers
 
     stored = json.loads(header["config"])

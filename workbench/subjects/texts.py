@@ -81,7 +81,10 @@ class Tokens:
 
 def untokenized(stored: Batch) -> Batch:
     """Text whose task was loaded without a tokenizer. Raises ValueError, always, with the way
-    out."""
+    out.
+
+    Example: `Split(Texts(["one two"]), torch.zeros(1), untokenized)`
+    """
     raise ValueError("this task is text: a model reads tokens; load it with "
                      "preprocessing=models.preprocessing(MODEL)")
 
@@ -153,6 +156,8 @@ def of_columns(part, columns: Mapping[str, str], names: tuple[str, ...], tags: t
 
     Raises ValueError where a sentence has no words, or another number of tags than words, and for a
     tag out of the scheme.
+
+    Example: `of_columns({"text": ["one"]}, {"text": "text"}, (), (), None, "mine")`
     """
     if "tags" in columns:
         words, marks = part[columns["tokens"]][:], part[columns["tags"]][:]
