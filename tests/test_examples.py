@@ -201,7 +201,7 @@ def test_every_public_function_and_class_has_an_example():
     bare = [f"{path.stem}.{node.name}" for path in sorted(PACKAGE.rglob("*.py"))
             for node in ast.parse(path.read_text()).body
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            and "Example: " not in (ast.get_docstring(node) or "")]
+            and "Example:" not in (ast.get_docstring(node) or "")]
     assert not bare
 
 
