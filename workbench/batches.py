@@ -23,7 +23,10 @@ ANSWERS = ("logits", "last_hidden_state", "output")
 
 class Batch(NamedTuple):
     """Examples and what is right for them. inputs: see above, or what a task stores; targets: the
-    objective's, or None."""
+    objective's, or None.
+
+    Example: `Batch(torch.ones(2, 3), torch.tensor([0, 1])).targets`
+    """
 
     inputs: Inputs
     targets: Tensor | None = None

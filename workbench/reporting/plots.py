@@ -274,7 +274,11 @@ def load(table: pd.DataFrame, *, by: str = "candidate") -> Figure:
 
 def throughput(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Examples per second by size of batch, a line per candidate and number of threads, of
-    latency.grid."""
+    latency.grid.
+
+    Example: `throughput(pd.DataFrame({"candidate": "int8", "threads": 1, "batch": [1, 4],
+    "examples_per_s": [90.0, 240.0]}))`
+    """
     ax = ax or _axes(7, 4)
     for k, (name, part) in enumerate(table.groupby("candidate", sort=False)):
         for threads, line in part.groupby("threads"):

@@ -132,6 +132,8 @@ class Split:
     examples along axis 0. targets: int64 (N, ...), or `Texts` of lists of numbers. prepare: stored
     Batch -> the Batch that a model reads. units: int64 (N,), equal where examples belong together
     (sentences of one speaker), None where each stands for itself.
+
+    Example: `len(Split(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]), name="mine")) == 4`
     """
 
     inputs: Inputs | Pictures | Texts
