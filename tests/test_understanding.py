@@ -133,6 +133,16 @@ def test_a_remembered_teacher_answers_as_it_did_whatever_the_padding(small, comm
     teach = [distillation.loss(teacher)(copy.deepcopy(small), batch, few.objective, 0.0)
              for teacher in (small, known)]
     assert teach[0].item() == pytest.approx(teach[1].item(), rel=1e-2)
+    labelled = replace(commands, train=few)
+    assert networks.can_remember(few)
+    step = distillation.Distil(training.Recipe(epochs=3, batch_size=35, optimizer="adamw",
+                                               learning_rate=1e-3), teacher=small)
+    start = Subject(copy.deepcopy(small), labelled)
+    asked = []
+    handle = small.register_forward_hook(lambda *_: asked.append(1))
+    step.apply(start)
+    handle.remove()
+    assert len(asked) == 2, "70 sentences once, not at each of six steps"
     with pytest.raises(ValueError, match="sentence 0 of the batch is none of those"):
         known(**commands.test.batch(slice(1)).inputs)
     with pytest.raises(ValueError, match="holds no sentences"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from workbench.batches import Batch, Inputs, call
 from workbench.graph.layers import evaluating, watch
-from workbench.subjects import data, states
+from workbench.subjects import data, networks, states
 from workbench.subjects.objectives import IGNORED, Objective
 from workbench.subjects.subject import Count, Globs, Subject
 from workbench.subjects.tasks import with_unlabelled
@@ -353,15 +353,17 @@ class Distil:
 
     def apply(self, subject: Subject) -> Subject:
         """The subject taught."""
-        teaching = loss(self.teacher or subject.reference, self.kind, temperature=self.temperature,
-                        alpha=self.alpha, weight=self.weight, layers=self.layers,
-                        student=subject.model, example=subject.example)
+        teacher = self.teacher or subject.reference
         task = few(subject.task, self.examples, validation=self.validation, seed=self.seed)
         if self.unlabelled:
             more = data.load(self.unlabelled, preprocessing=task.train.prepare).train
-            more = (more.subset(self.unlabelled_examples, seed=self.seed)
-                    if self.unlabelled_examples else more)
+            more = more.subset(self.unlabelled_examples or len(more), seed=self.seed)
             task = replace(task, train=with_unlabelled(task.train, more))
+        if self.kind == "soft_targets" and networks.can_remember(task.train):
+            teacher = networks.Remembered(teacher, task.train)
+        teaching = loss(teacher, self.kind, temperature=self.temperature, alpha=self.alpha,
+                        weight=self.weight, layers=self.layers, student=subject.model,
+                        example=subject.example)
         trained = fit(subject.model, task, recipe=self.recipe, seed=self.seed, loss=teaching,
                       state=self.state, known=self.known)
         return subject.with_model(trained.model, history=trained.history)

@@ -1,4 +1,5 @@
-"""Small networks of our own: CIFAR ResNets, a RepVGG, and towers for several inputs.
+"""Small networks of our own: CIFAR ResNets, a RepVGG, towers for several inputs; and teachers made
+of other networks.
 
 Sources: CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2) with option A shortcuts,
 parameter names as in akamaster/pytorch_resnet_cifar10; RepVGG of Ding et al. 2021 (arXiv
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from workbench import files, machine
 from workbench.batches import answer, call
 from workbench.graph.layers import evaluating
-from workbench.subjects.tasks import Split, shuffled
+from workbench.subjects.objectives import NextToken
+from workbench.subjects.tasks import Split, Texts, shuffled
 
 # channels and blocks, the first of stride 2, behind a stem of 16 channels
 REPVGG_STAGES = ((32, 2), (64, 3), (128, 2))
@@ -197,15 +199,15 @@ class Remembered(nn.Module):
     """A network that has answered the sentences of a split once and looks its answers up: a teacher
     that costs its students next to nothing.
 
-    split: of sentences, which `network` reads as `input_ids` and `attention_mask`; they are found
-    again however they are padded. It answers in bf16 where the processor multiplies it. Raises
-    ValueError for a split of anything else, and, when called, for a sentence that is not among
-    them.
+    split: of sentences, which `network` reads as `input_ids` and `attention_mask` and answers as a
+    whole or token by token; they are found again however they are padded. It answers in bf16 where
+    the processor multiplies it. Raises ValueError for a split of anything else, and, when called,
+    for a sentence that is not among them.
 
     Example: `distillation.loss(networks.Remembered(teacher, commands.train))`
     """
 
-    answers: Tensor  # (tokens of all sentences, answers)
+    answers: Tensor  # (sentences, or the tokens of all of them; what each may be answered)
 
     def __init__(self, network: nn.Module, split: Split, *, size: int = 64):
         super().__init__()
@@ -223,23 +225,35 @@ class Remembered(nn.Module):
                 logits = answer(call(network, inputs)).float()
                 for key, mask, row in zip(_sentences(inputs), inputs["attention_mask"].bool(),
                                           logits, strict=True):
-                    answers.append(row[mask])
+                    answers.append(row[mask] if row.dim() > 1 else row[None])
                     self.places[key] = known, known + len(answers[-1])
                     known += len(answers[-1])
                 bar.update(len(places))
+        self.by_token = logits.dim() == 3
         self.register_buffer("answers", torch.cat(answers).clone())
 
-    # int64 (n, L) each -> (n, L, answers), 0 behind the end of a sentence
+    # int64 (n, L) each -> (n, answers), or (n, L, answers), 0 behind the end of a sentence
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         keys = _sentences({"input_ids": input_ids, "attention_mask": attention_mask})
         new = next((k for k, key in enumerate(keys) if key not in self.places), None)
         if new is not None:
             raise ValueError(f"Remembered: sentence {new} of the batch is none of those whose "
                              "answers are known; give the split that is trained on")
-        out = self.answers.new_zeros(*input_ids.shape, self.answers.shape[1])
-        out[attention_mask.bool()] = torch.cat([self.answers[slice(*self.places[key])]
-                                                for key in keys])
+        known = torch.cat([self.answers[slice(*self.places[key])] for key in keys])
+        if not self.by_token:
+            return known
+        out = known.new_zeros(*input_ids.shape, known.shape[1])
+        out[attention_mask.bool()] = known
         return out
+
+
+def can_remember(split: Split) -> bool:
+    """Whether `Remembered` has little to keep of a split: sentences with a choice of classes or
+    tags, not of the next token out of a vocabulary.
+
+    Example: `not can_remember(task.train)`
+    """
+    return isinstance(split.inputs, Texts) and not isinstance(split.objective, NextToken)
 
 
 def _sentences(inputs: Mapping[str, Tensor]) -> list[bytes]:
