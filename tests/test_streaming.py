@@ -209,6 +209,32 @@ def test_a_hop_or_a_state_that_does_not_fit_is_told(tmp_path):
         other.resume(stream.now)
 
 
+def test_a_file_keeps_its_state_in_two_places_by_turns_and_gives_copies(tmp_path):
+    net = nn.Sequential(nn.Conv1d(1, 4, 5), nn.ReLU(), nn.Conv1d(4, 2, 3, dilation=2)).eval()
+    file = streaming.export(streaming.stream(net, torch.zeros(1, 1, 64), hop=8),
+                            tmp_path / "net.onnx")
+    hops = torch.randn(2, 1, 48).split(8, 2)
+    bound, plain = (streaming.Stream(file, threads=1) for _ in range(2))
+    answers, states = [], []
+    for hop in hops:
+        answers.append(bound(hop))
+        states.append(bound.now)
+        plain.now = plain.now  # which is looked up anew each time
+        assert torch.equal(answers[-1], plain(hop))
+    assert not torch.equal(answers[-1], answers[-2]), "not written over by the next hop"
+    other = streaming.Stream(file, threads=1)
+    other.resume(states[2])
+    assert [torch.equal(other(hop), wanted)
+            for hop, wanted in zip(hops[3:], answers[3:], strict=True)] == 3 * [True]
+    bound.resume(states[2])
+    assert torch.equal(bound(hops[3]), answers[3])
+    with pytest.raises(ValueError, match="refuses the inputs"):
+        bound(torch.zeros(1, 1, 8))
+    bound.reset()
+    assert bound.now == {}
+    assert len(bound(torch.zeros(1, 1, 8))) == 1
+
+
 def test_the_context_of_silero_counts():
     pytest.importorskip("silero_vad")
     import onnxruntime

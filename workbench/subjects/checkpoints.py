@@ -238,8 +238,15 @@ def _changed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shrink(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give each convolution, linear layer and norm the shape that its stored tensors have."""
+    """Give each convolution, linear or recurrent layer and norm the shape that its stored tensors
+    have."""
     for name, module in model.named_modules():
+        units = tensors.get(f"{name}.weight_hh_l0")
+        if units is not None and isinstance(module, nn.RNNBase):
+            module.hidden_size = units.shape[1]
+            module.input_size = tensors[f"{name}.weight_ih_l0"].shape[1]
+            for key, _ in list(module.named_parameters()):
+                setattr(module, key, nn.Parameter(torch.zeros(tensors[f"{name}.{key}"].shape)))
         weight = tensors.get(f"{name}.weight")
         if weight is None or not hasattr(module, "weight") or weight.shape == module.weight.shape:
             continue
