@@ -6,9 +6,9 @@ copy of the repository.
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
 True becomes False, min max. First all tests and examples run once, the notebooks' aside, and
 coverage notes which of them run which line (a quarter of an hour; --known FILE keeps it). Then the
-tests that run the changed statement (where it runs on import: any part of its module) run, the
-shortest first, as many as took --seconds in all, until one fails; a change that makes them take
-five times as long counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change,
+tests that run the changed statement run, and then those of files that name its module, which may
+have run it before any test, the shortest first, as many as took --seconds in all, until one fails;
+a change that makes them take five times as long counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change,
 beside those of other seeds; survivors are printed. Needs `pip install pytest-cov`.
 """
 
@@ -116,17 +116,18 @@ class Told:
                 self.seconds[name] = float(case.get("time", 0))
 
     def tests(self, path: Path, line: int, seconds: float) -> list[str]:
-        """Those that run the statement at `line`, else any line of the file: the shortest first, as
-        many as take `seconds` in all."""
+        """Those that run the statement at `line`, then those of test files that name the module:
+        the shortest first, as many as take `seconds` in all."""
         file = next(name for name in self.data.measured_files()
                     if name.endswith(str(path.relative_to(ROOT))))
         by_line = self.data.contexts_by_lineno(file)
 
-        def named(lines) -> list[str]:
-            found = {name.partition("|")[0] for line in lines for name in by_line.get(line, ())}
-            return sorted(found & set(self.seconds), key=lambda name: self.seconds[name])
-
-        chosen = named(_statement(path, line)) or named(by_line)
+        run = {name.partition("|")[0] for k in _statement(path, line) for name in by_line.get(k, ())}
+        near = {f"tests/{test.name}" for test in (ROOT / "tests").glob("test_*.py")
+                if re.search(rf"\b{path.stem}\b", test.read_text())}
+        every = sorted(self.seconds, key=lambda name: self.seconds[name])
+        chosen = [name for name in every if name in run]
+        chosen += [name for name in every if name not in run and name.partition("::")[0] in near]
         last = np.cumsum([self.seconds[name] for name in chosen]).searchsorted(seconds)
         return chosen[:last + 1]
 
