@@ -8,8 +8,9 @@ True becomes False, min max. First all tests and examples run once, the notebook
 coverage notes which of them run which line (a quarter of an hour; --known FILE keeps it). Then the
 tests that run the changed statement run, and then those of files that name its module, which may
 have run it before any test, the shortest first, as many as took --seconds in all, until one fails;
-a change that makes them take five times as long counts as noticed. Writes reports/benchmarks/mutations.csv, a row a change,
-beside those of other seeds; survivors are printed. Needs `pip install pytest-cov`.
+a change that makes them take five times as long counts as noticed. Writes
+reports/benchmarks/mutations.csv, a row a change, beside those of other seeds; survivors are
+printed. Needs `pip install pytest-cov`.
 """
 
 import argparse
@@ -122,7 +123,8 @@ class Told:
                     if name.endswith(str(path.relative_to(ROOT))))
         by_line = self.data.contexts_by_lineno(file)
 
-        run = {name.partition("|")[0] for k in _statement(path, line) for name in by_line.get(k, ())}
+        run = {name.partition("|")[0] for at in _statement(path, line)
+               for name in by_line.get(at, ())}
         near = {f"tests/{test.name}" for test in (ROOT / "tests").glob("test_*.py")
                 if re.search(rf"\b{path.stem}\b", test.read_text())}
         every = sorted(self.seconds, key=lambda name: self.seconds[name])
