@@ -1,7 +1,7 @@
 """Which single changes of the package no test notices: tokens drawn at random, each changed in a
 copy of the repository.
 
-    python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 300]
+    python benchmarks/mutations.py [--count 48] [--seed 0] [--rooms numbers methods] [--seconds 60]
 
 A comparison is turned, a sum becomes a difference, a product a quotient, a number grows by one,
 True becomes False, min max. First all tests and examples run once, the notebooks' aside, and
