@@ -19,7 +19,7 @@ from workbench.deployment.listening import Doubled, Drift, Gate, Listener, Ring,
 from workbench.errors import UnsupportedModelError
 from workbench.measures import detection, hearing
 from workbench.methods import quantization
-from workbench.subjects import speech, words
+from workbench.subjects import embedded, models, speech, words
 
 
 class Residual(nn.Module):
@@ -261,6 +261,18 @@ def test_the_context_of_silero_counts():
     assert np.abs(streamed - right).max() < 1e-4
     assert (right > 0.5).mean() > 0.5
     assert (without > 0.5).mean() < 0.1 * (right > 0.5).mean()  # nothing errs, and speech is missed
+
+
+def test_a_detector_with_fewer_units_comes_back_from_its_checkpoint(tmp_path):
+    pytest.importorskip("silero_vad")
+    half = models.load(f"silero@{embedded.verified('checkpoints', 'silero-half.safetensors')}")
+    assert (half.lstm.hidden_size, half.lstm.input_size, half.out.in_features) == (64, 128, 64)
+    models.save(half, tmp_path / "again.safetensors")
+    again, samples = models.load(f"silero@{tmp_path / 'again.safetensors'}"), torch.randn(1, 2048)
+    with torch.inference_mode():
+        assert torch.equal(again(samples), half(samples))
+    stream = streaming.Stream(streaming.stream(half, samples, hop=512))
+    assert torch.allclose(stream.whole(samples)["logits"], half(samples), atol=1e-6)
 
 
 def test_frames_of_the_spectrum_are_those_of_a_plain_transform():
