@@ -14,7 +14,8 @@ def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Accuracy of intents, slots and whole sentences against the time of one sentence, each with
     its interval.
 
-    table: candidate, latency_ms; intent, f1 and sentence with _low and _high.
+    table: candidate, latency_ms; intent, f1 and sentence with _low and _high. Candidates that
+    differ in ", seed N" alone have one name.
 
     Example: `students(pd.DataFrame({"candidate": ["int8"], "latency_ms": [3.0]} | {f"{m}{end}":
     [0.9] for m in ("intent", "f1", "sentence") for end in ("", "_low", "_high")}))`
@@ -24,10 +25,12 @@ def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ends = [100 * abs(table[f"{metric}_{end}"] - table[metric]) for end in ("low", "high")]
         ax.errorbar(table.latency_ms, 100 * table[metric], yerr=ends, fmt=marker, color=colour,
                     capsize=2, label=NAMES[metric])
-    for row in table.itertuples():
-        ax.annotate(row.candidate, (row.latency_ms, 100 * row.sentence_low),
-                    textcoords="offset points", xytext=(0, -12), ha="center", fontsize=7,
-                    color=GREY)
+    names = table.candidate.str.replace(r", seed \d+", "", regex=True)
+    groups = sorted(table.groupby(names), key=lambda group: group[1].latency_ms.mean())
+    for k, (name, rows) in enumerate(groups):  # neighbours' names at two heights
+        ax.annotate(name, (rows.latency_ms.mean(), 100 * rows.sentence_low.min()),
+                    textcoords="offset points", xytext=(0, -12 - 10 * (k % 2)), ha="center",
+                    fontsize=7, color=GREY)
     ax.set(xscale="log", xlabel="milliseconds a sentence", ylabel="right, percent (95 %)",
            title="Smaller and faster")
     ax.legend(frameon=False, fontsize=8)
@@ -35,18 +38,23 @@ def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def cuts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What is lost against the time that is left, one line a metric. table: latency (share), and
-    intent_change, f1_change and sentence_change with _low and _high.
+    """What is lost against the time that is left, one line a metric; those that were taught again
+    stand apart, hollow. table: candidate ("..., taught"), latency (share), and intent_change,
+    f1_change and sentence_change with _low and _high.
 
-    Example: `cuts(pd.DataFrame({"latency": [0.8]} | {f"{m}_change{end}": [-0.01] for m in
-    ("intent", "f1", "sentence") for end in ("", "_low", "_high")}))`
+    Example: `cuts(pd.DataFrame({"candidate": ["80%"], "latency": [0.8]} | {f"{m}_change{end}":
+    [-0.01] for m in ("intent", "f1", "sentence") for end in ("", "_low", "_high")}))`
     """
-    ax, rows = ax or _axes(8, 5), table.sort_values("latency")
+    ax, taught = ax or _axes(8, 5), table.candidate.str.endswith(", taught")
     for metric, colour, marker in METRICS:
         change = f"{metric}_change"
-        ends = [100 * abs(rows[f"{change}_{end}"] - rows[change]) for end in ("low", "high")]
-        ax.errorbar(rows.latency, 100 * rows[change], yerr=ends, color=colour, marker=marker,
-                    capsize=2, label=NAMES[metric])
+        for rows, how in ((table[~taught].sort_values("latency"), {"label": NAMES[metric]}),
+                          (table[taught], {"linestyle": "none", "markerfacecolor": "white",
+                                           "label": f"{NAMES[metric]}, taught again"})):
+            ends = [100 * abs(rows[f"{change}_{end}"] - rows[change]) for end in ("low", "high")]
+            if len(rows):
+                ax.errorbar(rows.latency, 100 * rows[change], yerr=ends, color=colour,
+                            marker=marker, capsize=2, **how)
     ax.axhline(0, color=GREY, linestyle=":")
     ax.axhline(-1, color=GREY, linestyle="--", linewidth=0.8)
     ax.set(xlabel="time of a sentence, as a share of the whole model's",
