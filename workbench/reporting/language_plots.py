@@ -26,11 +26,12 @@ def students(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.errorbar(table.latency_ms, 100 * table[metric], yerr=ends, fmt=marker, color=colour,
                     capsize=2, label=NAMES[metric])
     names = table.candidate.str.replace(r", seed \d+", "", regex=True)
-    groups = sorted(table.groupby(names), key=lambda group: group[1].latency_ms.mean())
-    for k, (name, rows) in enumerate(groups):  # neighbours' names at two heights
-        ax.annotate(name, (rows.latency_ms.mean(), 100 * rows.sentence_low.min()),
-                    textcoords="offset points", xytext=(0, -12 - 10 * (k % 2)), ha="center",
-                    fontsize=7, color=GREY)
+    places = table.groupby(names)[["latency_ms", "intent_high"]].max().sort_values("latency_ms")
+    for k, (name, place) in enumerate(places.iterrows()):  # neighbours' names at three heights
+        ax.annotate(str(name), (place.latency_ms, 100 * place.intent_high), ha="center",
+                    textcoords="offset points", xytext=(0, 5 + 9 * (k % 3)), fontsize=7,
+                    color=GREY)
+    ax.margins(y=0.1)
     ax.set(xscale="log", xlabel="milliseconds a sentence", ylabel="right, percent (95 %)",
            title="Smaller and faster")
     ax.legend(frameon=False, fontsize=8)
@@ -48,13 +49,13 @@ def cuts(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax, taught = ax or _axes(8, 5), table.candidate.str.endswith(", taught")
     for metric, colour, marker in METRICS:
         change = f"{metric}_change"
-        for rows, how in ((table[~taught].sort_values("latency"), {"label": NAMES[metric]}),
-                          (table[taught], {"linestyle": "none", "markerfacecolor": "white",
-                                           "label": f"{NAMES[metric]}, taught again"})):
+        for rows, line, inside, more in ((table[~taught].sort_values("latency"), "-", colour, ""),
+                                         (table[taught], "none", "white", ", taught again")):
             ends = [100 * abs(rows[f"{change}_{end}"] - rows[change]) for end in ("low", "high")]
             if len(rows):
                 ax.errorbar(rows.latency, 100 * rows[change], yerr=ends, color=colour,
-                            marker=marker, capsize=2, **how)
+                            marker=marker, capsize=2, linestyle=line, markerfacecolor=inside,
+                            label=NAMES[metric] + more)
     ax.axhline(0, color=GREY, linestyle=":")
     ax.axhline(-1, color=GREY, linestyle="--", linewidth=0.8)
     ax.set(xlabel="time of a sentence, as a share of the whole model's",
