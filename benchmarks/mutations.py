@@ -122,7 +122,6 @@ class Told:
         file = next(name for name in self.data.measured_files()
                     if name.endswith(str(path.relative_to(ROOT))))
         by_line = self.data.contexts_by_lineno(file)
-
         run = {name.partition("|")[0] for at in _statement(path, line)
                for name in by_line.get(at, ())}
         near = {f"tests/{test.name}" for test in (ROOT / "tests").glob("test_*.py")

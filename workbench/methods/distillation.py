@@ -320,7 +320,7 @@ class _Teaching(nn.Module):
 @dataclass(frozen=True)
 class Distil:
     """The step of a plan that trains with a teacher: by default the subject's reference, the model
-    before any step.
+    before any step. Soft targets of sentences are asked for once and remembered.
 
     kind, temperature, alpha, weight, layers: as `loss` has them. examples, validation: of those
     splits, all where 0. unlabelled: other data, as data.load takes them, on whose training examples

@@ -133,16 +133,7 @@ class Tagging(Objective):
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
         """By sentence: entities that are right, entities found, entities there."""
-        from seqeval.metrics.sequence_labeling import get_entities
-
-        rows = []
-        for chosen, wanted in zip(self.tagged(logits, targets).tolist(), targets.tolist(),
-                                  strict=True):
-            kept = [k for k, tag in enumerate(wanted) if tag != IGNORED]
-            found, there = (set(get_entities([self.tags[line[k]] for k in kept]))
-                            for line in (chosen, wanted))
-            rows.append([len(found & there), len(found), len(there)])
-        return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
+        return _entities(self.tagged(logits, targets), targets, self.tags)
 
     def value(self, sums: Tensor, n) -> Tensor:
         """F1 = 2 right / (found + there), 1 where there are none and none is found."""
@@ -270,32 +261,31 @@ class Understanding(Objective):
 
     def right(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Whether all of a sentence is right, float (n,)."""
-        chosen = torch.cat([self.answers(logits[:, :1]), self._tags.tagged(
-            logits[:, 1:, :len(self.tags)], targets[:, 1:])], 1)
-        return ((chosen == targets) | (targets == IGNORED)).all(1).float()
+        return ((self.chosen(logits, targets) == targets) | (targets == IGNORED)).all(1).float()
+
+    def chosen(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The chosen intent and, behind it, the chosen tags, int64 (n, tokens)."""
+        tagging = Tagging(tags=self.tags, whole=self.whole)
+        tags = tagging.tagged(logits[:, 1:, :len(self.tags)], targets[:, 1:])
+        return torch.cat([self.answers(logits[:, :1]), tags], 1)
 
     def statistics(self, logits: Tensor, targets: Tensor) -> Tensor:
         """By sentence: all is right, the intent is right, entities that are right, entities found,
         entities there."""
-        entities = self._tags.statistics(logits[:, 1:, :len(self.tags)], targets[:, 1:])
-        intent = (self.answers(logits)[:, 0] == targets[:, 0]).double()
-        return torch.cat([self.right(logits, targets).double()[:, None], intent[:, None], entities],
-                         1)
+        chosen = self.chosen(logits, targets)
+        right = (chosen == targets) | (targets == IGNORED)
+        both = torch.stack([right.all(1), chosen[:, 0] == targets[:, 0]], 1).double()
+        return torch.cat([both, _entities(chosen[:, 1:], targets[:, 1:], self.tags)], 1)
 
     def value(self, sums: Tensor, n) -> Tensor:
         """The metric."""
         if self.metric == "f1":
-            return self._tags.value(sums[..., 2:], n)
+            return Tagging(tags=self.tags).value(sums[..., 2:], n)
         return sums[..., UNDERSTOOD.index(self.metric)] / n
 
     def check_targets(self, inputs, targets: Tensor) -> None:
         """Raise ValueError where a sentence has not one target for each of its tokens."""
         _check_lengths(inputs, targets)
-
-
-    @property
-    def _tags(self) -> Tagging:
-        return Tagging(tags=self.tags, whole=self.whole)
 
 
 UNDERSTOOD = ("sentence", "intent", "f1")
@@ -345,6 +335,19 @@ def likeliest(logits: Tensor, counted: Tensor, tags: Sequence[str]) -> Tensor:
     for came in reversed(before):
         path.append(came.gather(1, path[-1]))
     return torch.empty_like(order).scatter_(1, order, torch.cat(path[::-1], 1))
+
+
+def _entities(chosen: Tensor, targets: Tensor, tags: Sequence[str]) -> Tensor:
+    """By sentence, float64 (n, 3): entities that are right, found, and there."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    rows = []
+    for line, wanted in zip(chosen.tolist(), targets.tolist(), strict=True):
+        kept = [k for k, tag in enumerate(wanted) if tag != IGNORED]
+        found, there = (set(get_entities([tags[tagged[k]] for k in kept]))
+                        for tagged in (line, wanted))
+        rows.append([len(found & there), len(found), len(there)])
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
 
 
 def _share(hits: Tensor, counted: Tensor) -> Tensor:
