@@ -16,10 +16,12 @@ from pathlib import Path
 
 from workbench import machine
 
-# what notebooks import; nothing of it may compute or start threads, which copies would not have
-WARM = ["workbench.reporting.execution", "ipykernel.ipkernel", "ipykernel.kernelapp",
-        "matplotlib.pyplot", "nbconvert", "onnxruntime", "onnxscript.rewriter", "pandas",
-        "papermill", "torch._dynamo", "torchvision", "transformers.models.bert.modeling_bert",
+# what running a notebook imports, whatever is in it
+RUNS = ["workbench.reporting.execution", "ipykernel.ipkernel", "ipykernel.kernelapp", "nbconvert",
+        "papermill", "workbench.reporting.pages"]
+# what notebooks import; nothing of either may compute or start threads, which copies would not have
+WARM = ["matplotlib.pyplot", "onnxruntime", "onnxscript.rewriter", "pandas", "torch._dynamo",
+        "torchvision", "transformers.models.bert.modeling_bert",
         "workbench.plans.compress", "workbench.plans.search", "workbench.reporting.plots",
         "workbench.subjects.data", "workbench.subjects.models", "workbench.deployment.warm"]
 
@@ -70,13 +72,13 @@ def copied(target: Callable, *arguments) -> Copy:
 
 
 def prepare(*, warm: bool) -> None:
-    """Say what that process does before its first copy. warm: import what notebooks import, in 12
+    """Say what that process imports before its first copy. warm: what notebooks import too, in 12
     s, which two do not earn back.
 
     Example: `prepare(warm=False)`
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["workbench.reporting.nursery",
-                                                                      *(WARM if warm else [])])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["workbench.reporting.nursery", *RUNS, *(WARM if warm else [])])
 
 
 def settle(folder: str, environment: Mapping[str, str], threads: int | None = None) -> None:

@@ -1,9 +1,9 @@
 """The reference: a page for each room of the package, made of its docstrings."""
 
 import ast
+import functools
 import html
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,19 +51,23 @@ def write(out: Path, render) -> dict[str, str]:
     for room, about in ROOMS.items():
         page = folder / f"{room}.html"
         if not page.exists() or page.stat().st_mtime < newest:
-            modules = list(_modules(room))
             with files.atomic(page) as new:
                 written = render("reference.html.j2", room=room, about=about, rooms=ROOMS,
-                                 modules=modules)
+                                 modules=_modules(room, newest))
                 new.write_text(written, encoding="utf-8")
     return ROOMS
 
 
-def _modules(room: str) -> Iterator[Entry]:
+@functools.cache
+def _modules(room: str, newest: float) -> list[Entry]:
+    """What is in a room, read once for a package whose newest file is of that time."""
+    found = []
     for path in sorted((PACKAGE / room).glob("*.py") if room != "ground" else PACKAGE.glob("*.py")):
         if not path.stem.startswith("_"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            yield Entry(path.stem, "", _html(ast.get_docstring(tree) or ""), _entries(tree))
+            text = _html(ast.get_docstring(tree) or "")
+            found.append(Entry(path.stem, "", text, _entries(tree)))
+    return found
 
 
 def _entries(tree: ast.Module | ast.ClassDef) -> list[Entry]:
