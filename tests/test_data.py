@@ -140,6 +140,13 @@ def test_an_empty_folder_is_refused(tmp_path):
         data.load(f"folder:{tmp_path}")
 
 
+def test_pictures_without_classes_are_to_be_put_into_folders_of_their_names(tmp_path):
+    for k in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+    with pytest.raises(ValueError, match="pictures of each class into a folder of its name"):
+        data.load(f"folder:{tmp_path}")
+
+
 def test_a_folder_of_several_sets_names_them_and_says_how_one_is_given(tmp_path, capfd):
     pd.DataFrame({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "sentences.parquet")
     pd.DataFrame({"samples": [[0.5]], "digit": [3]}).to_parquet(tmp_path / "digits.parquet")

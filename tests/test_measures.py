@@ -162,7 +162,7 @@ def test_a_verdict_says_which_limit_is_not_kept():
     good = equivalence.Equivalence(1.0, 1.0, 0.0, 0.0, 1.0, 20, limits)
     assert str(good).endswith("the same answer for 100.00% of 20")
     bad = equivalence.Equivalence(1.0, 0.9985, 0.01, 0.05, 1.0, 20, limits)
-    assert str(bad).startswith("not equivalent: cosine at least 0.9985, relative L2 at most 0.05, ")
+    assert str(bad).startswith("not equivalent: least cosine 0.9985, largest relative L2 0.05, ")
     assert str(bad).endswith("; asked: relative L2 of the outputs <= 0.0001; by_layer shows where "
                              "they part")
 

@@ -262,4 +262,14 @@ def test_a_hub_that_does_not_answer_is_no_misspelt_name(name, said):
         raise OSError("no network")
 
     with pytest.raises(ValueError, match=said):
-        models._of_zoo("timm", name, fetched)
+        models._of_zoo("timm", name, fetched, pretrained=True)
+
+
+def test_who_starts_at_random_is_not_told_to():
+    with pytest.raises(ValueError, match="check the name$"):
+        models.load("timm:mobilenetv3_smal_100", pretrained=False)
+
+
+def test_of_names_that_are_as_like_the_one_that_begins_alike_is_meant():
+    with pytest.raises(ValueError, match="did you mean 'resnet20'; expected"):
+        models.load("resnet2O")

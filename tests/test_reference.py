@@ -82,4 +82,4 @@ def test_the_story_of_the_readme_runs_and_has_fifteen_lines(tiny, tmp_path, monk
     told = capsys.readouterr().out
     assert "points [" in told
     assert "latency_ms" in told
-    assert "equivalent: cosine at least" in told
+    assert "equivalent: least cosine" in told

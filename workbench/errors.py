@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 
@@ -28,11 +29,16 @@ def reason(error: Exception) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The name that is meant where one is misspelt, for a message; nothing where none is like it.
+    Of names that are as like, the one that begins alike.
 
     Example: `nearest("prun", ["prune", "drop"]) == ", did you mean 'prune'"`
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}" if near else ""
+    near = difflib.get_close_matches(name, list(known))
+    if not near:
+        return ""
+    like = {one: (difflib.SequenceMatcher(None, one, name).ratio(),
+                  len(os.path.commonprefix([one, name]))) for one in near}
+    return f", did you mean {max(near, key=lambda one: like[one])!r}"
 
 
 def listed(names, *, most: int = 6) -> str:

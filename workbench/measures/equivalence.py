@@ -85,7 +85,7 @@ class Equivalence:
         missed = [f"{check['name'].partition(',')[0]} {check['limit']}"
                   for check in self.checks() if not check["passed"]]
         rest = f"; asked: {', '.join(missed)}; by_layer shows where they part" if missed else ""
-        return (f"{word}: cosine at least {self.cosine_min:.6g}, relative L2 at most "
+        return (f"{word}: least cosine {self.cosine_min:.6g}, largest relative L2 "
                 f"{self.l2_max:.2g}, the same answer for {self.agreement:.2%} of {self.n:,}{rest}")
 
     __repr__ = __str__

@@ -228,8 +228,10 @@ def _columns(features, name: str) -> dict[str, str]:
         return {"tokens": "tokens", "tags": tags} | ({"label": label} if label else {})
     if text:
         return {"text": text} | ({"label": label} if label else {})
+    classes = ("; put the pictures of each class into a folder of its name, as in train/CLASS/x.png"
+               if image else "")
     raise ValueError(f"{name} has the columns {', '.join(features)}; expected images or text with "
-                     "one named label, tokens with tags, or text alone")
+                     f"one named label, tokens with tags, or text alone{classes}")
 
 
 def _refuse_unseen(splits: Mapping[str, Split], named: tuple[str, ...], name: str) -> None:

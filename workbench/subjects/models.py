@@ -319,17 +319,19 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
 
         size = {} if pretrained else {"num_classes": classes}
         return _of_zoo(kind, rest,
-                       lambda: get_model(rest, weights="DEFAULT" if pretrained else None, **size))
+                       lambda: get_model(rest, weights="DEFAULT" if pretrained else None, **size),
+                       pretrained=pretrained)
     if kind == "timm" and rest:
         import timm
 
         size = {"num_classes": classes, "in_chans": channels}
-        return _of_zoo(kind, rest, lambda: timm.create_model(rest, pretrained=pretrained, **size))
+        return _of_zoo(kind, rest, lambda: timm.create_model(rest, pretrained=pretrained, **size),
+                       pretrained=pretrained)
     raise ValueError(f"unknown model {base!r}{nearest(base, NAMES)}; expected one of "
                      f"{', '.join(NAMES)}")
 
 
-def _of_zoo(kind: str, name: str, make):
+def _of_zoo(kind: str, name: str, make, *, pretrained: bool = False):
     try:
         with quietly():  # a hub that does not answer is told in one line below
             return make()
@@ -339,9 +341,10 @@ def _of_zoo(kind: str, name: str, make):
             {"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
         found = name in known or name.partition(".")[0] in known  # with the tag of its weights
         meant = "" if found else nearest(f"{kind}:{name}", [f"{kind}:{one}" for one in known])
+        out = (f" and the network, give weights that you have as {kind}:{name}@CHECKPOINT, or pass "
+               "pretrained=False for a random start" if pretrained and not meant else "")
         raise ValueError(f"{kind}:{name} could not be made ({reason(error)}){meant}; check the "
-                         f"name and the network, give weights that you have as {kind}:{name}"
-                         "@CHECKPOINT, or pass pretrained=False for a random start") from error
+                         f"name{out}") from error
 
 
 def _efficientnet_lite0(classes: int, channels: int, pretrained: bool) -> nn.Module:
