@@ -192,6 +192,7 @@ def test_the_small_encoders_give_unit_vectors_and_ignore_more_silence():
     with torch.no_grad():
         mels = torch.rand(2, 40, 60)
         assert torch.allclose(speech(mels).norm(dim=1), torch.ones(2))
+        assert speech.layers(mels).shape == (2, 256, 15), "two of four layers halve the frames"
         text = encoders.TextEncoder(16).eval()
         grams = encoders.ngrams(["rose", "a longer text"])
         assert torch.allclose(text(grams)[:1], text(grams[:1, :int((grams[0] > 0).sum())]),

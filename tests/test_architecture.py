@@ -72,6 +72,12 @@ def test_a_module_fits_in_the_head(path):
     assert len(path.read_text().splitlines()) <= 420
 
 
+def test_who_gives_no_seed_gets_0():
+    found = re.findall(r"\bseed: (?:int|Count) = (\w+)", "".join(map(Path.read_text, FILES)))
+    assert len(found) > 50
+    assert set(found) == {"0"}
+
+
 def test_ruff_finds_nothing_notebooks_and_lines_of_100_columns_included():
     made = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT,
                           capture_output=True, text=True, check=False)

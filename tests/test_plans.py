@@ -21,7 +21,7 @@ from workbench.methods.factorization import Factorize
 from workbench.methods.quantization import Quantize
 from workbench.methods.rounding import Repair
 from workbench.methods.sparsity import Sparsify
-from workbench.plans import recipe
+from workbench.plans import recipe, tuning
 from workbench.plans.allocation import Mix
 from workbench.plans.compress import compress
 from workbench.plans.orders import order
@@ -109,6 +109,12 @@ def test_the_recipes_that_come_along_are_whole():
     with pytest.raises(FileNotFoundError, match="recipe int9 does not exist; give a YAML file, or "
                        "one of int4, int8"):
         recipe.load("int9")
+
+
+def test_how_near_answers_come_does_not_depend_on_how_large_they_are():
+    found, expected = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    for size in (1e-6, 1.0, 1e6):
+        assert tuning._distance(size * found, size * expected) == pytest.approx((4 / 3 + 1 / 2) / 2)
 
 
 def test_a_share_of_the_channels_of_some_layers_goes(model, tiny):

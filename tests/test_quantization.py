@@ -447,6 +447,17 @@ def test_with_few_images_rounding_fits_what_images_held_out_bear_out(monkeypatch
     assert chosen < 1.05 * min(fixed), "than with the best ridge for all layers"
 
 
+@pytest.mark.parametrize("repair", [rounding.adaround, rounding.adaquant, rounding.descend])
+def test_rounding_is_the_same_however_large_the_inputs_are(repair):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(200, 16) @ torch.randn(16, 16)
+    # powers of two round nothing
+    small, whole = (repair(quantization.quantize(net, [(x * size, None)], weights=FOUR,
+                                                 activations=None), net, [(x * size, None)])
+                    for size in (2**-12, 1))
+    assert torch.equal(*(quantization.integers(made)["0"] for made in (small, whole)))
+
+
 def test_fewer_images_than_folds_still_give_a_rounding():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(3, 8)

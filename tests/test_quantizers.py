@@ -160,6 +160,9 @@ def test_an_activation_quantiser_watches_and_then_quantises():
     quantizer.settle("minmax")
     assert (quantizer(values) - values).abs().max() <= 5.1 / 255 / 2 + 1e-6
     assert quantizer(torch.tensor([99.0])).item() == pytest.approx(values.max().item(), rel=1e-3)
+    assert not quantizer(values).requires_grad, "its scale learns only when it is told to"
+    quantizer.learned = True
+    assert quantizer(values).requires_grad
 
 
 @pytest.mark.parametrize(("call", "words"), [

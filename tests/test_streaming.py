@@ -205,7 +205,8 @@ def test_a_hop_or_a_state_that_does_not_fit_is_told(tmp_path):
         stream(torch.zeros(1, 1, 7))
     stream(torch.zeros(1, 1, 8))
     other = streaming.Stream(streaming.stream(nn.Conv1d(1, 2, 5), torch.zeros(1, 1, 64), hop=8))
-    with pytest.raises(ValueError, match="state of another network"):
+    with pytest.raises(ValueError, match=r"state of another network: \w+ is \(1, 1, 8\) of "
+                       r"torch.float32, expected \('n', 1, 4\) of torch.float32"):
         other.resume(stream.now)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from workbench.batches import answer, call
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import ends, is_layer
-from workbench.graph.running import Runner
+from workbench.graph.running import Runner, _overwrites
 from workbench.graph.tracing import trace
 from workbench.subjects.networks import Towers
 
@@ -162,6 +162,14 @@ def test_a_branch_overwrites_nothing_that_others_read():
         y = model.a(x)
         torch.testing.assert_close(found, model.b(torch.relu(y) + y) + y)
         assert all(torch.equal(values[node], value) for node, value in kept.items())
+
+
+def test_a_sum_is_written_over_an_operand_of_its_own_kind_and_shape_only():
+    a, wide, half = torch.ones(2), torch.ones(3, 2), torch.ones(2, dtype=torch.float16)
+    assert _overwrites((a, a.clone()))
+    assert not _overwrites((a, wide))
+    assert not _overwrites((half, a))
+    assert not _overwrites((a, 1.0))
 
 
 class Odd(nn.Module):

@@ -152,7 +152,7 @@ def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: Moments, step
     unit = moments.loss(nearest).mean().clamp_min(1e-20)
     optimizer = torch.optim.Adam([logit], 0.02)
     for step in range(steps):
-        chosen = (logit.sigmoid() * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp(0, 1)
+        chosen = stretched(logit)
         values = ((down + chosen).clamp(low, high) - zero) * scale
         loss = moments.loss(values).mean() / unit
         if step > 0.2 * steps:
@@ -165,6 +165,15 @@ def _adaround(quantizer: WeightQuantizer, weight: Tensor, moments: Moments, step
         rounded = ((down + (logit > 0).float()).clamp(low, high) - zero) * scale
         plain = fake_quantize(weight.reshape(moments.target.shape), scale, zero, quantizer.scheme)
         return _best([rounded, nearest, plain], moments).reshape(weight.shape)
+
+
+def stretched(logit: Tensor) -> Tensor:
+    """What AdaRound learns a share between two levels by: a sigmoid a little wider than 0 to 1,
+    which reaches both.
+
+    Example: `stretched(torch.tensor([-9.0, 0.0, 9.0])).tolist() == [0.0, 0.5, 1.0]`
+    """
+    return (logit.sigmoid() * (STRETCH[1] - STRETCH[0]) + STRETCH[0]).clamp(0, 1)
 
 
 def sharpness(progress: float) -> float:
