@@ -341,8 +341,9 @@ def _of_zoo(kind: str, name: str, make, *, pretrained: bool = False):
             {"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
         found = name in known or name.partition(".")[0] in known  # with the tag of its weights
         meant = "" if found else nearest(f"{kind}:{name}", [f"{kind}:{one}" for one in known])
-        out = (f" and the network, give weights that you have as {kind}:{name}@CHECKPOINT, or pass "
-               "pretrained=False for a random start" if pretrained and not meant else "")
+        out = (" and the network (HF_HUB_OFFLINE=1 does not wait for it), give weights that you "
+               f"have as {kind}:{name}@CHECKPOINT, or pass pretrained=False for a random start"
+               if pretrained and not meant else "")
         raise ValueError(f"{kind}:{name} could not be made ({reason(error)}){meant}; check the "
                          f"name{out}") from error
 
