@@ -11,10 +11,10 @@ from torch import nn
 from workbench.errors import UnsupportedModelError
 from workbench.graph import coupling
 from workbench.graph.group import Kept
-from workbench.graph.layers import macs_of
+from workbench.graph.layers import Masked, macs_of
 from workbench.measures import accuracy
 from workbench.methods import channels
-from workbench.subjects import models
+from workbench.subjects import data, models
 
 
 class Concatenating(nn.Module):
@@ -102,6 +102,51 @@ def test_masked_and_removed_models_agree_and_the_removed_one_is_smaller(name):
                                   atol=1e-3 * model(inputs).abs().max().item())
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_norms_without_weights_are_cut_and_come_back(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, affine=False), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+
+    x, task = torch.randn(8, 3, 8, 8), data.of((torch.randn(30, 3, 8, 8), torch.arange(30) % 3))
+    scores = channels.score(made(), "l1", example=x)
+    small = channels.cut_to(models.wrap(made(), task), scores, macs=0.6, example=x,
+                            batches=[(x, None)])
+    assert small[1].num_features == small[0].out_channels < 16
+    models.save(small, tmp_path / "small.safetensors")
+    again = models.load(tmp_path / "small.safetensors", task, into=made())
+    torch.testing.assert_close(again(x), small(x))
+    with pytest.raises(UnsupportedModelError, match="no batch norm with a scale for bn_gamma"):
+        channels.score(made(), "bn_gamma", example=x)
+
+
+def test_what_the_loss_does_not_read_scores_nothing():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.aside = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            states = self.body(x).relu()
+            return self.head(states), self.aside(states)
+
+    model, x = Aside(), torch.randn(6, 4)
+    model.body.requires_grad_(False)
+    scores = channels.score(model, "taylor", example=x, batches=[(x, torch.arange(6) % 3)])
+    assert scores[scores.layer == "body"].score.sum() > 0
+    assert (scores[scores.layer == "aside"].score == 0).all()
+
+
+def test_a_transposed_convolution_is_scored_by_its_outputs():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2),
+                          nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x = torch.randn(6, 3, 8, 8)
+    scores = channels.score(model, "taylor", example=x, batches=[(x, torch.arange(6) % 3)])
+    assert scores.groupby("layer", sort=False).size().tolist() == [16, 8, 3]
+    masked = Masked(model[2], torch.tensor([1]))
+    assert (masked(torch.randn(1, 16, 4, 4))[:, 1] == 0).all()
 
 
 def test_channels_that_are_split_go_by_parts_or_stay_and_say_why():

@@ -157,6 +157,12 @@ def test_a_folder_of_several_sets_names_them_and_says_how_one_is_given(tmp_path,
     assert capfd.readouterr() == ("", "")
 
 
+def test_pictures_of_16_bits_keep_their_tones():
+    grey = Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8))
+    found = Pictures([grey], Preprocessing(mean=(0.5,), std=(0.5,)), "grey")[:1]
+    assert found.flatten().tolist() == list(range(0, 256, 4))
+
+
 def test_images_of_different_sizes_need_preprocessing(tmp_path):
     rows = [{"image": encoded(1, side), "label": 0} for side in (8, 9)]
     pd.DataFrame(rows).to_parquet(tmp_path / "photos.parquet")
@@ -170,3 +176,49 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     pd.DataFrame(rows).to_parquet(tmp_path / "photos.parquet")
     with pytest.raises(ValueError, match="image 1 cannot be decoded"):
         data.load(f"folder:{tmp_path / 'photos.parquet'}")
+
+
+def test_labels_that_come_in_turn_are_in_every_split():
+    task = data.of((torch.randn(240, 8), torch.arange(240) % 10))
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [176, 16, 48]
+    assert set(task.test.targets.tolist()) == set(task.train.targets.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize(("targets", "words"), [
+    (torch.rand(6), r"targets are torch.float32 \(6,\), expected whole numbers \(n,\)"),
+    (torch.zeros(6, 1).long(), r"targets are torch.int64 \(6, 1\), expected whole numbers"),
+    (torch.tensor([0, 1, -1, 0, 1, 0]), "example 2 is of class -1; classes count from 0")])
+def test_targets_that_are_no_classes_are_refused(targets, words):
+    with pytest.raises(ValueError, match=words):
+        data.of((torch.randn(6, 3), targets))
+
+
+def test_arrays_and_small_integers_become_what_torch_reads():
+    task = data.of((np.ones((10, 3), np.float32), np.zeros(10, np.int32)))
+    assert task.train.inputs.dtype == torch.float32
+    assert task.train.targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ([], "mine train holds no examples"), (None, "no training examples"),
+    ([(picture(3), 0)], "no pairs of tensors and targets of one shape"),
+    ([(torch.ones(2, 2 + k), 0) for k in range(3)],
+     "no pairs of tensors and targets of one shape")])
+def test_a_dataset_that_is_none_is_told(given, words):
+    with pytest.raises(ValueError, match=words):
+        data.of(given)
+
+
+def test_nan_in_an_input_of_one_number_an_example_is_told():
+    values = torch.ones(6)
+    values[4] = float("nan")
+    with pytest.raises(ValueError, match="example 4 holds NaN"):
+        data.of(({"signal": torch.ones(6, 3), "age": values}, torch.zeros(6).long()))
+
+
+def test_tags_are_called_by_the_classes():
+    inputs, tags = torch.zeros(6, 4).long(), torch.zeros(6, 4).long()
+    task = data.of((inputs, tags), asks="tags", classes=("O", "B-room", "I-room"))
+    assert task.test.objective.tags == ("O", "B-room", "I-room")
+    with pytest.raises(ValueError, match="tags want names, such as classes="):
+        data.of((inputs, tags), asks="tags")

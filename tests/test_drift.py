@@ -110,3 +110,13 @@ def test_a_monitor_without_images_is_refused_and_leaves_no_hook(model):
     with pytest.raises(ValueError, match="the baseline saw no examples"):
         drift.Monitor(model, [])
     assert not any(layer._forward_hooks for layer in named(model).values())
+
+
+def test_a_batch_with_nan_is_not_remembered(model, task, seen):
+    monitor = drift.Monitor(model, seen, compensate=True)
+    images, _ = next(task.test.batches(8))
+    spoilt = images.clone()
+    spoilt[0, 0, 0, 0] = float("nan")
+    monitor(spoilt)
+    assert monitor(images).isfinite().all()
+    assert monitor.table().mean_shift.notna().all()

@@ -98,6 +98,22 @@ def test_cost_counts_attention_and_grouped_convolutions():
                                           224))["macs"] == pytest.approx(0.300e9, rel=0.02)
 
 
+def test_the_products_of_torchs_own_attention_are_counted():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    # three projections and one behind, queries times keys, weights times values
+    assert cost.total(Net(), torch.randn(1, 5, 8))["macs"] == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8
+    assert torch.backends.mha.get_fastpath_enabled(), "put back as it was"
+
+
 def test_what_runs_in_lists_of_modules_counts_for_the_layers_and_nothing_is_negative():
     class Listed(nn.Module):
         def __init__(self):

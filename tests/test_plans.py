@@ -6,23 +6,27 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from workbench.__main__ import main
 from workbench.errors import UnsupportedModelError
+from workbench.measures import accuracy
 from workbench.methods.channels import Prune
-from workbench.methods.distillation import Distil
+from workbench.methods.distillation import Distil, falling
 from workbench.methods.factorization import Factorize
 from workbench.methods.quantization import Quantize
 from workbench.methods.rounding import Repair
 from workbench.methods.sparsity import Sparsify
 from workbench.plans import recipe, tuning
 from workbench.plans.allocation import Mix
+from workbench.plans.checkup import checkup
 from workbench.plans.compress import compress
 from workbench.plans.orders import order
 from workbench.plans.steps import Export, Load, plan
@@ -187,6 +191,67 @@ def test_what_needs_other_examples_is_refused_before_anything_runs(model, tiny, 
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="^fashion_mnist has 0 validation or training examples"):
         Tune().apply(only)
+
+
+@pytest.fixture
+def few(task):
+    """A network and task whose stages take no time."""
+    torch.manual_seed(0)
+    own = data.of((torch.randn(90, 6), torch.arange(90) % 3))
+    return Subject(models.wrap(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)), own),
+                   own)
+
+
+def test_stages_of_other_examples_models_and_teachers_are_not_taken(few, tmp_path):
+    how = {"out": tmp_path / "out", "stages": tmp_path / "stages", "blocks": 5}
+    halves = [few.task.test.take(torch.arange(k, k + 9)) for k in (0, 9)]
+    tops = [compress(few, [], test=half, **how).stages.top1[0] for half in halves]
+    assert tops == [accuracy.evaluate(few.model, half).value for half in halves]
+    other = copy.deepcopy(few.model)
+    other[1] = nn.Tanh()
+    other.origin = few.model.origin
+    compress(few.with_model(other), [], **how)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert "Tanh" in nodes
+    taught = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        teacher = nn.Sequential(nn.Linear(6, 3)).eval()
+        step = Distil(Recipe(epochs=3, learning_rate=0.05), teacher=teacher, alpha=1.0)
+        taught.append(compress(few, {"distil": step}, **how).subject.model[0].weight)
+    assert not torch.equal(*taught)
+
+
+def test_a_schedule_a_step_of_ones_own_and_a_list_of_steps_are_taken(few, tmp_path):
+    @dataclass(frozen=True)
+    class Halved:
+        share: float = 0.5
+
+        def apply(self, subject):
+            model = copy.deepcopy(subject.model)
+            model[0].weight.data *= self.share
+            return subject.with_model(model)
+
+    steps = [Halved(), Distil(Recipe(epochs=1), temperature=falling(4.0, 1.0))]
+    made = compress(few, steps, tmp_path / "one", stages=tmp_path / "stages", blocks=5)
+    assert made.stages.stage.tolist() == ["start", "1 halved", "2 distil"]
+    again = compress(few, steps, tmp_path / "two", stages=tmp_path / "stages", blocks=5)
+    assert again.stages.took_s.tolist() == made.stages.took_s.tolist(), "taken, not made again"
+
+
+def test_an_export_is_written_where_its_stage_was_known_too(few, tmp_path):
+    for out in ("one", "two"):
+        made = compress(few, {"export": Export("mid.onnx")}, tmp_path / out,
+                        stages=tmp_path / "stages", blocks=5)
+        assert made.subject.made["file"] == tmp_path / out / "mid.onnx"
+        assert made.subject.made["file"].exists()
+
+
+def test_test_examples_do_not_calibrate(few, tmp_path):
+    none = few.task.train.take(torch.arange(0))
+    only = Subject(few.model, replace(few.task, train=none, validation=none))
+    with pytest.raises(ValueError, match="no validation or training examples to calibrate on"):
+        checkup(only, folder=tmp_path)
 
 
 def test_what_a_run_leaves(model, tiny, tmp_path):

@@ -65,3 +65,14 @@ def test_decoders_stand_with_their_perplexity_and_contexts_at_their_own_places()
     axes = language_plots.contexts(rows)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["16", "1,024"]
     assert [list(line.get_ydata()) for line in axes.lines] == [[1.0, 1.5], [2.0, 3.0]]
+
+
+def test_more_recipes_than_colours_are_all_drawn():
+    row = {"stage": ["start", "end"], "ratio": [1.0, 0.5], "perplexity_change": [0.0, 0.5],
+           "perplexity_change_low": [0.0, 0.4], "perplexity_change_high": [0.0, 0.6]}
+    ax = plots.stages(pd.concat([pd.DataFrame(row).assign(recipe=str(k)) for k in range(7)]))
+    assert len(ax.get_legend().get_texts()) == 7
+    assert ax.get_ylabel() == "change of perplexity"
+    assert max(line.get_ydata()[-1] for line in ax.get_lines()) < 1, "no points"
+    many = pd.DataFrame({"subject": list("abcdefg"), "params": np.linspace(0.1, 0.7, 7)})
+    assert len(plan_plots.left(many, ["params"]).get_legend().get_texts()) == 7

@@ -14,7 +14,7 @@ from workbench.errors import UnsupportedModelError
 from workbench.graph import layers, moments
 from workbench.graph.layers import named
 from workbench.measures import accuracy, equivalence, peers, sensitivity
-from workbench.methods import quantization, reparameterization, rounding
+from workbench.methods import channels, quantization, reparameterization, rounding
 from workbench.numbers.grid import Scheme
 from workbench.numbers.histograms import CALIBRATORS
 from workbench.numbers.quantizers import quantizers
@@ -203,7 +203,7 @@ def test_rounding_finds_the_best_of_a_layer_small_enough_to_try_all(repair):
 def test_convolution_patches_give_the_convolution_back():
     torch.manual_seed(0)
     for layer in (nn.Conv2d(4, 6, 3, padding=1, stride=2), nn.Conv2d(4, 8, 3, groups=2, dilation=2),
-                  nn.Conv2d(4, 4, 3, groups=4)):
+                  nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, (3, 5), padding="same")):
         images = torch.randn(2, 4, 9, 9)
         out, places = layer(images), torch.randint(0, 2**31, (2, 10),
                                                    generator=torch.Generator().manual_seed(3))
@@ -431,6 +431,41 @@ def test_zero_points_hold_lopsided_weights_and_reach_the_int8_kernels(tmp_path):
         assert (sessions.open(path)(x) - made[False](x)).norm() < 0.02 * made[False](x).norm()
 
 
+@pytest.mark.parametrize("repair", [rounding.correct_bias, rounding.adaround, rounding.descend])
+def test_rounding_over_time_errs_less(repair):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(4, 16, 5, padding=2, dilation=1), nn.ReLU(),
+                        nn.Conv1d(16, 8, 3, stride=2, padding=1)).eval()
+    x, other = torch.randn(2, 64, 4, 40)
+    rough = quantization.quantize(net, [(x, None)], weights=FOUR)
+    assert logit_error(repair(rough, net, [(x, None)]), net, other) < 0.97 * logit_error(rough, net,
+                                                                                         other)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_layer_that_pads_otherwise_is_rounded_cut_and_exported_too(mode, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, padding_mode=mode), nn.ReLU(),
+                        nn.Conv2d(16, 4, 3, padding=(0, 1), padding_mode=mode)).eval()
+    x = torch.randn(16, 3, 8, 8)
+    small = channels.remove(net, {"0": [0, 5]}, example=x)
+    assert channels.score(small, "l1", example=x).groupby("layer").size()["0"] == 14
+    rough = quantization.quantize(net, [(x, None)], weights=FOUR)
+    fixed = rounding.correct_bias(rough, net, [(x, None)])
+    assert logit_error(fixed, net, x) <= logit_error(rough, net, x)
+    path = onnx.export(fixed, x[:1], tmp_path / "padded.onnx")
+    assert (sessions.open(path)(x) - fixed(x)).norm() < 0.02 * fixed(x).norm()
+
+
+def test_a_layer_that_has_no_patches_is_named():
+    net = nn.Sequential(nn.ConvTranspose2d(3, 8, 2)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    rough = quantization.quantize(net, [(x, None)])
+    with pytest.raises(UnsupportedModelError, match="layer 0: ConvTranspose2d has no patches here; "
+                       ".* zero padding, and Linear; quantise without it"):
+        rounding.correct_bias(rough, net, [(x, None)])
+
+
 def test_with_few_images_rounding_fits_what_images_held_out_bear_out(monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)).eval()
@@ -545,3 +580,14 @@ def test_inputs_in_the_place_of_batches_are_refused_in_one_line(folded, given):
                        "task.validation") as caught:
         quantization.quantize(folded, given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_transposed_convolution_is_quantised_and_exported(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x = torch.randn(16, 3, 8, 8)
+    eight = quantization.quantize(model, [(x, None)])
+    assert logit_error(eight, model, x) < 0.05
+    path = onnx.export(eight, x[:1], tmp_path / "up.onnx")
+    assert (sessions.open(path)(x) - model(x)).norm() < 0.05 * model(x).norm()

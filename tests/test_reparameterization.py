@@ -89,7 +89,7 @@ def test_statistics_taken_anew_are_those_of_the_batches():
 def test_statistics_need_norms_and_images(model):
     with pytest.raises(UnsupportedModelError, match="no batch norm"):
         reparameterization.reestimate_batchnorm(nn.Sequential(nn.Linear(2, 2)), [])
-    with pytest.raises(ValueError, match="saw no examples"):
+    with pytest.raises(ValueError, match="saw no batch of two or more examples"):
         reparameterization.reestimate_batchnorm(model, [])
 
 
@@ -112,3 +112,39 @@ def test_a_norm_that_always_follows_one_layer_is_folded_and_one_that_follows_two
         folded = reparameterization.fold_batchnorm(model, x)
         torch.testing.assert_close(folded(x), model(x))
         assert isinstance(folded.norm, torch.nn.BatchNorm1d) == other
+
+
+class OverTokens(nn.Module):
+    def __init__(self, tokens):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(tokens)
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+@pytest.mark.parametrize("tokens", [5, 8])
+def test_a_norm_over_tokens_is_no_part_of_the_layer_before_it(tokens):
+    torch.manual_seed(0)
+    model, x = OverTokens(tokens), torch.randn(64, tokens, 6)
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        folded = reparameterization.fold_batchnorm(model, x[:1])
+        torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_norm_without_statistics_of_its_own_is_not_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(reparameterization.fold_batchnorm(model, x)(x), model(x))
+
+
+def test_a_last_batch_of_one_example_is_passed_over():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    x = torch.randn(9, 4)
+    with_it, without = (reparameterization.reestimate_batchnorm(model, [(part, None) for part in x])
+                        for x in (x.split(4), x[:8].split(4)))
+    assert torch.equal(with_it[1].running_var, without[1].running_var)
+    with pytest.raises(ValueError, match="no batch of two or more examples"):
+        reparameterization.reestimate_batchnorm(model, [(x[:1], None)])

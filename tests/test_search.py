@@ -3,7 +3,7 @@ limits are one line."""
 
 import shutil
 import sys
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from workbench.__main__ import main
+from workbench.deployment import onnx
 from workbench.graph.layers import macs_of
 from workbench.measures import latency
 from workbench.methods import channels, depth
@@ -249,8 +250,7 @@ def by_bytes(candidates, *_arguments, **_options) -> pd.DataFrame:
 def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_path, monkeypatch):
     start, space = small
     monkeypatch.setattr(latency, "paired", by_bytes)
-    monkeypatch.setattr(searching, "ProcessPoolExecutor", lambda count,
-                        mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(searching, "_timed_alone", by_bytes)
     found = search(start, Limits(latency=0.8), tmp_path / "a", **settings(space))
     assert found.reason == "within the limits"
     assert found.confirmed.set_index("plan").loc[label(found.plan), "latency"] < 0.8
@@ -278,12 +278,28 @@ def test_a_search_keeps_its_limit_makes_nothing_twice_and_goes_on(small, tmp_pat
         search(start, Limits(latency=0.7), tmp_path / "a", **settings(space))
     monkeypatch.undo()  # and where no plan keeps the limit, what was made being taken over
     monkeypatch.setattr(latency, "paired", by_bytes)
-    monkeypatch.setattr(searching, "ProcessPoolExecutor", lambda count,
-                        mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(searching, "_timed_alone", by_bytes)
     shutil.copytree(tmp_path / "a" / "evaluations", tmp_path / "b" / "evaluations")
     found = search(start, Limits(latency=0.01), tmp_path / "b", **settings(space))
     assert found.reason.startswith("no plan of 4 keeps the limits; the nearest has latency 0.")
     assert found.file.exists()
+
+
+def test_a_search_without_time_still_tries_one_batch(small, tmp_path, monkeypatch):
+    start, space = small
+    monkeypatch.setattr(latency, "paired", by_bytes)
+    monkeypatch.setattr(searching, "_timed_alone", by_bytes)
+    found = search(start, Limits(latency=0.8), tmp_path, minutes=1e-6, **settings(space))
+    assert len(found.plans) == 2
+
+
+def test_the_last_timing_knows_nothing_of_the_script_that_asks_for_it(small, tmp_path):
+    start, _ = small
+    path = onnx.export(start.model, start.example, tmp_path / "m.onnx")
+    table = searching._timed_alone({"one": path, "other": path}, start.example, 5, 0)
+    assert table.candidate.tolist() == ["one", "other"]
+    with pytest.raises(RuntimeError, match="timed in a process of their own: .*nosuch"):
+        searching._timed_alone({"one": tmp_path / "nosuch.onnx"}, start.example, 5, 0)
 
 
 def test_plans_are_sent_anew_where_the_scheduler_was_lost(small, tmp_path, monkeypatch):

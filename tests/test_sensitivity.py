@@ -12,7 +12,7 @@ from workbench.errors import UnsupportedModelError
 from workbench.graph import layers
 from workbench.measures import sensitivity
 from workbench.measures.accuracy import paired_interval
-from workbench.methods import channels
+from workbench.methods import channels, quantization
 
 LEVELS = [0.3, 0.6, 0.9]
 
@@ -86,6 +86,14 @@ def test_coupled_layers_are_one_row_and_costs_are_those_of_the_cut_model(model, 
     row = exact[(exact.layer == "layer2.1.conv1") & (exact.level == 0.6)].iloc[0]
     assert {"params": row.params,
             "macs": row.macs}.items() <= cost.total(small, task.example).items()
+
+
+def test_a_scan_of_other_images_is_not_taken_up(tiny, model, tmp_path):
+    method, state = quantization.quantizing(model), tmp_path / "scan.json"
+    how = {"levels": [0.5], "layers": ["conv1"], "state": state}
+    sensitivity.scan(model, tiny.test.subset(40, seed=0), method, **how)
+    with pytest.raises(ValueError, match="is of another scan"):
+        sensitivity.scan(model, tiny.test.subset(40, seed=1), method, **how)
 
 
 def test_fast_intervals_hold_the_exact_values(model, task):

@@ -267,3 +267,17 @@ def test_a_runtime_that_cannot_be_opened_says_why(path, net, monkeypatch):
 def test_impossible_loads_are_refused(path, images, call, message):
     with pytest.raises(ValueError, match=message):
         call(path, images)
+
+
+@pytest.mark.skipif(not runtimes._compiler(), reason="torch compiled needs a compiler")
+def test_the_compiled_runtime_is_compiled(monkeypatch):
+    called = []
+
+    def compiled(model, **_options):
+        called.append(model)
+        return lambda *inputs: called.append("ran") or model(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = torch.nn.Linear(3, 2).eval()
+    runtimes.open(model, "torch compiled", threads=1)(torch.ones(1, 3))
+    assert called[1:] == ["ran"]

@@ -163,6 +163,26 @@ def test_gradual_sparsity_rises_to_what_was_asked(network, tiny):
     assert sparsity.table(rising.model).sparsity.tolist() == pytest.approx([0.8] * 3, abs=0.02)
 
 
+@pytest.mark.parametrize("exchange", [0.0, 0.3])
+def test_one_block_of_each_layer_stays_in_training_too(exchange):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+    regrow = sparsity.Regrow(net, 0.9, pattern="8x8", exchange=exchange, every=1)
+    net(torch.randn(4, 8)).sum().backward()
+    regrow.before_step(net)
+    regrow(net, 1, 4)
+    assert all(mask.sum() >= 64 for mask in regrow.masks.values())
+
+
+def test_a_layer_that_the_loss_does_not_read_regrows_by_its_weights_alone():
+    net = nn.ModuleDict({"read": nn.Linear(8, 8), "aside": nn.Linear(8, 8)})
+    regrow = sparsity.Regrow(net, 0.5, every=1)
+    net["read"](torch.randn(4, 8)).sum().backward()
+    regrow.before_step(net)
+    regrow(net, 1, 4)
+    assert [round(mask.float().mean().item(), 2) for mask in regrow.masks.values()] == [0.5, 0.5]
+
+
 def test_what_comes_back_starts_at_zero_and_a_last_move_reaches_the_sparsity(network):
     regrow = sparsity.Regrow(network, 0.5, every=1000, until=1.0, gradual=True, exchange=0.0)
     regrown = sparsity.Regrow(network, 0.5, every=1, exchange=0.5)

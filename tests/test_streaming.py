@@ -460,6 +460,11 @@ def test_events_are_scored_as_mlperf_tiny_scores_them():
     assert detection.poisson(0, 2.0)[1:] == pytest.approx((0, 3.689 / 2), rel=1e-3)
     wrong = detection.scored(heard.assign(word="nine"), said, hours=1.0)
     assert (wrong.hits, wrong.misses) == (0, 2)
+    again = said.assign(word="one", start_s=[0.0, 1.0], end_s=[0.5, 1.4])
+    heard = pd.DataFrame({"word": ["one", "one"], "at_s": [0.55, 1.45]})
+    found = detection.scored(heard, again, hours=1.0)
+    assert (found.hits, found.misses, found.false_alarms) == (2, 0, 0)
+    assert found.delay_s == pytest.approx((0.05, 0.05))
 
 
 def test_bad_sound_is_told(tmp_path):

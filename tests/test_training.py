@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from workbench.subjects import models, states, tasks, training
+from workbench.subjects import data, models, states, tasks, training
 
 RECIPE = training.Recipe(epochs=2, batch_size=64, learning_rate=0.05)
 
@@ -143,6 +145,34 @@ def test_a_state_of_another_start_or_another_loss_is_refused(start, tiny, model,
         training.fit(model, tiny, recipe=short, state=tmp_path / "s")
     with pytest.raises(ValueError, match="of another run: its loss is None"):
         training.fit(start, tiny, recipe=short, state=tmp_path / "s", loss=distillation.loss(model))
+
+
+def test_a_state_of_other_examples_is_refused(network, tiny, tmp_path):
+    recipe = training.Recipe(epochs=1, precision="fp32")
+    state = tmp_path / "a.state"
+    training.fit(network, tiny, recipe=recipe, state=state)
+    other = replace(tiny, train=replace(tiny.train, inputs=tiny.train.inputs.flip(3)))
+    with pytest.raises(ValueError, match="is of another run: its stored is"):
+        training.fit(network, other, recipe=recipe, state=state)
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors is no training state; give a path"):
+        training.fit(network, tiny, recipe=recipe, state=tmp_path / "model.safetensors")
+
+
+def test_a_last_example_that_is_left_over_goes_with_the_batch_before():
+    task = data.of((torch.randn(9, 4), torch.arange(9) % 3), (torch.randn(3, 4), torch.arange(3)),
+                   validation=(torch.randn(3, 4), torch.arange(3)))
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    sizes = []
+    net[0].register_forward_hook(lambda _layer, _inputs, out: sizes.append(len(out)))
+    training.fit(net, task, recipe=training.Recipe(epochs=1, batch_size=4, precision="fp32"))
+    assert sizes[:2] == [4, 5]
+
+
+def test_a_network_without_weights_to_train_is_told(network, tiny):
+    with pytest.raises(ValueError, match=r"no weight of \w+ is to be trained; model.requires"):
+        training.fit(copy.deepcopy(network).requires_grad_(False), tiny,
+                     recipe=training.Recipe(epochs=1))
 
 
 def test_a_damaged_state_is_refused(start, tiny, tmp_path):

@@ -43,15 +43,16 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(tensors: Iterable) -> str:
-    """Hexadecimal SHA-256 of tensors' bytes, shapes left out: what tells one start or one set of
-    images from another.
+def fingerprint(parts: Iterable) -> str:
+    """Hexadecimal SHA-256 of tensors' bytes, shapes left out, and of text: what tells one start or
+    one set of images from another.
 
     Example: `fingerprint([torch.ones(2)]) == fingerprint([torch.ones(2)])`
     """
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str)
+                      else part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -349,14 +349,17 @@ def listen(listener: Listener, source: Callable[[Ring], None], *, ring: Ring | N
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
-    while (samples := ring.read(listener.hop)) is not None:
-        began = time.perf_counter()
-        events = listener.hear(samples)
-        took.append(1e3 * (time.perf_counter() - began))
-        for event in events:
-            told(event)
-        if state and len(took) % (listener.rate // listener.hop) == 0:
-            listener.save(state)
+    try:
+        while (samples := ring.read(listener.hop)) is not None:
+            began = time.perf_counter()
+            events = listener.hear(samples)
+            took.append(1e3 * (time.perf_counter() - began))
+            for event in events:
+                told(event)
+            if state and len(took) % (listener.rate // listener.hop) == 0:
+                listener.save(state)
+    finally:
+        ring.close()  # whoever fails, the source ends
     thread.join()
     if failed:
         raise failed[0]
@@ -376,8 +379,10 @@ def paced(samples: np.ndarray, *, hop: int, rate: int = 8_000,
             if pace:
                 time.sleep(max(began + at / rate / pace - time.perf_counter(), 0))
             else:
-                while ring.end - ring.begin > len(ring.samples) - hop:
+                while ring.end - ring.begin > len(ring.samples) - hop and not ring.closed:
                     time.sleep(0.001)
+            if ring.closed:  # nobody listens any more
+                return
             ring.write(samples[at:at + hop])
 
     return source

@@ -162,7 +162,7 @@ class CompiledSession(sessions.TorchSession):
         if not _compiler():
             raise ValueError("runtime torch compiled needs a C++ compiler; install g++ or clang++")
         super().__init__(model, name=name, threads=threads)
-        self.runtime, self.model = runtime, torch.compile(self.model, dynamic=False)
+        self.runtime, self.function = runtime, torch.compile(self.function, dynamic=False)
 
 
 class Bfloat16Session(sessions.TorchSession):

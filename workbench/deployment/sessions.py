@@ -140,11 +140,16 @@ class TorchSession(Session):
     def _refusal(self, inputs: Inputs, error: Exception) -> str:
         tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
         if isinstance(error, IndexError) and tables:
-            largest = max(int(value.max()) for value in tensors(inputs)
-                          if not value.is_floating_point() and value.numel())
-            rows = max(table.num_embeddings for table in tables)
-            return (f"{self.name} refuses the inputs: the largest id is {largest}, its vocabulary "
-                    f"has {rows} entries; use the model's own tokenizer")
+            ids = [value for value in tensors(inputs)
+                   if not value.is_floating_point() and value.numel()]
+            largest, rows = (max(int(value.max()) for value in ids),
+                             [table.num_embeddings for table in tables])
+            if largest >= max(rows):
+                return (f"{self.name} refuses the inputs: the largest id is {largest}, its "
+                        f"vocabulary has {max(rows)} entries; use the model's own tokenizer")
+            return (f"{self.name} refuses the inputs: an embedding of {min(rows)} entries is asked "
+                    f"for one that it lacks; ids are up to {largest}, texts up to "
+                    f"{max(value.shape[-1] for value in ids)} long")
         try:
             named(self.model, inputs)
         except ValueError as wrong:

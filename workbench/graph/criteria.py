@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.batches import Batch, count, pairs
-from workbench.graph.layers import WEIGHTED
+from workbench.graph.layers import WEIGHTED, is_transposed
 
 
 def each(scores: Tensor, at: Tensor) -> Tensor:
@@ -26,9 +26,7 @@ def of_filters(layer: nn.Module, criterion: str, gradient: Tensor | None) -> Ten
 
     Example: `of_filters(nn.Linear(3, 2), "l1", None).shape == (2,)`
     """
-    weight = layer.weight.detach()
-    filters = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d)
-               else weight).flatten(1)
+    filters = _filters(layer, layer.weight.detach())
     if criterion == "l1":
         return filters.abs().sum(1)
     if criterion == "l2":
@@ -46,13 +44,21 @@ def gradients(model: nn.Module, batches: Iterable[Batch],
     Example: `gradients(model, seen, lambda m, part: nn.functional.cross_entropy(m(part[0]),
     part[1]))`
     """
-    work, seen = copy.deepcopy(model).eval(), 0
+    work, seen = copy.deepcopy(model).eval().requires_grad_(True), 0
     for batch in pairs(batches):
         size = count(batch[0])
         (size * loss(work, batch)).backward()
         seen += size
     if not seen:
         raise ValueError("criterion 'taylor' found no examples in its batches")
-    return {name: (layer.weight.detach() * layer.weight.grad / seen).abs().flatten(1).sum(1)
-            for name, layer in work.named_modules() if isinstance(layer, WEIGHTED)
-            and layer.weight.grad is not None}
+    found = {}
+    for name, layer in work.named_modules():
+        if isinstance(layer, WEIGHTED):
+            slope = layer.weight.grad  # None where the loss does not read the layer
+            change = layer.weight.detach() * (0.0 if slope is None else slope / seen)
+            found[name] = _filters(layer, change).abs().sum(1)
+    return found
+
+
+def _filters(layer: nn.Module, weight: Tensor) -> Tensor:  # (outputs, all else)
+    return (weight.transpose(0, 1) if is_transposed(layer) else weight).flatten(1)

@@ -158,7 +158,9 @@ def shares(model: nn.Module,
         for kind, axis, kept in (("made_by", 0, outputs), ("normed_by", 0, outputs),
                                  ("read_by", 1, inputs)):
             for name in getattr(group, kind):
-                width = model.get_submodule(name).weight.shape[axis]
+                module = model.get_submodule(name)
+                width = (module.num_features if kind == "normed_by"
+                         and hasattr(module, "num_features") else module.weight.shape[axis])
                 kept[name] = kept.get(name, 1.0) - len(group.places(kind, name, places)) / width
         for name in group.numbers:
             outputs.setdefault(name.rpartition(".")[0], 1 - len(places) / group.channels)

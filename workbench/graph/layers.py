@@ -39,6 +39,14 @@ class Change:
     note: str = ""
 
 
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the weight of a layer is (inputs, outputs, ...), as that of a transposed convolution.
+
+    Example: `is_transposed(nn.ConvTranspose2d(3, 2, 2))`
+    """
+    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+
+
 class Masked(nn.Module):
     """A layer with some of its output channels zero, as if their weights and biases were; a
     function of the layer's own output, so that whoever has that need not compute it again.
@@ -49,7 +57,7 @@ class Masked(nn.Module):
     def __init__(self, layer: nn.Module, channels: Tensor):
         super().__init__()
         self.layer = layer
-        kept = torch.ones(len(layer.weight))
+        kept = torch.ones(layer.out_channels if is_transposed(layer) else len(layer.weight))
         kept[channels] = 0
         linear = isinstance(layer, nn.Linear)
         self.register_buffer("kept",
@@ -126,10 +134,13 @@ def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
     """
     counter, learning = FlopCounterMode(display=False), [p for p in model.parameters()
                                                          if p.requires_grad]
-    # attention as plain products: the counter does not know the CPU's fused kernel
+    # attention as plain products: the counter knows neither the CPU's fused kernel nor that of
+    # nn.MultiheadAttention
+    fused = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(
         SDPBackend.MATH):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             # else the counter fails where one is handed to a module, as PiT's class token is
             for parameter in learning:
                 parameter.requires_grad_(False)
@@ -138,6 +149,7 @@ def macs_by_module(model: nn.Module, example: Inputs) -> dict[str, dict]:
             raise UnsupportedModelError(f"{type(model).__name__} does not run on the example "
                                         f"({reason(error)})") from error
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for parameter in learning:
                 parameter.requires_grad_(True)
     return {path: {op: count // 2 for op, count in ops.items()}
@@ -177,15 +189,16 @@ def patches(layer: nn.Module, values: Tensor, *, seed: int, places: int = 16) ->
     """
     if isinstance(layer, nn.Linear):
         return values.reshape(1, -1, values.shape[-1])
-    if (not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros"
-        or isinstance(layer.padding, str)):
-        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv2d with "
-                                    "zero padding, and Linear")
-    (high, wide), (down, right) = layer.padding, layer.dilation
-    values = F.pad(values, (wide, wide, high, high))
-    windows = values.unfold(2, down * (layer.kernel_size[0] - 1) + 1, layer.stride[0])
-    windows = windows.unfold(3, right * (layer.kernel_size[1] - 1) + 1,
-                             layer.stride[1])[..., ::down, ::right]
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d) or layer.padding_mode != "zeros":
+        raise UnsupportedModelError(f"{type(layer).__name__} has no patches here; only Conv1d and "
+                                    "Conv2d with zero padding, and Linear")
+    values = F.pad(values, layer._reversed_padding_repeated_twice)  # of padding="same" too
+    sizes = [layer.kernel_size, layer.dilation, layer.stride]
+    if isinstance(layer, nn.Conv1d):  # as over pictures that are one pixel high
+        values, sizes = values.unsqueeze(2), [(1, *size) for size in sizes]
+    (tall, wide), (down, right), (below, beside) = sizes
+    windows = values.unfold(2, down * (tall - 1) + 1, below)
+    windows = windows.unfold(3, right * (wide - 1) + 1, beside)[..., ::down, ::right]
     rows, columns = torch.randint(0, 2**31, (2, places),
                                   generator=torch.Generator().manual_seed(seed))
     chosen = windows[:, :, rows % windows.shape[2], columns % windows.shape[3]]  # (n, C, P, kh, kw)

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from workbench.batches import Batch, Inputs, call, pairs
+from workbench.batches import Batch, Inputs, call, count, pairs
 from workbench.errors import UnsupportedModelError
 from workbench.graph.kinds import BATCHNORM
 from workbench.graph.running import Runner
@@ -61,8 +61,10 @@ def _foldable(node: fx.Node, graph: Runner) -> tuple[str, str] | None:
     if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
         return None
     norm, layer = graph.modules[node.target], graph.modules[source.target]
-    if not isinstance(norm, BATCHNORM) or type(layer) not in _FUSE:
+    if not isinstance(norm, BATCHNORM) or type(layer) not in _FUSE or norm.running_mean is None:
         return None
+    if isinstance(layer, nn.Linear) and len(source.meta.get("shape", ())) > 2:
+        return None  # the norm is over tokens, not over what the layer puts out
     calls = [other for other in graph.nodes if other.op == "call_module"
              and other.target == source.target]
     readers = [user.target for call in calls for user in call.users]
@@ -82,8 +84,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modul
     same; nothing else changes.
 
     What a cut or quantised model needs before it is judged: the statistics of its own activations.
-    Batches have at least two examples; targets are not looked at. Raises ValueError where there are
-    none, UnsupportedModelError where no batch norm is left.
+    A batch of one example is passed over; targets are not looked at. Raises ValueError where there
+    is none of more, UnsupportedModelError where no batch norm is left.
 
     Example: `reparameterization.reestimate_batchnorm(cut,
     task.validation.subset(1000).batches(100))`
@@ -98,13 +100,15 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modul
         norm.reset_running_stats()
         norm.momentum = None  # the plain average
         norm.train()
-    count = 0
+    seen = 0
     with torch.no_grad():
         for inputs, _ in pairs(batches):
-            call(new, inputs)
-            count += 1
-    if not count:
-        raise ValueError("re-estimation of batch norms saw no examples; give at least one batch")
+            if count(inputs) > 1:  # one example has no variance
+                call(new, inputs)
+                seen += 1
+    if not seen:
+        raise ValueError("re-estimation of batch norms saw no batch of two or more examples; give "
+                         "at least one")
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return new.eval()

@@ -284,19 +284,23 @@ def _holding(values: Mapping[str, object]) -> nn.Module:
 
 def plain(module: nn.Module) -> nn.Module:
     """The layer as torch's own class, on the same tensors, where a library's subclass does more
-    around it.
+    around it, or where it pads by reflection, say, which is a node of its own.
 
     Example: `plain(nn.Linear(3, 2))`
     """
     base = next((kind for kind, _ in LAYERS.values() if isinstance(module, kind)), type(module))
     base = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")
                  and issubclass(c, base)), base)
-    if type(module).forward is base.forward:
+    padded = getattr(module, "padding_mode", "zeros") != "zeros"
+    if type(module).forward is base.forward and not padded:
         return module
     twin = copy.copy(module)
     twin.__class__ = base
     twin._modules, twin._parameters, twin._buffers = ({}, dict(module._parameters),
                                                       dict(module._buffers))
+    if padded:
+        twin.padding_mode, twin.padding = "zeros", (0,) * len(module.kernel_size)
+        twin._reversed_padding_repeated_twice = [0, 0] * len(module.kernel_size)
     return twin
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from workbench.graph.kinds import BATCHNORM, chain, is_idle, is_layer, source
+from workbench.graph.layers import is_transposed
 from workbench.graph.running import Runner
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -91,6 +92,8 @@ def round_biases(model: fx.GraphModule) -> fx.GraphModule:
             continue
         if isinstance(layer, nn.Linear) and len(node.meta.get("shape", ())) > 2:
             continue  # a matrix product of token states: the runtime adds its bias in float
+        if is_transposed(layer):
+            continue  # as that of a transposed convolution, whose rows are its inputs
         weights, made = layer.parametrizations.weight[0], modules.get(source(node.args[0]).target)
         plain = weights.scheme.levels == "uniform" and weights.scheme.granularity != "group"
         if plain and isinstance(made, ActivationQuantizer):

@@ -281,7 +281,7 @@ def finite(values: Given, what: str) -> Given:
     """
     def one(value: Tensor) -> Tensor:
         if value.is_floating_point() and not value.isfinite().all():
-            row = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])
+            row = int((~value.isfinite()).reshape(len(value), -1).any(1).nonzero()[0])
             raise ValueError(f"{what} hold NaN or infinity (first in row {row} of a batch of "
                              f"{len(value)}); look at the data or the weights there")
         return value

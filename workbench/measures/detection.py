@@ -49,9 +49,10 @@ def scored(heard: pd.DataFrame, said: pd.DataFrame, *, hours: float) -> Detected
     for event in heard.sort_values("at_s").itertuples():
         near = (commands.start_s <= event.at_s) & (event.at_s <= commands.end_s + GRACE_S)
         right = commands[near & (commands.word == event.word)]
-        if len(right):
-            named.setdefault(right.index[0], event.at_s - right.end_s.iloc[0])
-        else:
+        new = right[~right.index.isin(named)]  # the same word may be said again at once
+        if len(new):
+            named[new.index[0]] = event.at_s - new.end_s.iloc[0]
+        elif not len(right):
             wrong.append(event.at_s)
     count = len(alarms(wrong))
     return Detected(len(named), len(commands) - len(named), count, *poisson(count, hours),

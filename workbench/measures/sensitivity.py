@@ -208,7 +208,7 @@ class _Scan:
             self.order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         changed = (tensor for p in points for module in p.change.modules.values()
                    for tensor in module.state_dict().values())
-        self.identity = [4, mode, tolerance, seed, batch_size, len(split), split.name,
+        self.identity = [5, mode, tolerance, seed, batch_size, len(split), split.fingerprint,
                          files.fingerprint(model.state_dict().values()), files.fingerprint(changed),
                          [(p.layer, p.level, p.change.removed) for p in points]]
         for point in points:
@@ -229,6 +229,7 @@ class _Scan:
                 finite(inputs, f"{self.split.objective.unit}s of {self.split.name}")
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.halved):
                     base, outputs = runner(inputs, [point.change.modules for point in open_points])
+                finite(base, "outputs of the model")
                 self._count(base, outputs, open_points, targets)
                 open_points = [p for p in open_points if not p.done]
                 self._save()

@@ -70,11 +70,12 @@ def score(model: nn.Module, criterion: str, *, example: Inputs,
         if criterion == "random":
             total = torch.rand(group.channels, generator=draw)
         elif criterion == "bn_gamma":
-            if not group.normed_by and not group.kept:
-                raise UnsupportedModelError(f"layer {group.layer} has no batch norm, so bn_gamma "
-                                            "cannot rank its channels; use l1, or taylor")
-            total = sum((each(modules[n].weight.detach().abs(), at)
-                         for n, at in group.normed_by.items()), torch.zeros(group.channels))
+            scaling = {n: at for n, at in group.normed_by.items() if modules[n].weight is not None}
+            if not scaling and not group.kept:
+                raise UnsupportedModelError(f"layer {group.layer} has no batch norm with a scale "
+                                            "for bn_gamma to rank by; use l1, or taylor")
+            total = sum((each(modules[n].weight.detach().abs(), at) for n, at in scaling.items()),
+                        torch.zeros(group.channels))
         else:
             total = sum(each(of_filters(modules[n], criterion, slopes.get(n)), at)
                         for n, at in group.made_by.items())
@@ -387,8 +388,7 @@ class Prune:
     seed: Count = 0
 
     def __post_init__(self):
-        if sum(target is not None
-               for target in (self.macs, self.params, self.ratio, self.shares)) != 1:
+        if [self.macs, self.params, self.ratio, self.shares].count(None) != 3:
             raise ValueError("prune: give exactly one of macs, params, shares (what stays) and "
                              "ratio (which channels go)")
 

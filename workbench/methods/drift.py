@@ -123,6 +123,8 @@ class Monitor:
                 self._sums[name] = (total + values.sum(1), squares + values.pow(2).sum(1),
                                     n + values.shape[1])
                 return None
+            if not values.isfinite().all():
+                return None  # no average takes that up again
             now, old = (values.mean(1), values.pow(2).mean(1)), self.running.get(name,
                                                                                  self.baseline[
                                                                                      name])

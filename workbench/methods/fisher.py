@@ -164,7 +164,7 @@ def _rounded(places: list[int], group: Group, multiple: int) -> list[int]:
     `multiple`, or one head."""
     whole = 1 if group.unit == "head" else min(multiple, group.channels)
     stay = -(-max(group.channels - len(places), 1) // whole) * whole
-    return places[:group.channels - stay]
+    return places[:max(group.channels - stay, 0)]
 
 
 def exchanged(slopes: Tensor, places: Sequence[int]) -> list[int]:

@@ -121,12 +121,15 @@ def _repair(model: nn.Module, reference: nn.Module, batches: Iterable[Batch],
         if quantizer.scheme.levels == "kmeans":
             raise UnsupportedModelError(f"layer {name}: {title} needs uniform levels, not k-means")
         read = known[name], inputs, inputs_quantised
-        if change:
-            moments = second_moments(*read, seed=seed)
+        try:
+            moments = second_moments(*read, seed=seed) if change else None
+            mean, mean_quantised = ((moments.mean, moments.mean_quantised) if moments
+                                    else means(*read, seed=seed))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"layer {name}: {error}; quantise without it, by a "
+                                        "mapping of the other layers as weights=") from error
+        if change and moments:
             found = change(quantizer, known[name].weight.detach(), moments)
-            mean, mean_quantised = moments.mean, moments.mean_quantised
-        else:
-            mean, mean_quantised = means(*read, seed=seed)
         with torch.no_grad():
             if change:
                 source.copy_(found)

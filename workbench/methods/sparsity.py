@@ -194,6 +194,9 @@ class Regrow:
         weights that stay."""
         self._slopes = {}
         for name, weight in _weights(model, self.masks).items():
+            if weight.grad is None:  # of a part that the loss does not read, or that is frozen
+                self._slopes[name] = torch.zeros_like(weight)
+                continue
             self._slopes[name] = weight.grad.detach().clone()
             weight.grad.mul_(self.masks[name].to(weight.device))
 
@@ -228,7 +231,7 @@ class Regrow:
             new[chosen, at[chosen]], new[chosen, steepest[chosen]] = False, True
             return self.shape.spread(new, weight)
         rising = self.sparsity * (1 - (1 - progress) ** 3) if self.gradual else self.sparsity
-        stay = round((1 - rising) * old.numel())
+        stay = max(round((1 - rising) * old.numel()), 1)  # as `masks` leaves one block
         moved = min(round(share * stay), int((~old).sum()))
         kept = _largest(size.masked_fill(~old, -1.0), stay - moved)
         return self.shape.spread(kept | _largest(slope.masked_fill(kept, -1.0), moved), weight)

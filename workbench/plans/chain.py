@@ -63,11 +63,13 @@ def listener(path: Path, *, gate: Path | None = None, threshold: float = 0.8,
 
 
 def write(network: nn.Module, path: Path, *, bits: int = 8, hop: int = speech.HOP) -> Path:
-    """A word spotter as a streaming file, of 8 or 32 bits; returns its path. Raises as
-    streaming.stream and its export do.
+    """A word spotter as a streaming file, of 8 or 32 bits; returns its path. Raises ValueError for
+    other bits, and as streaming.stream and its export do.
 
     Example: `write(models.load("word_spotter"), "words.onnx", bits=32)`
     """
+    if bits not in (8, 32):
+        raise ValueError(f"bits is {bits}, expected 8 or 32")
     rounded = eight_bits(network) if bits == 8 else network
     stream = streaming.stream(rounded, torch.zeros(1, 8 * hop), hop=hop)
     return streaming.export(stream, path, told={CLASSES: ",".join([*words.WORDS, "none"])})
@@ -151,6 +153,10 @@ def listen(listener: Listener, samples: np.ndarray | None, *, pace: float | None
     start = round(listener.resume(state) * listener.rate) if state and state.exists() else 0
     if start:
         told(f"goes on at {start / listener.rate:.2f} s, as {state} remembers")
+    if samples is not None and start and len(samples) - start < listener.hop:
+        state.unlink()  # type: ignore[union-attr]  # where there is a start, there is a state
+        told("which is its end: it was heard to the last hop, and the state is removed")
+        return
     source = (microphone(listener) if samples is None
               else listening.paced(samples[start:], hop=listener.hop, pace=pace))
     made = listening.listen(listener, source, told=lambda event: told(line(event)), state=state)

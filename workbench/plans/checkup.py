@@ -11,7 +11,7 @@ from workbench.deployment import onnx
 from workbench.measures import accuracy, cost, equivalence, latency, sensitivity
 from workbench.methods import channels, quantization
 from workbench.subjects.subject import Subject
-from workbench.subjects.tasks import Split
+from workbench.subjects.tasks import ONE_SPLIT, Split
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ def checkup(subject: Subject, *, folder: Path | str, name: str | None = None,
     test, folder = test or task.test, Path(folder)
     name = name or type(model).__name__
     few = test.subset(compared, seed=seed)
-    seen = list((task.validation if len(task.validation) else task.test).subset(calibration,
-                                                                                seed=seed)
-                .batches(32))
+    source = task.validation if len(task.validation) else task.train
+    if not len(source):
+        raise ValueError(f"{task.name} has no validation or training examples to calibrate on, and "
+                         f"test examples are not for that; {ONE_SPLIT}")
+    seen = list(source.subset(calibration, seed=seed).batches(32))
     rounded = quantization.quantize(model, seen, calibrator=calibrator)
     files = {kind: onnx.export(made, example, folder / f"{name}-{kind}.onnx")
              for kind, made in (("float32", model), ("int8", rounded))}

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workbench import files, machine
+from workbench.batches import tensors
 from workbench.deployment import onnx
 from workbench.errors import UnsupportedModelError
 from workbench.measures import accuracy, cost, equivalence, latency
@@ -48,7 +49,7 @@ class Compressed:
     subject: Subject
 
 
-def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *,
+def compress(start: Subject, steps: Mapping[str, Step] | Sequence[Step], out: Path | str, *,
              stages: Path | str | None = None, test: Split | None = None, threads: int = 1,
              blocks: int = 20, seed: int = 0) -> Compressed:
     """Take `start` through the steps and leave in `out`: model.onnx, model.safetensors, stages.csv
@@ -66,22 +67,22 @@ def compress(start: Subject, steps: Mapping[str, Step], out: Path | str, *,
 
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
+    if not isinstance(steps, Mapping):
+        steps = {f"{place} {type(step).__name__.lower()}": step
+                 for place, step in enumerate(steps, 1)}
     learning = [name for name, step in steps.items() if getattr(step, "needs_examples", False)]
     if learning and not len(start.task.train) and not len(start.task.validation):
         raise ValueError(f"{learning[0]} needs examples other than the test's, and "
                          f"{start.task.name} has none; {ONE_SPLIT}")
     out, test = Path(out), test or start.task.test
     store, made, old = Store(stages or out / "stages"), [], []
-    key: dict[str, Any] = {"model": files.fingerprint(start.model.state_dict().values()),
-                           "data": marked(start.task),
-                           "judged": len(test), "code": code(), "steps": []}
+    key: dict[str, Any] = {"model": model_told(start.model), "data": marked(start.task),
+                           "judged": test.fingerprint, "code": code(), "steps": []}
     subject = start.with_model(start.model, folder=str(out))
     for name, step in files.progress([("start", None), *steps.items()], title="compress",
                                      unit="stage"):
         if step:
-            told = {"type": next(kind for kind, known in STEPS.items() if type(step) is known),
-                    **written(step)}
-            key = key | {"steps": [*key["steps"], told]}
+            key = key | {"steps": [*key["steps"], step_told(step, subject)]}
         numbered = f"{len(made)} {name}"
         try:
             subject = _stage(store, numbered, key, subject, step, test)
@@ -133,9 +134,8 @@ def _stage(store: Store, name: str, key: Mapping, before: Subject, step: Step | 
 def _applied(before: Subject, step: Step | None, state: Path | None) -> Subject:
     if step is None:
         return before
-    takes = {field.name for field in dataclasses.fields(step)}
-    return (dataclasses.replace(step, state=str(state)) if state and "state" in takes
-            else step).apply(before)
+    goes_on = state and dataclasses.is_dataclass(step) and hasattr(step, "state")
+    return (dataclasses.replace(step, state=str(state)) if goes_on else step).apply(before)
 
 
 def _told(out: Path, made: list[tuple[str, Path]], subject: Subject, test: Split, told: Mapping,
@@ -187,12 +187,39 @@ def _filled(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def marked(task: Task) -> str:
-    """What tells one set of data from another: its name, how many examples each split has, and
-    their targets.
+    """What tells one set of data from another: its name, how many examples each split has, what
+    they are, and how the first is prepared.
 
     Example: `marked(task)`
     """
-    parts = (task.train, task.validation, task.test)
-    targets = [part.targets for part in parts if isinstance(part.targets, Tensor)]
-    return (f"{task.name} {' '.join(str(len(part)) for part in parts)} "
-            f"{files.fingerprint(targets)[:12]}")
+    parts = [part for part in (task.train, task.validation, task.test) if len(part)]
+    told = [*(part.fingerprint for part in parts), *tensors(parts[-1].batch(slice(0, 1)).inputs)]
+    sizes = " ".join(str(len(part)) for part in parts)
+    return f"{task.name} {sizes} {files.fingerprint(told)[:12]}"
+
+
+def model_told(model: nn.Module) -> str:
+    """What tells one model from another: its modules by name and kind, and its tensors.
+
+    Example: `model_told(torch.nn.ReLU()) != model_told(torch.nn.Tanh())`
+    """
+    kinds = [f"{name} {type(module).__qualname__}\n" for name, module in model.named_modules()]
+    return files.fingerprint([*kinds, *model.state_dict().values()])
+
+
+def step_told(step: Step, subject: Subject) -> dict:
+    """What tells one step from another that takes this subject: its kind, its fields (of a schedule
+    nine values) and the weights of its teacher or checkpoint, where it has one.
+
+    Example: `step_told(Prune(macs=0.5), subject)["type"] == "prune"`
+    """
+    kinds = (kind for kind, known in STEPS.items() if type(step) is known)
+    fields = written(step) if dataclasses.is_dataclass(step) else vars(step)
+    told: dict[str, object] = {"type": next(kinds, type(step).__qualname__)}
+    told |= {name: [value(place / 8) for place in range(9)] if callable(value) else value
+             for name, value in fields.items()}
+    if hasattr(step, "teacher"):
+        told["teacher"] = model_told(step.teacher or subject.reference)
+    if (checkpoint := Path(getattr(step, "checkpoint", ""))).is_file():
+        told["checkpoint"] = files.sha256(checkpoint)
+    return json.loads(json.dumps(told, default=repr))

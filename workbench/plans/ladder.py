@@ -10,7 +10,7 @@ import pandas as pd
 from workbench import files, machine, store
 from workbench.measures import accuracy
 from workbench.measures.accuracy import Score
-from workbench.plans.compress import marked
+from workbench.plans.compress import marked, model_told, step_told
 from workbench.subjects.subject import Step, Subject
 
 
@@ -29,15 +29,15 @@ def climb(start: Subject, rungs: Mapping[str, Sequence[Step]], *, base: Score,
     base=score, folder="kept")`
     """
     kept = store.Store(folder)
-    shared = {"model": files.fingerprint(start.model.state_dict().values()),
-              "data": marked(start.task),
-              "against": files.fingerprint([base.predictions]), "code": store.code()}
+    shared = {"model": model_told(start.model), "data": marked(start.task),
+              "against": files.fingerprint([base.statistics]), "code": store.code()}
     rows = []
     for name, steps in files.progress(list(rungs.items()), title="ladder", unit="rung"):
         def make(place: Path, steps: Sequence[Step] = steps) -> None:
             (place / "row.json").write_text(json.dumps(_judged(start, steps, base)))
 
-        result = kept.kept("rung", {"steps": [repr(step) for step in steps], **shared}, make)
+        told = [step_told(step, start) for step in steps]
+        result = kept.kept("rung", {"steps": told, **shared}, make)
         rows.append({"rung": name, **json.loads((result / "row.json").read_text())})
     return pd.DataFrame(rows)
 

@@ -13,11 +13,13 @@ the test split, which chooses nothing, says what it loses. Only these figures ar
 
 import dataclasses
 import json
-import multiprocessing
+import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from workbench.measures import accuracy, latency
 from workbench.methods import depth
 from workbench.numbers.fronts import undominated
 from workbench.plans import recipe
-from workbench.plans.compress import marked
+from workbench.plans.compress import marked, model_told
 from workbench.plans.evaluation import Evaluations, Makers, lost
 from workbench.plans.samplers import NAMES
 from workbench.plans.samplers import sampler as sampler_of
@@ -138,8 +140,7 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
     space = (space
              or Space.of(start.model, start.example, blocks=spared(start, judging),
                          recovery=recovery, seed=seed))
-    key = {"model": files.fingerprint(start.model.state_dict().values()),
-           "data": marked(start.task), "code": code()}
+    key = {"model": model_told(start.model), "data": marked(start.task), "code": code()}
     asked = {"limits": dataclasses.asdict(limits), "space": space.told(), "sampler": sampler,
              "batch": batch, "seed": seed,
              "images": len(judging), **key}
@@ -151,8 +152,9 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
         box = (1.0 if limits.lost is None else max(limits.lost, 1e-6), limits.latency or 1.0)
         chooser = sampler_of(sampler, space, forecast=expected, box=box, seed=seed)
         bar = files.progress(total=evaluations, title="search", unit="plan")
-        while (len(rows) < evaluations
-               and (minutes is None or time.monotonic() - began < 60 * minutes)):
+        # one batch in any case: without a plan there is nothing to tell
+        while not rows or (len(rows) < evaluations
+                           and (minutes is None or time.monotonic() - began < 60 * minutes)):
             plans = chooser.ask(min(batch, evaluations - len(rows)))
             if not plans:
                 break  # the space is spent
@@ -225,10 +227,7 @@ def _confirmed(run: Evaluations, limits: Limits, rows: list[dict], expected: For
     order = table.sort_values(["excess", by, "latency"], kind="stable").head(CONFIRMED)
     paths = {"as it came": run.base_file / "model.onnx"}
     paths |= {row.plan: Path(row.place) / "model.onnx" for row in order.itertuples()}
-    # which is alone by itself
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        timed = pool.submit(_timed_alone, paths, run.start.example, 2 * run.blocks,
-                            run.seed).result()
+    timed = _timed_alone(paths, run.start.example, max(2 * run.blocks, 5), run.seed)
     scores = {name: accuracy.evaluate(path, test) for name, path in paths.items()}
     first = scores["as it came"]
     judged = pd.DataFrame([{"plan": name, **score.row(), **accuracy.difference(first, score).row(),
@@ -263,7 +262,27 @@ def _confirmed(run: Evaluations, limits: Limits, rows: list[dict], expected: For
 
 
 def _timed_alone(paths: Mapping[str, Path], example, blocks: int, seed: int) -> pd.DataFrame:
-    return latency.paired(paths, example, threads=1, blocks=max(blocks, 5), seed=seed)
+    """latency.paired in a process of its own, which knows nothing of the caller's script."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder) / "given", Path(folder) / "made"
+        given.write_bytes(pickle.dumps((paths, example, blocks, seed)))
+        code = "import sys; from workbench.plans import search; search.time_file(*sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", code, given, made], text=True, check=False,
+                              stderr=subprocess.PIPE)
+        if done.returncode:
+            raise RuntimeError("the plans found could not be timed in a process of their own: "
+                               f"{done.stderr.strip().splitlines()[-1:]}")
+        return pickle.loads(made.read_bytes())
+
+
+def time_file(given: str, made: str) -> None:
+    """In that process: time what one file asks for, into the other.
+
+    Example: `search.time_file("given", "made")`
+    """
+    paths, example, blocks, seed = pickle.loads(Path(given).read_bytes())
+    table = latency.paired(paths, example, threads=1, blocks=blocks, seed=seed)
+    Path(made).write_bytes(pickle.dumps(table))
 
 
 def _nearest(limits: Limits, row: Mapping, tried: int) -> str:

@@ -31,7 +31,6 @@ class Export:
     Example: `Export(tolerance=0.01)`
     """
 
-    keeps_shape: ClassVar[bool] = True
     file: str = "model.onnx"
     tolerance: Annotated[float, Gt(0)] | None = None
 

@@ -102,7 +102,8 @@ class Tune:
 def _drawn(task: Task, examples: int, judged: int, seed: int) -> tuple[Split, Split]:
     """Examples to calibrate on and others to judge by; half and half where there are fewer than
     both."""
-    source = task.validation if len(task.validation) >= examples + judged else task.train
+    source = (task.validation if len(task.validation) >= min(examples + judged, len(task.train))
+              else task.train)
     if len(source) < 2:
         raise ValueError(f"{task.name} has {len(source)} validation or training examples, and test "
                          f"examples are not for tuning; {ONE_SPLIT}")

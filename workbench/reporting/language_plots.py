@@ -1,6 +1,8 @@
 """Figures of language: students by accuracy and time, what a cut loses, sentences that are let
 in."""
 
+from itertools import cycle
+
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -136,7 +138,7 @@ def rejected(curves: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes
     Example: `rejected({"teacher": rejection.roc(np.array([0.9, 0.8]), np.array([0.2, 0.3]))})`
     """
     ax = ax or _axes(6, 5)
-    for (name, curve), colour in zip(curves.items(), (BLUE, RED, "#2a7a5b", "#b8860b"),
+    for (name, curve), colour in zip(curves.items(), cycle((BLUE, RED, "#2a7a5b", "#b8860b")),
                                      strict=False):
         told = (f"{name}, area {curve.attrs['auc']:.3f} [{curve.attrs['auc_low']:.3f}, "
                 f"{curve.attrs['auc_high']:.3f}]")

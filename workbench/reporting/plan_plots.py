@@ -2,6 +2,7 @@
 orders, before and after."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ def front(table: pd.DataFrame, found: pd.DataFrame, *, limit: float | None = Non
     Example: `plan_plots.front(points.assign(bits=8), points)`
     """
     ax = ax or _axes(8, 5)
-    for (bits, part), colour in zip(table.groupby("bits", sort=False), (GREY, "#9bb7d4"),
+    for (bits, part), colour in zip(table.groupby("bits", sort=False), cycle((GREY, "#9bb7d4")),
                                     strict=False):
         kind = "float" if bits == 32 else f"{bits} bits"
         ax.scatter(part.latency, 100 * part.lost, s=7, color=colour, label=f"every plan, {kind}")
@@ -52,7 +53,8 @@ def samplers(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                        ascending=False)
     draws = np.random.default_rng(0)
     for name, colour in zip(order.index,
-                            (RED, BLUE, "#2a7a5b", "#b8860b", "#7a4fa3", "#444444", "#c06c84"),
+                            cycle((RED, BLUE, "#2a7a5b", "#b8860b", "#7a4fa3", "#444444",
+                                   "#c06c84")),
                             strict=False):
         table = curves[curves.sampler == name].pivot(index="evaluations", columns="seed",
                                                      values="share")
@@ -81,7 +83,7 @@ def attainment(surfaces: pd.DataFrame, exact: pd.DataFrame, *, ax: Axes | None =
     ax = ax or _axes(8, 5)
     # beyond it nothing is gained
     grid = np.linspace(exact.latency.min(), 1.15 * exact.latency.max(), 400)
-    for name, colour in zip(surfaces.sampler.unique(), (RED, BLUE, "#2a7a5b", "#b8860b"),
+    for name, colour in zip(surfaces.sampler.unique(), cycle((RED, BLUE, "#2a7a5b", "#b8860b")),
                             strict=False):
         own = surfaces[surfaces.sampler == name]
         few, half, many = (_attained(own[own.percentile == k], grid) for k in (25, 50, 75))
@@ -129,8 +131,8 @@ def left(table: pd.DataFrame, columns: Sequence[str], *, beside: Mapping[str, fl
     """
     ax = ax or _axes(8, 1 + 0.5 * len(columns))
     places = np.arange(len(columns))[::-1]
-    for (_, row), colour, marker in zip(table.iterrows(), (BLUE, RED, "#2a7a5b", "#b8860b", GREY),
-                                        "os^Dv", strict=False):
+    looks = zip(cycle((BLUE, RED, "#2a7a5b", "#b8860b", GREY)), cycle("os^Dv<>"), strict=False)
+    for (_, row), (colour, marker) in zip(table.iterrows(), looks, strict=False):
         shares = [100 * row[column] for column in columns]
         ax.plot(shares, places, marker, color=colour, markersize=8, label=row[by])
         for share, place in zip(shares, places, strict=True):

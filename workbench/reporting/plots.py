@@ -1,6 +1,7 @@
 """Plots of the workbench's DataFrames: each takes a frame and returns Axes; none shows, saves or
 sets anything global."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,14 +100,16 @@ def stages(table: pd.DataFrame, *, by: str = "recipe", ax: Axes | None = None) -
     ax = ax or _axes(8, 4.5)
     change = next(column for column in table if column.endswith("_change")
                   and not column.startswith("int8"))
-    for (name, line), colour, marker in zip(table.groupby(by, sort=False),
-                                            (BLUE, RED, GREY, "#2a7a5b"), "os^D", strict=False):
-        low, high = (abs(line[f"{change}_{end}"] - line[change]) * 100 for end in ("low", "high"))
-        ax.errorbar(line.ratio, line[change] * 100, [low, high], color=colour, marker=marker,
+    scale, unit = (1, "") if change.startswith("perplexity") else (100, ", points")
+    looks = zip(itertools.cycle((BLUE, RED, GREY, "#2a7a5b")), itertools.cycle("os^Dv"),
+                strict=False)
+    for (name, line), (colour, marker) in zip(table.groupby(by, sort=False), looks, strict=False):
+        low, high = (abs(line[f"{change}_{end}"] - line[change]) * scale for end in ("low", "high"))
+        ax.errorbar(line.ratio, line[change] * scale, [low, high], color=colour, marker=marker,
                     capsize=2, label=f"{name}: {' → '.join(line.stage[1:])}")
     ax.axhline(0, color=GREY, linestyle=":")
     ax.set(xlabel="latency, as a share of the model as it came",
-           ylabel=f"change of {change.removesuffix('_change')}, points",
+           ylabel=f"change of {change.removesuffix('_change')}{unit}",
            title="Stage by stage (paired, 95 %)")
     ax.invert_xaxis()
     ax.legend(frameon=False, fontsize=8)

@@ -1,6 +1,7 @@
 """Plots of retrieval between modalities, of codes and of the bits that they cost; see plots."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -55,7 +56,8 @@ def rates(table: pd.DataFrame, whole: float) -> Axes:
     "recall_at_10": [0.4, 0.5], "step": [1, 2]}), 0.6)`
     """
     axes = plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
-    for (name, rows), colour in zip(table.groupby("allocation", sort=False), COLOURS, strict=False):
+    for (name, rows), colour in zip(table.groupby("allocation", sort=False), cycle(COLOURS),
+                                    strict=False):
         rows = rows.sort_values("coded_bits")
         axes.semilogx(rows.coded_bits, 100 * rows.recall_at_10, "o-", color=colour, label=name,
                       markersize=5)

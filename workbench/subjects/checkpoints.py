@@ -247,8 +247,9 @@ def _shrink(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             module.input_size = tensors[f"{name}.weight_ih_l0"].shape[1]
             for key, _ in list(module.named_parameters()):
                 setattr(module, key, nn.Parameter(torch.zeros(tensors[f"{name}.{key}"].shape)))
-        weight = tensors.get(f"{name}.weight")
-        if weight is None or not hasattr(module, "weight") or weight.shape == module.weight.shape:
+        key = "weight" if getattr(module, "weight", None) is not None else "running_mean"
+        weight, old = tensors.get(f"{name}.{key}"), getattr(module, key, None)
+        if weight is None or old is None or weight.shape == old.shape:
             continue
         for key, old in [*module.named_parameters(recurse=False),
                          *module.named_buffers(recurse=False)]:

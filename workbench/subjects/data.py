@@ -7,6 +7,7 @@ Source: Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), embedded whole.
 import glob
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from workbench import files
 from workbench.batches import Batch, Inputs, count, joined, mapped
 from workbench.errors import listed, nearest, quietly, reason
 from workbench.subjects import embedded, intents, stamps, texts
-from workbench.subjects.objectives import Objective, Understanding, objective
+from workbench.subjects.objectives import Objective, Tagging, Understanding, objective
 from workbench.subjects.tasks import Pictures, Preprocessing, Split, Task, as_stored, set_aside
 
 # bytes of uint8 pixels that are decoded once and kept; larger sets decode batch by batch
 DECODE_WHOLE_BELOW = 2**30
-TEST_EVERY = 5  # every fifth example is test where the caller gives one set only
+TEST_EVERY = 5  # one in five is test where the caller gives one set only
 
 
 def load(name: str, *, preprocessing: Callable[[Batch], Batch] | None = None) -> Task:
@@ -61,12 +62,13 @@ def of(train, test=None, *, validation=None, asks: Objective | str = "class",
 
     train, test, validation: each a pair (inputs, targets) with inputs a tensor, a tuple or a
     mapping of named tensors, all with the examples along axis 0; a torch Dataset of such pairs; or
-    a Dataset of the `datasets` library with columns that `load` knows. Without `test` every fifth
-    example of `train` is test, without `validation` every twelfth of the rest. asks: "class",
-    "tags", "next_token" or an Objective. prepare: from a stored batch to the one that the model
-    reads, for `datasets` what models.preprocessing gives.
+    a Dataset of the `datasets` library with columns that `load` knows. Without `test` a fifth of
+    `train` is test, without `validation` a twelfth of the rest is, drawn always alike. asks:
+    "class", "tags" (which are called by `classes`), "next_token" or an Objective. prepare: from a
+    stored batch to the one that the model reads, for `datasets` what models.preprocessing gives.
 
-    Raises ValueError where inputs and targets are not as many, for an unknown objective, or NaN.
+    Raises ValueError where inputs and targets are not as many or targets are no classes, for an
+    unknown objective, or NaN.
 
     Example: `task = data.of((torch.randn(100, 8), torch.randint(0, 3, (100,))))`
     """
@@ -75,13 +77,20 @@ def of(train, test=None, *, validation=None, asks: Objective | str = "class",
     if hasattr(train, "features"):
         sets = {kind: part for kind, part in given.items() if part is not None}
         return _from_columns(name, lambda: sets, None if prepare is as_stored else prepare)
+    if train is None:
+        raise ValueError(f"{name}: no training examples; give train=(inputs, targets)")
+    if isinstance(asked, Tagging) and not asked.tags:
+        if not classes:
+            raise ValueError(f"{name}: tags want names, such as classes=('O', 'B-room', 'I-room')")
+        asked = replace(asked, tags=tuple(classes))
     splits = {kind: _own_split(part, asked, prepare, f"{name} {kind}")
               for kind, part in given.items() if part is not None}
     if "test" not in splits:
         splits["train"], splits["test"] = set_aside(splits["train"], f"{name} test",
-                                                    every=TEST_EVERY)
+                                                    every=TEST_EVERY, seed=0)
     if "validation" not in splits:
-        splits["train"], splits["validation"] = set_aside(splits["train"], f"{name} validation")
+        splits["train"], splits["validation"] = set_aside(splits["train"], f"{name} validation",
+                                                          seed=0)
     if classes is None:
         highest = max((int(split.targets.max()) for split in splits.values() if len(split)),
                       default=0)
@@ -95,12 +104,25 @@ def _own_split(given, asked: Objective, prepare, name: str) -> Split:
         return given
     inputs, targets = (given if isinstance(given, tuple | list) and len(given) == 2
                        else _gathered(given, name))
-    targets = torch.as_tensor(targets)
+    inputs, targets = mapped(torch.as_tensor, inputs), torch.as_tensor(targets)
     if count(inputs) != len(targets):
         raise ValueError(f"{name}: {count(inputs)} inputs and {len(targets)} targets; expected as "
                          "many")
     mapped(lambda value: _whole(value, name), inputs)
-    return Split(inputs, targets, prepare, asked, name)
+    if type(asked) is Objective:
+        _expect_classes(targets, name)
+    return Split(inputs, targets if targets.is_floating_point() else targets.long(), prepare, asked,
+                 name)
+
+
+def _expect_classes(targets: Tensor, name: str) -> None:
+    """Raise ValueError for targets that are not one class an example."""
+    if targets.dim() != 1 or targets.is_floating_point():
+        raise ValueError(f"{name}: targets are {targets.dtype} {tuple(targets.shape)}, expected "
+                         "whole numbers (n,), the class of each example; or give asks=")
+    if len(targets) and int(targets.min()) < 0:
+        raise ValueError(f"{name}: example {int(targets.argmin())} is of class "
+                         f"{int(targets.min())}; classes count from 0, leave out what has none")
 
 
 def _gathered(given, name: str) -> tuple[Inputs, Tensor]:
@@ -108,15 +130,21 @@ def _gathered(given, name: str) -> tuple[Inputs, Tensor]:
     if not hasattr(given, "__getitem__") or not hasattr(given, "__len__"):
         raise ValueError(f"{name}: found {type(given).__name__}; expected (inputs, targets), a "
                          "torch Dataset or a `datasets` set")
+    if not len(given):
+        raise ValueError(f"{name} holds no examples")
     pairs = [given[k] for k in files.progress(range(len(given)), title=name, unit="example")]
-    inputs = joined([mapped(lambda value: torch.as_tensor(value)[None], inputs)
-                     for inputs, _ in pairs])
-    return inputs, torch.stack([torch.as_tensor(target) for _, target in pairs])
+    try:
+        inputs = joined([mapped(lambda value: torch.as_tensor(value)[None], inputs)
+                         for inputs, _ in pairs])
+        return inputs, torch.stack([torch.as_tensor(target) for _, target in pairs])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: its examples are no pairs of tensors and targets of one shape "
+                         f"({reason(error)}); transform them in the Dataset") from error
 
 
 def _whole(value: Tensor, name: str) -> Tensor:
     if value.is_floating_point() and not value.isfinite().all():
-        place = int((~value.isfinite()).flatten(1).any(1).nonzero()[0])
+        place = int((~value.isfinite()).reshape(len(value), -1).any(1).nonzero()[0])
         raise ValueError(f"{name}: example {place} holds NaN or infinity; mend it or leave it out")
     return value
 

@@ -74,6 +74,8 @@ def restore(path: Path, parts: Mapping, optimizer: torch.optim.Optimizer, identi
     except SafetensorError as error:
         raise ValueError(f"training state {path} is damaged ({error}); delete it to start "
                          "anew") from error
+    if "identity" not in (header or {}):
+        raise ValueError(f"{path} is no training state; give a path of its own")
     theirs = json.loads(header["identity"])
     for key, mine in json.loads(json.dumps(identity)).items():
         if theirs.get(key) != mine:
@@ -131,7 +133,9 @@ def finished(model: nn.Module, identity: dict, folder: Path | str) -> dict | Non
         except SafetensorError as error:
             raise ValueError(f"finished training {path} is damaged ({error}); delete it or write "
                              "it again") from error
-        if _same(json.loads(header["identity"]), mine):
+        # those finished before the examples themselves were looked at do not tell them
+        untold = {key: mine[key] for key in ("stored",) if key in mine}
+        if _same(untold | json.loads(header["identity"]), mine):
             tensors = load_file(embedded.verified(path) if (path.parent / "SHA256SUMS").exists()
                                 else path)
             model.load_state_dict({name.removeprefix("model."): tensor

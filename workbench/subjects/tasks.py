@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workbench import files
 from workbench.batches import Batch, Inputs, joined, rows, tensors
 from workbench.errors import reason
 from workbench.subjects.objectives import IGNORED, Objective
@@ -73,12 +74,19 @@ class Pictures:
     def take(self, places: Tensor) -> "Pictures":
         return Pictures(self.column, self.preprocessing, self.name, self.places[places])
 
+    def told(self) -> Tensor:
+        """Which pictures of the column these are, for a fingerprint."""
+        return self.places
+
     def _decode(self, index: int) -> Tensor:
         from PIL import Image
 
         how = self.preprocessing
         try:
-            picture = self.column[index].convert("RGB" if len(how.mean) == 3 else "L")
+            picture = self.column[index]
+            if picture.mode.startswith("I;16"):  # convert would cut all above 255 off
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            picture = picture.convert("RGB" if len(how.mean) == 3 else "L")
         # damaged or truncated; None where there is no picture
         except (OSError, AttributeError) as error:
             raise ValueError(f"{self.name}: image {index} cannot be decoded ({reason(error)}); "
@@ -123,6 +131,10 @@ class Texts:
 
     take = __getitem__
 
+    def told(self) -> str:
+        """The lines, for a fingerprint."""
+        return "\n".join(map(str, self.lines))
+
 
 @dataclass(frozen=True)
 class Split:
@@ -148,6 +160,15 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self):,} {self.objective.unit}s, {self.prepare})"
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these examples from others: SHA-256 of what is stored, of encoded pictures of
+        which they are."""
+        inputs = ([self.inputs.told()] if isinstance(self.inputs, Pictures | Texts)
+                  else tensors(self.inputs))
+        targets = self.targets.told() if isinstance(self.targets, Texts) else self.targets
+        return files.fingerprint([*inputs, targets])
 
     def stored(self, places: Tensor | slice) -> Batch:
         """The examples at `places` as they are stored."""
@@ -295,12 +316,16 @@ def _kind(inputs) -> object:
             else [(value.dtype, value.shape[1:]) for value in tensors(inputs)])
 
 
-def set_aside(train: Split, name: str, *, every: int = 12) -> tuple[Split, Split]:
-    """Every twelfth example of `train` as a split called `name`: (the rest, those).
+def set_aside(train: Split, name: str, *, every: int = 12,
+              seed: int | None = None) -> tuple[Split, Split]:
+    """Every twelfth example of `train` as a split called `name`, or, where labels may come in turn,
+    as many drawn by `seed`: (the rest, those), in their order.
 
     Example: `[len(part) for part in set_aside(task.train, "test", every=4)]`
     """
     aside = torch.arange(len(train)) % every == 0
+    if seed is not None:
+        aside = aside[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
     return train.take((~aside).nonzero()[:, 0]), replace(train.take(aside.nonzero()[:, 0]),
                                                          name=name)
 

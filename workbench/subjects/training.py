@@ -259,11 +259,17 @@ class _Fit:
         trained = [*self.model.parameters()]
         trained += (self.criterion.to(device).parameters() if isinstance(self.criterion, nn.Module)
                     else ())
-        self.epoch_steps = math.ceil(len(task.train) / recipe.batch_size)
+        if not any(parameter.requires_grad for parameter in trained):
+            raise ValueError(f"no weight of {type(model).__name__} is to be trained; "
+                             "model.requires_grad_(True) first")
+        # a last example that is left over goes with the batch before: by itself it has no variance
+        left = len(task.train) % recipe.batch_size
+        alone = left == 1 and 1 < recipe.batch_size < len(task.train)
+        self.epoch_steps = math.ceil(len(task.train) / recipe.batch_size) - alone
         targets = task.train.targets
         identity = {"task": task.name, "examples": len(task.train),
                     "targets": files.fingerprint([targets]) if isinstance(targets, Tensor)
-                    else len(targets),
+                    else len(targets), "stored": task.train.fingerprint,
                     "start": states.mark(model.state_dict().values()),
                     "loss": getattr(loss, "identity", None),
                     "after_step": getattr(after_step, "identity", None)}
@@ -322,7 +328,8 @@ class _Fit:
         if self._order is None or self._order[0] != epoch:
             shuffle = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
             self._order = epoch, shuffled(self.task.train, self.recipe.batch_size, shuffle)
-        chosen = self._order[1][place * self.recipe.batch_size:(place + 1) * self.recipe.batch_size]
+        end = (place + 1) * self.recipe.batch_size if place + 1 < self.epoch_steps else None
+        chosen = self._order[1][place * self.recipe.batch_size:end]
         stored = self.task.train.stored(chosen)
         if (isinstance(stored.inputs, Tensor) and stored.inputs.dtype == torch.uint8
             and stored.inputs.dim() == 4):
