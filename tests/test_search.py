@@ -22,7 +22,17 @@ from workbench.plans import search as searching
 from workbench.plans.evaluation import Makers
 from workbench.plans.samplers import NAMES, replayed, sampler
 from workbench.plans.search import Limits, judged_by, search, spared
-from workbench.plans.space import BITS, DEPTH, FLOAT, ROUNDING, Forecast, Space, label, plan_of
+from workbench.plans.space import (
+    BITS,
+    DEPTH,
+    FLOAT,
+    ROUNDING,
+    Forecast,
+    Space,
+    forecast,
+    label,
+    plan_of,
+)
 from workbench.plans.steps import plan as run_steps
 from workbench.store import Store
 from workbench.subjects.subject import Subject
@@ -224,6 +234,31 @@ def test_sensitivities_lead_faster_than_chance(space, expected):
         shares[name] /= dominated_area(points, corner)
     assert shares["forecast"] > shares["random"]
     assert shares["forecast"] > 0.95
+
+
+def test_the_policy_learns_from_plans_one_by_one():
+    chooser = sampler("policy", Space({"a": (1.0, 0.5), "b": (1.0, 0.5), BITS: (FLOAT, 8)}),
+                      forecast=None, box=(1.0, 1.0), seed=0)
+    for _ in range(chooser.EPISODES):
+        chooser.learn(chooser.draw()[1], lost=0.01, latency=0.5)
+    buffer = chooser.learner.rollout_buffer
+    assert buffer.episode_starts.reshape(-1, 3).tolist() == [[1, 0, 0]] * chooser.EPISODES
+    assert (buffer.rewards.reshape(-1, 3)[:, :2] == 0).all(), "a plan is judged when it is whole"
+
+
+def test_what_leaving_blocks_out_does_is_measured_one_by_one(model, tiny, tmp_path):
+    few = tiny.validation.subset(40)
+    space = Space({DEPTH: (0, 1, 2)}, blocks=("layer3.2", "layer1.1"))
+    harm = forecast(Subject(model, tiny), space, few, folder=tmp_path, runs=1).harm
+    images = few.batch().inputs
+    with torch.no_grad():
+        whole = model(images)
+        lost = []
+        for gone in (("layer3.2",), ("layer3.2", "layer1.1")):
+            apart = depth.without_blocks(model, gone)(images) - whole
+            lost.append((apart.square().sum(1) / whole.square().sum(1)).mean().item())
+    found = harm[harm.gene == DEPTH].set_index("option").distance
+    assert found.to_dict() == pytest.approx({1: lost[0], 2: lost[1]}, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
