@@ -117,17 +117,18 @@ def test_the_runtimes_profile_is_told_by_layer_in_float_and_in_integers(exported
         latency.by_layer({"mine": model}, task.example)
 
 
-def test_the_settling_runs_are_discarded():
-    calls = []
+def test_the_settling_runs_are_discarded(monkeypatch):
+    calls, clock = [], [0]
+    monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: clock[0])
 
-    def slow_at_first(images):
-        time.sleep(0.004 if len(calls) < 3 else 0.001)
+    def slow_at_first():
+        clock[0] += 4_000_000 if len(calls) < 3 else 1_000_000
         calls.append(1)
-        return images
 
-    turn = latency._turn(lambda: slow_at_first(None), 20)
-    assert turn.max() < 4
-    assert len(calls) > len(turn)
+    turn = latency._turn(slow_at_first, 20)
+    assert (turn == 1.0).all()
+    assert len(turn) >= 20
+    assert len(calls) == len(turn) + 3
 
 
 def test_of_runs_that_take_long_none_is_discarded_and_one_is_enough():

@@ -165,6 +165,22 @@ def test_equivalence_equals_the_formula_and_does_not_depend_on_batches():
         assert one.agreement == pytest.approx((a.argmax(1) == b.argmax(1)).double().mean().item())
 
 
+def test_networks_that_answer_one_number_are_compared():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.layer(x)[:, 0]
+
+    model, x = One().eval(), torch.randn(9, 3)
+    assert equivalence.compare(model, model, x).passed
+    other = copy.deepcopy(model)
+    other.layer.bias.data += 1
+    assert not equivalence.compare(model, other, x).passed
+
+
 def test_equivalence_keeps_nothing_of_a_stream(network):
     def stream():
         for seed in range(20):

@@ -115,6 +115,15 @@ def test_the_recipes_that_come_along_are_whole():
         recipe.load("int9")
 
 
+def test_what_a_set_has_is_what_tuning_draws_from(few):
+    none = few.task.train.take(torch.arange(0))
+    for task, where in ((replace(few.task, train=none), few.task.validation),
+                        (few.task, few.task.train)):
+        parts = tuning._drawn(task, 100, 60, seed=0)
+        assert sum(map(len, parts)) == len(where)
+        assert all(len(part) for part in parts)
+
+
 def test_how_near_answers_come_does_not_depend_on_how_large_they_are():
     found, expected = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     for size in (1e-6, 1.0, 1e6):

@@ -575,7 +575,9 @@ def test_groups_without_a_kernel_are_refused(tmp_path):
 
 @pytest.mark.parametrize("given", [torch.randn(4, 1, 28, 28), {"x": torch.zeros(1)},
                                    [torch.randn(4, 1, 28, 28)], [(1, 2, 3)]])
-def test_inputs_in_the_place_of_batches_are_refused_in_one_line(folded, given):
+def test_inputs_in_the_place_of_batches_are_refused_in_one_line(folded, tiny, given):
+    with pytest.raises(TypeError, match="found a whole Split; give several"):
+        quantization.quantize(folded, tiny.validation)
     with pytest.raises(TypeError, match="give several of inputs and targets, such as "
                        "task.validation") as caught:
         quantization.quantize(folded, given)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from workbench.batches import call
 from workbench.deployment import onnx, sessions
 from workbench.measures import accuracy
 from workbench.plans import steps
@@ -121,6 +122,15 @@ def test_a_datasets_of_torchs_kind_is_a_task():
     places = [int((signal == value).all(1).nonzero()) for value in task.test.inputs]
     assert places == sorted(places)
     assert torch.equal(task.test.targets, target[places])
+
+
+def test_what_the_kind_of_number_or_the_name_of_an_axis_asks_for(tmp_path):
+    with pytest.raises(ValueError, match=r"its inputs torch.float64; give inputs.float\(\)"):
+        call(nn.Linear(3, 2), torch.zeros(1, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="dynamic names the input 'inptu', which Linear lacks; it "
+                       "has input"):
+        onnx.export(nn.Linear(3, 2).eval(), torch.zeros(1, 3), tmp_path / "x.onnx",
+                    dynamic={"inptu": {1: "frames"}})
 
 
 def test_a_state_is_fed_back(tmp_path):

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 def pairs(batches: Iterable) -> Iterator[Batch]:
     """Batches of inputs and targets, one after the other, as methods take them.
 
-    Raises TypeError for the inputs alone, a tensor or names, in their place.
+    Raises TypeError for the inputs alone, a tensor or names, or a whole split in their place.
 
     Example: `[inputs.shape for inputs, _ in pairs([(torch.ones(2, 3), None)])] == [(2, 3)]`
     """
@@ -45,6 +45,8 @@ def pairs(batches: Iterable) -> Iterator[Batch]:
         raise TypeError("batches: found "
                         f"{'one tensor' if isinstance(batches, Tensor) else 'named tensors'}; "
                         f"{wanted}")
+    if hasattr(batches, "batches"):
+        raise TypeError(f"batches: found a whole {type(batches).__name__}; {wanted}")
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) > 2:
             raise TypeError(f"batches: found {type(batch).__name__} in the place of a batch; "
@@ -79,8 +81,10 @@ def _refuse_other_kind(model: Callable, inputs: Inputs, error: Exception) -> Non
             raise ValueError(f"the model's weights are on {weights.device}, its inputs on "
                              f"{value.device}; use model.to({str(value.device)!r})") from error
         if weights.dtype != value.dtype and value.is_floating_point():
+            way = "give inputs.float()" if value.dtype == torch.float64 else (
+                f"use model.to({value.dtype})")
             raise ValueError(f"the model's weights are {weights.dtype}, its inputs {value.dtype}; "
-                             f"use model.to({value.dtype})") from error
+                             f"{way}") from error
 
 
 def answer(outputs, name: str | None = None) -> Tensor:

@@ -49,10 +49,12 @@ def fingerprint(parts: Iterable) -> str:
 
     Example: `fingerprint([torch.ones(2)]) == fingerprint([torch.ones(2)])`
     """
+    import torch
+
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str)
-                      else part.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(part.encode() if isinstance(part, str) else part.detach().cpu().reshape(-1)
+                      .view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
     return digest.hexdigest()
 
 

@@ -65,7 +65,7 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     opens it with InferenceSession(path, disabled_optimizers=["WeightBiasQuantization"]).
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something
-    else.
+    else, ValueError for axes of an input that it lacks.
 
     Example: `onnx.export(model, task.example, "resnet20.onnx")`
     """
@@ -78,6 +78,10 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     if parts:
         packed = _freeze(whole)
     inputs = named(session.model, example)
+    odd = [name for name in dynamic or {} if name not in inputs]
+    if odd:
+        raise ValueError(f"dynamic names the input {odd[0]!r}, which {session.name} lacks; it has "
+                         f"{', '.join(inputs)}")
     places = {name: axes(inputs)[name] | dict((dynamic or {}).get(name, {})) for name in inputs}
     probe = _probe(example)
     allowed = tolerance if tolerance is not None else QUANTISED_TOLERANCE if parts else TOLERANCE

@@ -116,6 +116,8 @@ def compare(reference, candidate, inputs, *, limits: Limits | None = None,
     """
     sums, n, least, most = torch.zeros(3, dtype=torch.float64), 0, float("inf"), 0.0
     for _, a, b in _pairs(reference, candidate, inputs, batch_size):
+        if a.dim() == 1:  # one number an example
+            a, b = a[:, None], b[:, None]
         agreed = (a.argmax(-1) == b.argmax(-1)).flatten(1).all(1) if a.dim() == 3 else \
             a.flatten(1).argmax(1) == b.flatten(1).argmax(1)
         cosine, distance = _near(a.flatten(1), b.flatten(1))
