@@ -47,7 +47,6 @@ NOT_RUN = {
     "streaming.export": "a streaming network: test_streaming",
     "rounding.adaround": "40 s: test_quantization", "chain.chain": "13 s: test_streaming",
     "parameters.plan": "runs in a clone",
-    "search.time_file": "in a process of its own: test_search",
     "latency.grid": "wants two cores: test_latency",
     "equivalence.batch_proof": "wants sentences: test_understanding",
     "understanding.Understanding": "changes a model: test_understanding",

@@ -133,6 +133,23 @@ def test_what_the_kind_of_number_or_the_name_of_an_axis_asks_for(tmp_path):
                     dynamic={"inptu": {1: "frames"}})
 
 
+def test_a_table_that_lacks_a_row_is_no_fault_of_the_tokenizer():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = nn.Embedding(100, 4), nn.Embedding(8, 4)
+
+        def forward(self, input_ids):
+            return self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+
+    session = sessions.open(Placed().eval())
+    with pytest.raises(ValueError, match="one of its tables, of 8 rows, has no row for what it is "
+                       "asked; ids are at most 47, inputs 20 long"):
+        session({"input_ids": torch.full((1, 20), 47)})
+    with pytest.raises(ValueError, match="the largest id is 147, its vocabulary has 100 entries"):
+        session({"input_ids": torch.full((1, 4), 147)})
+
+
 def test_a_state_is_fed_back(tmp_path):
     class Cell(nn.Module):
         def __init__(self):

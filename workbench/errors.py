@@ -33,12 +33,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     Example: `nearest("prun", ["prune", "drop"]) == ", did you mean 'prune'"`
     """
+    def likeness(one: str) -> tuple[float, int]:
+        return (difflib.SequenceMatcher(None, one, name).ratio(),
+                len(os.path.commonprefix([one, name])))
+
     near = difflib.get_close_matches(name, list(known))
-    if not near:
-        return ""
-    like = {one: (difflib.SequenceMatcher(None, one, name).ratio(),
-                  len(os.path.commonprefix([one, name]))) for one in near}
-    return f", did you mean {max(near, key=lambda one: like[one])!r}"
+    return f", did you mean {max(near, key=likeness)!r}" if near else ""
 
 
 def listed(names, *, most: int = 6) -> str:

@@ -147,8 +147,8 @@ class TorchSession(Session):
             if largest >= max(rows):
                 return (f"{self.name} refuses the inputs: the largest id is {largest}, its "
                         f"vocabulary has {max(rows)} entries; use the model's own tokenizer")
-            return (f"{self.name} refuses the inputs: an embedding of {min(rows)} entries is asked "
-                    f"for one that it lacks; ids are up to {largest}, texts up to "
+            return (f"{self.name} refuses the inputs: one of its tables, of {min(rows)} rows, has "
+                    f"no row for what it is asked; ids are at most {largest}, inputs "
                     f"{max(value.shape[-1] for value in ids)} long")
         try:
             named(self.model, inputs)

@@ -153,8 +153,8 @@ def listen(listener: Listener, samples: np.ndarray | None, *, pace: float | None
     start = round(listener.resume(state) * listener.rate) if state and state.exists() else 0
     if start:
         told(f"goes on at {start / listener.rate:.2f} s, as {state} remembers")
-    if samples is not None and start and len(samples) - start < listener.hop:
-        state.unlink()  # type: ignore[union-attr]  # where there is a start, there is a state
+    if state and start and samples is not None and len(samples) - start < listener.hop:
+        state.unlink()
         told("which is its end: it was heard to the last hop, and the state is removed")
         return
     source = (microphone(listener) if samples is None

@@ -27,6 +27,7 @@ from workbench.errors import UnsupportedModelError
 from workbench.measures import accuracy, cost, equivalence, latency
 from workbench.numbers.quantizers import quantizers
 from workbench.plans.recipe import STEPS, written
+from workbench.plans.steps import by_name
 from workbench.store import Store, code
 from workbench.subjects.subject import Step, Subject
 from workbench.subjects.tasks import ONE_SPLIT, Split, Task
@@ -55,7 +56,8 @@ def compress(start: Subject, steps: Mapping[str, Step] | Sequence[Step], out: Pa
     """Take `start` through the steps and leave in `out`: model.onnx, model.safetensors, stages.csv
     and run.json.
 
-    stages.csv has a row a stage, the first being the model as it came: stage, the task's metric
+    steps: by name, or one behind the other, named by their classes. stages.csv has a row a stage,
+    the first being the model as it came: stage, the task's metric
     with interval, its paired change, params, macs, size_bytes of the ONNX file, latency_ms and its
     ratio to the first (interleaved, on `threads`), took_s. stages: where they are kept, by default
     `out`/stages; recipes that share it make what they share once. test: the examples that judge, by
@@ -67,9 +69,7 @@ def compress(start: Subject, steps: Mapping[str, Step] | Sequence[Step], out: Pa
 
     Example: `compress(Subject(model, task), recipe.load("int8").steps, "out").stages`
     """
-    if not isinstance(steps, Mapping):
-        steps = {f"{place} {type(step).__name__.lower()}": step
-                 for place, step in enumerate(steps, 1)}
+    steps = by_name(steps)
     learning = [name for name, step in steps.items() if getattr(step, "needs_examples", False)]
     if learning and not len(start.task.train) and not len(start.task.validation):
         raise ValueError(f"{learning[0]} needs examples other than the test's, and "
@@ -209,7 +209,7 @@ def model_told(model: nn.Module) -> str:
 
 def step_told(step: Step, subject: Subject) -> dict:
     """What tells one step from another that takes this subject: its kind, its fields (of a schedule
-    nine values) and the weights of its teacher or checkpoint, where it has one.
+    nine values) and a hash of the weights of its teacher or checkpoint, where it has one.
 
     Example: `step_told(Prune(macs=0.5), subject)["type"] == "prune"`
     """
@@ -219,7 +219,7 @@ def step_told(step: Step, subject: Subject) -> dict:
     told |= {name: [value(place / 8) for place in range(9)] if callable(value) else value
              for name, value in fields.items()}
     if hasattr(step, "teacher"):
-        told["teacher"] = model_told(step.teacher or subject.reference)
-    if (checkpoint := Path(getattr(step, "checkpoint", ""))).is_file():
-        told["checkpoint"] = files.sha256(checkpoint)
+        told["weights"] = model_told(step.teacher or subject.reference)
+    elif (checkpoint := Path(getattr(step, "checkpoint", ""))).is_file():
+        told["weights"] = files.sha256(checkpoint)
     return json.loads(json.dumps(told, default=repr))

@@ -35,7 +35,7 @@ from workbench.methods.reparameterization import Equalize, Fold, Fuse, Reestimat
 from workbench.methods.rounding import REPAIRS, Repair
 from workbench.methods.sparsity import Sparsify
 from workbench.plans.allocation import Mix
-from workbench.plans.steps import Export, Load
+from workbench.plans.steps import Export, Load, numbered
 from workbench.plans.tuning import Tune
 from workbench.subjects import training
 from workbench.subjects.subject import Step
@@ -121,12 +121,8 @@ def parse(text: str, *, where: str = "recipe") -> Recipe:
     if odd:
         raise ValueError(f"{where}: unknown key {odd[0]!r}; expected compression, name, model, "
                          "data")
-    steps: dict[str, Step] = {}
-    for place, entry in enumerate(told["compression"], start=1):
-        for name, step in _steps(entry, f"{where}: step {place}"):
-            times = sum(known == name or re.fullmatch(rf"{re.escape(name)} \d+", known) is not None
-                        for known in steps)
-            steps[name if not times else f"{name} {times + 1}"] = step
+    steps = numbered(named for place, entry in enumerate(told["compression"], start=1)
+                     for named in _steps(entry, f"{where}: step {place}"))
     return Recipe(steps, *(str(told.get(key) or "") for key in ("name", "model", "data")))
 
 

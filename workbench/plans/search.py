@@ -266,7 +266,7 @@ def _timed_alone(paths: Mapping[str, Path], example, blocks: int, seed: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "given", Path(folder) / "made"
         given.write_bytes(pickle.dumps((paths, example, blocks, seed)))
-        code = "import sys; from workbench.plans import search; search.time_file(*sys.argv[1:])"
+        code = "import sys; from workbench.plans import search; search._time_file(*sys.argv[1:])"
         done = subprocess.run([sys.executable, "-c", code, given, made], text=True, check=False,
                               stderr=subprocess.PIPE)
         if done.returncode:
@@ -275,11 +275,8 @@ def _timed_alone(paths: Mapping[str, Path], example, blocks: int, seed: int) -> 
         return pickle.loads(made.read_bytes())
 
 
-def time_file(given: str, made: str) -> None:
-    """In that process: time what one file asks for, into the other.
-
-    Example: `search.time_file("given", "made")`
-    """
+def _time_file(given: str, made: str) -> None:
+    """In that process: time what one file asks for, into the other."""
     paths, example, blocks, seed = pickle.loads(Path(given).read_bytes())
     table = latency.paired(paths, example, threads=1, blocks=blocks, seed=seed)
     Path(made).write_bytes(pickle.dumps(table))

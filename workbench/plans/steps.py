@@ -5,6 +5,7 @@ channels.Prune, training.Train, quantization.Quantize, ...
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +69,33 @@ def plan(start: Subject, steps: Iterable[Step] | Mapping[str, Step]) -> Stages:
     Example: `stages = steps.plan(start, [Prune(macs=0.5), Train(Recipe(epochs=1)), Fold(),
     Quantize(bits=8)])`
     """
-    named = steps.items() if isinstance(steps, Mapping) else [(None, step) for step in steps]
     stages: Stages = {"start": start}
-    for name, step in progress(list(named), title="plan", unit="step"):
-        label = name or type(step).__name__.lower()
-        times = sum(known == label or known.startswith(f"{label} ") for known in stages)
-        stages[label if not times
-               else f"{label} {times + 1}"] = step.apply(list(stages.values())[-1])
+    for name, step in progress(list(by_name(steps).items()), title="plan", unit="step"):
+        stages[name] = step.apply(list(stages.values())[-1])
     return stages
+
+
+def by_name(steps: Iterable[Step] | Mapping[str, Step]) -> dict[str, Step]:
+    """Steps by their own names, or by those of their classes.
+
+    Example: `list(by_name([Fold(), Quantize()])) == ["fold", "quantize"]`
+    """
+    if isinstance(steps, Mapping):
+        return dict(steps)
+    return numbered((type(step).__name__.lower(), step) for step in steps)
+
+
+def numbered(named: Iterable[tuple[str, Step]]) -> dict[str, Step]:
+    """Steps by name; the second of one name has a 2 behind it.
+
+    Example: `list(numbered([("fold", Fold()), ("fold", Fold())])) == ["fold", "fold 2"]`
+    """
+    made: dict[str, Step] = {}
+    times: Counter[str] = Counter()
+    for name, step in named:
+        times[name] += 1
+        made[name if times[name] == 1 else f"{name} {times[name]}"] = step
+    return made
 
 
 def compare(stages: Mapping[str, Subject], test: Split | None = None, *, folder=None,

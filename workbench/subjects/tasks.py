@@ -4,6 +4,7 @@ asked of it."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -161,7 +162,7 @@ class Split:
     def __repr__(self) -> str:
         return f"Split({self.name!r}, {len(self):,} {self.objective.unit}s, {self.prepare})"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What tells these examples from others: SHA-256 of what is stored, of encoded pictures of
         which they are."""
