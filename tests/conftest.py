@@ -1,5 +1,6 @@
 """What several tests need: a small task, a small trained-looking model, and quiet progress bars."""
 
+import gc
 import os
 import sys
 
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(items):
     """Notebooks first, so that none runs at the end while other processes have nothing left to
     do."""
     items.sort(key=lambda item: "the_notebooks_of_the_house" not in item.name)
+
+
+def pytest_collection_finish():
+    """What was imported and collected is looked through for garbage no more."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,14 @@ from workbench.graph import layers, moments
 from workbench.graph.layers import named
 from workbench.measures import accuracy, equivalence, peers, sensitivity
 from workbench.methods import channels, quantization, reparameterization, rounding
+from workbench.methods.quantization import Quantize
 from workbench.numbers.grid import Scheme
 from workbench.numbers.histograms import CALIBRATORS
 from workbench.numbers.quantizers import quantizers
 from workbench.plans import allocation
-from workbench.subjects import training
+from workbench.subjects import data, training
+from workbench.subjects.subject import Subject
+from workbench.subjects.tasks import with_views
 
 FOUR = Scheme(4, granularity="channel")
 EXAMPLE = torch.randn(2, 1, 28, 28)
@@ -593,3 +596,34 @@ def test_a_transposed_convolution_is_quantised_and_exported(tmp_path):
     assert logit_error(eight, model, x) < 0.05
     path = onnx.export(eight, x[:1], tmp_path / "up.onnx")
     assert (sessions.open(path)(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
+def test_views_of_few_pictures_calibrate_beside_them(model, tiny):
+
+    few = tiny.validation.subset(6)
+    more = with_views(few, 2, seed=1)
+    stored = few.stored(slice(None))
+    assert len(more) == 18
+    assert torch.equal(more.stored(slice(6)).inputs, stored.inputs)
+    assert torch.equal(more.targets, stored.targets.repeat(3))
+    for view, picture in zip(more.stored(slice(6, 12)).inputs, stored.inputs, strict=True):
+        assert not torch.equal(view, picture)  # a part of it, or it mirrored
+        assert view.dtype == torch.uint8
+        assert view.float().mean() > 0.5 * picture.float().mean()
+    again = with_views(few, 2, seed=1)
+    assert torch.equal(again.inputs, more.inputs)
+    assert not torch.equal(with_views(few, 2, seed=2).inputs, more.inputs)
+    step = Quantize(8, examples=6, views=2)
+    made = step.apply(Subject(model, tiny)).made["calibration"]
+    assert sum(len(batch.targets) for batch in made) == 18
+    # the whole picture, where no part is asked for: itself, or mirrored
+    whole = with_views(few, 1, least=1.0).stored(slice(6, 12)).inputs
+    for view, picture in zip(whole, stored.inputs, strict=True):
+        assert torch.equal(view, picture) or torch.equal(view, picture.flip(2))
+
+
+def test_views_are_of_pictures_only():
+
+    floats = data.of((torch.randn(8, 3), torch.arange(8) % 2), name="mine")
+    with pytest.raises(ValueError, match="views are of pictures.*leave views at 0"):
+        with_views(floats.test, 1)

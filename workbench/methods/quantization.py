@@ -35,6 +35,7 @@ from workbench.numbers.grid import GRANULARITIES, LEVELS, Scheme
 from workbench.numbers.histograms import CALIBRATORS
 from workbench.numbers.quantizers import ActivationQuantizer, WeightQuantizer, quantizers
 from workbench.subjects.subject import Count, Globs, Subject
+from workbench.subjects.tasks import Split, Task, with_views
 
 INT8_WEIGHTS = Scheme(8, symmetric=True, granularity="channel")
 UINT8_ACTIVATIONS = Scheme(8, symmetric=False)
@@ -336,7 +337,8 @@ def rounded(model: nn.Module) -> dict[str, nn.Module]:
 @dataclass(frozen=True)
 class Quantize:
     """The step of a plan that quantises: weights at `bits` (None: float), activations at
-    `activation_bits`, calibrated on `examples` of the validation split.
+    `activation_bits`, calibrated on `examples` of the validation split. views: further crops of
+    each, where there are few pictures.
 
     Example: `Quantize(bits=8, examples=64).apply(Subject(model, task)).model`
     """
@@ -354,6 +356,7 @@ class Quantize:
     by: Literal["minmax", "mse"] = "minmax"
     layers: Globs = "*"
     examples: Count = 300
+    views: Count = 0
     seed: Count = 0
 
     def __post_init__(self):
@@ -368,7 +371,15 @@ class Quantize:
                   if self.bits else None)
         activations = (Scheme(self.activation_bits, self.activation_symmetric) if self.activations
                        else None)
-        seen = list(subject.task.validation.subset(self.examples, seed=self.seed).batches(50))
+        seen = list(self.calibrating(subject.task).batches(50))
         model = quantize(subject.model, seen, weights=scheme, activations=activations,
                          calibrator=self.calibrator, by=self.by, layers=self.layers)
         return subject.with_model(model, float=subject.model, calibration=seen)
+
+    def calibrating(self, task: Task) -> Split:
+        """The examples that calibrate, and their views.
+
+        Example: `len(Quantize(examples=8, views=1).calibrating(task)) == 16`
+        """
+        chosen = task.validation.subset(self.examples, seed=self.seed)
+        return with_views(chosen, self.views, seed=self.seed) if self.views else chosen

@@ -350,3 +350,36 @@ def augment(images: Tensor, *, shift: int, flip: bool, generator: torch.Generato
         mirrored = torch.rand(n, generator=generator) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images
+
+
+def with_views(split: Split, times: int, *, least: float = 0.6, seed: int = 0) -> Split:
+    """The pictures of a split, decoded, and behind them `times` further views of each: a square of
+    `least` to all of the shorter side, brought back to their size, mirrored by an even chance. For
+    what is fitted to few pictures; a view has the label of its picture.
+
+    Raises ValueError where the inputs are no pictures uint8 (n, C, H, W).
+
+    Example: `len(with_views(task.validation.subset(4), 2)) == 12`
+    """
+    stored = split.stored(slice(None))
+    if not isinstance(stored.inputs, Tensor) or (stored.inputs.dtype, stored.inputs.dim()) != (
+            torch.uint8, 4):
+        raise ValueError(f"views are of pictures, uint8 (n, C, H, W); {split.name} holds others: "
+                         "leave views at 0")
+    drawn = torch.Generator().manual_seed(seed)
+    seen = torch.cat([stored.inputs, *(_seen_again(picture, least, drawn)
+                                       for _ in range(times) for picture in stored.inputs)])
+    units = None if split.units is None else split.units.repeat(times + 1)
+    return replace(split, inputs=seen, targets=torch.cat([stored.targets] * (times + 1)),
+                   units=units)
+
+
+def _seen_again(picture: Tensor, least: float, drawn: torch.Generator) -> Tensor:
+    """Another view (1, C, H, W) of a picture (C, H, W)."""
+    high, wide = picture.shape[1:]
+    side = round(min(high, wide) * (least + (1 - least) * torch.rand(1, generator=drawn).item()))
+    top, left = (int(torch.randint(0, room - side + 1, (1,), generator=drawn))
+                 for room in (high, wide))
+    part = picture[None, :, top:top + side, left:left + side].float()
+    new = F.interpolate(part, (high, wide), mode="bicubic", antialias=True).clamp(0, 255).round()
+    return (new.flip(3) if torch.rand(1, generator=drawn) < 0.5 else new).to(torch.uint8)
