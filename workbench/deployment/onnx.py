@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 from workbench import files
 from workbench.batches import (
     Inputs,
-    answer,
     axes,
     call,
     is_cache,
@@ -55,14 +54,15 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     itself, its metadata.
 
     The file is written once onnx.checker accepts it and batches of 1 and 7 (the example, repeated
-    with noise) run on ONNX Runtime to torch's outputs; otherwise nothing is. The weights of a model
-    of quantization.quantize are stored as int8, those of 4 bits or fewer as int4, which the runtime
-    unpacks when it opens the file, its biases as int32, its scales as they are; those of a linear
-    layer with 4 or 8 bits by groups of 16, 32, 64, ... inputs are computed with as such (ONNX
-    Runtime's MatMulNBits, which also rounds what it multiplies them with to 8 bits, by groups).
-    Where only some layers are quantised, ONNX Runtime would round the float weights of the others
-    itself, coarsely, and say nothing: the file tells `sessions.open` to leave them, and anyone else
-    opens it with InferenceSession(path, disabled_optimizers=["WeightBiasQuantization"]).
+    with noise) run on ONNX Runtime to all of torch's outputs; otherwise nothing is. The weights of
+    a model of quantization.quantize are stored as int8, those of 4 bits or fewer as int4, which the
+    runtime unpacks when it opens the file, its biases as int32, its scales as they are; those of a
+    linear layer with 4 or 8 bits by groups of 16, 32, 64, ... inputs are computed with as such
+    (ONNX Runtime's MatMulNBits, which also rounds what it multiplies them with to 8 bits, by
+    groups). Where only some layers are quantised, ONNX Runtime would round the float weights of the
+    others itself, coarsely, and say nothing: the file tells `sessions.open` to leave them, and
+    anyone else opens it with InferenceSession(path,
+    disabled_optimizers=["WeightBiasQuantization"]).
 
     Raises UnsupportedModelError where the model cannot be exported or the export computes something
     else, ValueError for axes of an input that it lacks.
@@ -108,17 +108,10 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     with files.atomic(path) as new:
         onnx.save(proto, new)
         exported = sessions.open(new)
+        session(repeated(probe, 1))  # which raises where there is no answer for each example
         for size in (1, 7):
-            batch, where = repeated(probe, size), f"{path} at batch {size}"
-            found = exported(batch if isinstance(batch, Tensor) else named(session.model, batch))
-            distance = _distance(session(batch), found, where)
-            if distance > allowed and tolerance is None and not parts:
-                allowed = max(allowed, 4 * _rounding(session, batch))
-            if distance > allowed:
-                raise UnsupportedModelError(f"{where} puts out something else than the model: "
-                                            f"relative L2 distance {distance:.3g}, at most "
-                                            f"{allowed:.3g} allowed; allow more by tolerance=, "
-                                            "then equivalence.by_layer shows where they part")
+            _same(session, exported, repeated(probe, size), f"{path} at batch {size}", allowed,
+                  fixed=bool(parts) or tolerance is not None)
     return path
 
 
@@ -185,28 +178,52 @@ def _name_axes(proto: onnx.ModelProto, places: Mapping[str, Mapping[int, str]]) 
                 size.dim_param = new[size.dim_param]
 
 
+def _same(session: sessions.TorchSession, exported: sessions.Session, batch: Inputs, where: str,
+          allowed: float, *, fixed: bool) -> None:
+    """Raise UnsupportedModelError where an output of the file is further than `allowed` from the
+    module's; unless that is `fixed`, more where float32 itself is coarser."""
+    found = exported.outputs(batch if isinstance(batch, Tensor) else named(session.model, batch))
+    pairs = zip(session.outputs(batch).items(), found.values(), strict=True)
+    for (name, wanted), made in pairs:
+        place, limit = where + (f", output {name}," if len(found) > 1 else ""), allowed
+        distance = _distance(wanted, made, place)
+        if distance > limit and not fixed:
+            if _distance(wanted, session.outputs(batch)[name], place) > limit:
+                raise UnsupportedModelError(f"{place} cannot be compared: the model itself puts "
+                                            "out something else each time; take out what it draws")
+            limit = max(limit, 4 * _rounding(session, batch, name))
+        if distance > limit:
+            raise UnsupportedModelError(f"{place} puts out something else than the model: relative "
+                                        f"L2 distance {distance:.3g}, at most {limit:.3g} allowed; "
+                                        "allow more by tolerance=, then equivalence.by_layer shows "
+                                        "where they part")
+
+
 def _distance(expected: Tensor, found: Tensor, where: str) -> float:
     """The relative L2 distance of the example whose outputs differ most; infinite where one is no
     number."""
     if expected.shape != found.shape:
         raise UnsupportedModelError(f"{where} puts out {tuple(found.shape)}, the model "
                                     f"{tuple(expected.shape)}")
-    distance = (expected
-                - found).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp_min(1e-12)
+    wanted, made = (value.double().reshape(len(value) if value.dim() else 1, -1)
+                    for value in (expected, found))
+    apart = torch.where(wanted == made, 0.0, wanted - made)  # both may be infinite
+    distance = (apart.norm(dim=1)
+                / wanted.nan_to_num(posinf=0, neginf=0).norm(dim=1).clamp_min(1e-12))
     return distance.nan_to_num(float("inf")).max().item()
 
 
-def _rounding(session: sessions.TorchSession, batch: Inputs) -> float:
-    """How far the module's own answers are from those that it gives in double precision; 0 where it
-    cannot compute so."""
+def _rounding(session: sessions.TorchSession, batch: Inputs, name: str) -> float:
+    """How far an output of the module is from the same in double precision; 0 where it cannot
+    compute so."""
     double = mapped(lambda value: value.double() if value.is_floating_point() else value, batch)
     try:
         with torch.inference_mode():
-            exact = answer(call(copy.deepcopy(session.model).double(), double))
+            exact = outputs_by_name(call(copy.deepcopy(session.model).double(), double))[name]
     # of the model's own code, which may ask for float32
     except (RuntimeError, TypeError, ValueError):
         return 0.0
-    return _distance(exact, session(batch).double(), session.name)
+    return _distance(exact, session.outputs(batch)[name], session.name)
 
 
 def _freeze(model: nn.Module) -> dict[str, surgery.Grouped]:
