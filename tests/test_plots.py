@@ -27,6 +27,14 @@ def test_a_legend_names_the_most_sensitive_layers_only(what):
         1.2)
 
 
+def test_a_scan_at_one_level_is_a_row_a_layer():
+    table = curves(5, "top1")
+    axes = plots.sensitivity(table[table.level == 0.6])
+    assert [text.get_text() for text in axes.get_yticklabels()] == [f"layer{k}" for k in range(5)]
+    assert "60%" in axes.get_xlabel()
+    assert list(axes.lines[0].get_xdata()) == pytest.approx([-0.6 * k for k in range(5)])
+
+
 @pytest.mark.parametrize("column", ["rung", "stage", "candidate", "anything"])
 def test_a_ladder_takes_its_names_from_any_table_of_differences(column):
     table = pd.DataFrame({column: ["a", "b"], "top1_change": [0.0, -0.1],

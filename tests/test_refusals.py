@@ -2,6 +2,7 @@
 and does."""
 
 import io
+import warnings
 
 import pandas as pd
 import pytest
@@ -11,9 +12,9 @@ from torch import nn
 
 from workbench.deployment import onnx
 from workbench.errors import UnsupportedModelError
-from workbench.measures import accuracy, cost, equivalence, sensitivity
+from workbench.measures import accuracy, cost, equivalence, latency, sensitivity
 from workbench.methods import channels, quantization, reparameterization
-from workbench.subjects import data, models
+from workbench.subjects import data, models, tasks
 
 WAYS = {
     "cost": lambda model, task: cost.table(model, task.example),
@@ -123,3 +124,61 @@ def test_labels_that_do_not_fit_are_named(tmp_path, first, line):
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=line):
         models.wrap(Net(), data.load(f"folder:{tmp_path}"))
+
+
+@pytest.mark.parametrize(("labels", "line"), [([0.5, 1.5], "holds 0.5; expected whole numbers"),
+                                              ([0.0, float("nan")], "holds None; expected whole"),
+                                              (["a", None], "expected whole numbers or names")])
+def test_labels_that_are_no_whole_numbers_are_not_cut_to_some(tmp_path, labels, line):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    rows = {"image": [{"bytes": picture.getvalue(), "path": "a.png"}] * 12, "label": labels * 6}
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=line):
+        data.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("mobilenet_v2", "did you mean 'torchvision:mobilenet_v2'"),
+    ("mobilenetv4_conv_small", "did you mean 'timm:mobilenetv4_conv_small'"),
+    ("nothing.like_it", "unknown model 'nothing.like_it'; expected one of resnet20")])
+@pytest.mark.parametrize("way", [models.load, models.preprocessing])
+def test_a_name_of_no_model_is_told_which_was_meant(name, line, way):
+    with pytest.raises(ValueError, match=line):
+        way(name)
+
+
+@pytest.mark.parametrize("way", [models.load, models.preprocessing])
+def test_bare_weights_want_a_name_before_them(tmp_path, way):
+    torch.save({}, tmp_path / "mine.pth")
+    with pytest.raises(ValueError, match="does not say its architecture; load it as NAME@"):
+        way(str(tmp_path / "mine.pth"))
+
+
+def test_weights_of_imagenet_in_a_file_warn_of_other_pictures_too(tmp_path):
+    how = tasks.Preprocessing(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    drawn = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    ours = data.of((drawn, torch.arange(12) % 3), prepare=how)
+    network = models.load("torchvision:squeezenet1_1", pretrained=False)
+    for classes, warned in ((1000, True), (3, False)):
+        network.classifier[1] = nn.Conv2d(512, classes, 1)
+        torch.save(network.state_dict(), tmp_path / "mine.pth")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            models.load(f"torchvision:squeezenet1_1@{tmp_path / 'mine.pth'}", ours)
+        assert any("is usually trained on pictures of 224" in str(one.message)
+                   for one in said) == warned
+
+
+@pytest.mark.parametrize(("call", "line"), [
+    (lambda net, task, seen: accuracy.evaluate(net, task), "found a Task: give its test split"),
+    (lambda net, task, seen: sensitivity.scan(net, task, None, levels=[0.5]), "found a Task"),
+    (lambda net, task, seen: sensitivity.scan(net, task.test, None, levels=0.5), r"\[0.5\]"),
+    (lambda net, task, seen: quantization.quantize(net, seen, weights=4), r"Scheme\(4\)"),
+    (lambda net, task, seen: quantization.quantize(net, seen, weights={"a": 4}), r"Scheme\(4\)"),
+    (lambda net, task, seen: quantization.quantize(net, seen, activations=8), "activations is 8"),
+    (lambda net, task, seen: latency.paired([net], task.example), "give {name: model")])
+def test_what_is_of_the_wrong_kind_is_told_what_to_give(squares, call, line):
+    net = models.wrap(Net(), squares)
+    with pytest.raises(TypeError, match=line):
+        call(net, squares, list(squares.train.batches(16)))

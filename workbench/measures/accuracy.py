@@ -24,7 +24,7 @@ from workbench import files
 from workbench.batches import Inputs, mapped
 from workbench.deployment import sessions
 from workbench.subjects.objectives import Objective
-from workbench.subjects.tasks import Split
+from workbench.subjects.tasks import Split, expect_split
 
 SAMPLES = 1000  # of the bootstrap
 _Z = 1.959964  # two-sided 95 %
@@ -121,6 +121,7 @@ def evaluate(model, split: Split, *, batch_size: int = 32) -> Score:
 
     Example: `accuracy.evaluate(model, task.test).row()`
     """
+    expect_split(split)
     session, asked = sessions.open(model), split.objective
     rows, labels, answers = [], [], []
     with files.progress(total=len(split), title=f"accuracy of {session.name}",

@@ -63,6 +63,12 @@ class Diagnosis:
     candidate: nn.Module = field(repr=False)
     repairs: Mapping[str, Unit] = field(repr=False)
 
+    def __repr__(self) -> str:
+        first = self.table.sort_values(["blame", "effect"], ascending=False).head(3)
+        lines = [f"{row.layer}: {row.cause}; {row.repair}" for row in first.itertuples()]
+        return (f"Diagnosis of {len(self.table)} layers, {len(self.repairs)} with a fault that can "
+                "be repaired; first to look at: " + "; ".join(lines))
+
     def repaired(self, *layers: str) -> nn.Module:
         """A copy of the candidate in which `layers` (by default the first suspect) are repaired.
 
@@ -72,7 +78,8 @@ class Diagnosis:
         if not self.repairs:
             worst = listed(self.table.sort_values("effect", ascending=False).layer, most=3)
             raise ValueError("no layer has a fault to repair: the loss is the price of the bits; "
-                             "try scales by channel, reparameterization.equalize before "
+                             "try the recipe int8, which tries calibrators and repairs, scales by "
+                             "channel where they are not, reparameterization.equalize before "
                              f"quantising, rounding.descend after it, or more bits for {worst}")
         new = copy.deepcopy(self.candidate)
         for name in layers or [str(self.table.layer[0])]:

@@ -46,6 +46,8 @@ def paired(candidates: Mapping[str, object], inputs: Inputs, *, threads: int | N
 
     Example: `latency.paired({"torch": model, "onnx": "model.onnx"}, task.example, threads=1)`
     """
+    if not isinstance(candidates, Mapping):
+        raise TypeError(f"candidates is a {type(candidates).__name__}; give {{name: model, ...}}")
     if not candidates:
         raise ValueError("there is no candidate to time; give {name: model, ...}")
     if blocks < 5:

@@ -29,7 +29,7 @@ from workbench.graph.layers import Change, evaluating, named
 from workbench.measures import cost
 from workbench.measures.accuracy import finite, paired_interval, wilson
 from workbench.subjects.objectives import Objective
-from workbench.subjects.tasks import Split
+from workbench.subjects.tasks import Split, expect_split
 
 MODES = ("exact", "fast", "plain")
 # A point of the fast scan is looked at after every LOOK examples from LEAST on, until its interval
@@ -92,6 +92,9 @@ def scan(model: nn.Module, split: Split, method: Method, *, levels: Sequence[flo
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    if isinstance(levels, int | float):
+        raise TypeError(f"levels is {levels}; give a list, [{levels}]")
+    expect_split(split)
     if not levels or any(not 0 < level <= 1 for level in levels):
         raise ValueError(f"levels are {list(levels)}, expected at least one, each above 0 and at "
                          "most 1")

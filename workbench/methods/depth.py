@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from workbench import files
 from workbench.batches import Batch, Inputs, answer, call, pairs
 from workbench.errors import UnsupportedModelError, listed
 from workbench.graph.depth import blocks, shape_without, without_blocks
@@ -55,7 +56,8 @@ def order(model: nn.Module, batches: Iterable[Batch], *, among: Sequence[str] | 
                                     "any of them it does not run, or answers in another shape; cut "
                                     "channels instead")
     whole, gone, rows = _answers(model, seen), [], []
-    for _ in range(min(count if count is not None else len(left) - 1, len(left))):
+    steps = range(min(count if count is not None else len(left) - 1, len(left)))
+    for _ in files.progress(steps, title="blocks to leave out", unit="block"):
         distances = {name: _distance(model, [*gone, name], seen, whole) for name in left}
         best = min(distances, key=distances.get)
         if distances[best] == float("inf"):

@@ -95,6 +95,7 @@ def prepare(model: nn.Module, example: Inputs, *,
     Example: `quantization.calibrate(quantization.prepare(model, task.example), seen)`
     """
     schemes = _schemes(model, weights, by, layers)
+    _expect_scheme("activations", activations)
     traced = trace(model, example)
     new = fold_batchnorm(traced, example) if fold else copy.deepcopy(traced).eval()
     if activations:
@@ -113,12 +114,21 @@ def prepare(model: nn.Module, example: Inputs, *,
     return new
 
 
+def _expect_scheme(name: str, scheme) -> None:
+    if not isinstance(scheme, Scheme | None):
+        given = scheme if isinstance(scheme, int) else 8
+        raise TypeError(f"{name} is {scheme!r}, expected a Scheme, say Scheme({given}), or None "
+                        "for float")
+
+
 def _schemes(model: nn.Module, weights: Scheme | Mapping[str, Scheme] | None, by: str,
              layers: str | Sequence[str]) -> dict[str, Scheme] | None:
     """The scheme of each layer that is rounded; None where no weights are."""
     if by not in ("minmax", "mse"):
         raise ValueError(f"unknown way to fit weights {by!r}; expected minmax or mse")
     chosen = named(model, layers)
+    for scheme in weights.values() if isinstance(weights, Mapping) else [weights]:
+        _expect_scheme("weights", scheme)
     if not isinstance(weights, Mapping):
         return dict.fromkeys(chosen, weights) if weights else None
     odd = [name for name in weights if name not in chosen]

@@ -38,7 +38,7 @@ class Scheme:
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"scheme: bits is {self.bits}, expected 2 to 8")
+            raise ValueError(f"scheme: bits is {self.bits!r}, expected a whole number, 2 to 8")
         for name, known in (("granularity", GRANULARITIES), ("levels", LEVELS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"scheme: {name} is {getattr(self, name)!r}, expected one of "

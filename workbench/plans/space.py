@@ -304,7 +304,7 @@ def forecast(subject: Subject, space: Space, judging: Split, *, folder: Path,
                                         calibrator=space.calibrator)
                 for place, bits in enumerate(space.genes.get(BITS, ())) if bits != FLOAT}
     expected = _answers(model, judging)
-    for (gene, place), other in changed.items():
+    for (gene, place), other in files.progress(changed.items(), title="options", unit="option"):
         apart = (_answers(other, judging)
                  - expected).square().sum(1) / expected.square().sum(1).clamp_min(1e-12)
         rows.append({"gene": gene, "option": place, "distance": apart.mean().item()})

@@ -141,13 +141,15 @@ def layer_cosine(frames: dict[str, pd.DataFrame], *, ax: Axes | None = None) -> 
 
 def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Top-1 against the fraction of channels, neurons or heads removed, a line a layer of
-    sensitivity.scan, with its interval.
+    sensitivity.scan, with its interval; of a scan at one level the points lost, a row a layer.
 
     Example: `plots.sensitivity(curves)`
     """
-    ax = ax or _axes(8, 5)
     cut = curves[curves.removed > 0]
     layers = list(cut.layer.unique())
+    if cut.level.nunique() == 1:
+        return _at_one_level(cut, ax or _axes(8, 0.2 * len(layers) + 1.5))
+    ax = ax or _axes(8, 5)
     # the share of a sentence's tokens that are right, where tokens count
     what = "top1" if "top1" in curves else "right"
     worst = cut.groupby("layer")[f"{what}_change"].min().nsmallest(NAMED).index
@@ -169,6 +171,22 @@ def sensitivity(curves: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
              else None)
     ax.legend(frameon=False, fontsize=7, title=title, title_fontsize=7, loc="upper left",
               bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def _at_one_level(cut: pd.DataFrame, ax: Axes) -> Axes:
+    """What each layer's change costs, in the order of the network, with its interval."""
+    what = "top1" if "top1" in cut else "right"
+    change, low, high = (100 * cut[f"{what}_change{end}"].to_numpy()
+                         for end in ("", "_low", "_high"))
+    ax.errorbar(change, range(len(cut)), xerr=[change - low, high - change], fmt="o", markersize=4,
+                color=BLUE, elinewidth=1)
+    ax.axvline(0, color=GREY, linestyle=":")
+    ax.set_yticks(range(len(cut)), cut.layer, fontsize=7)
+    ax.invert_yaxis()
+    unit = "top-1" if what == "top1" else "right tokens"
+    ax.set(xlabel=f"change of {unit} where {cut.level.iloc[0]:.0%} of the layer is removed, points",
+           title=f"Sensitivity, one layer at a time ({cut.n.max():,} examples; paired 95 %)")
     return ax
 
 

@@ -123,7 +123,7 @@ def fill(model: nn.Module, path: Path, architecture: str) -> None:
         if tensor.shape != wanted[key].shape:
             raise ValueError(f"checkpoint {path} does not fit {architecture}: {key} has shape "
                              f"{tuple(tensor.shape)}, expected {tuple(wanted[key].shape)}; are it "
-                             "and the data of the same classes?")
+                             "and the data of the same classes, and was load given the task?")
     model.load_state_dict({k: v.to(wanted[k].dtype) if k in wanted else v
                            for k, v in tensors.items()}, strict=False)
 

@@ -256,8 +256,8 @@ def _columns(features, name: str) -> dict[str, str]:
         return {"tokens": "tokens", "tags": tags} | ({"label": label} if label else {})
     if text:
         return {"text": text} | ({"label": label} if label else {})
-    classes = ("; put the pictures of each class into a folder of its name, as in train/CLASS/x.png"
-               if image else "")
+    classes = ("; call the column of the labels 'label', or put the pictures of each class into a "
+               "folder of its name, as in train/CLASS/x.png" if image else "")
     raise ValueError(f"{name} has the columns {', '.join(features)}; expected images or text with "
                      f"one named label, tokens with tags, or text alone{classes}")
 
@@ -286,11 +286,11 @@ def _classes(stored: Mapping, column: str | None, name: str) -> tuple[str, ...]:
               else values)
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(values), key=lambda tag: (tag != "O", tag)))
-    try:
-        return tuple(map(str, range(max(map(int, values)) + 1)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: the column {column!r} holds {values[0]!r}; expected whole "
-                         "numbers or names") from error
+    odd = [value for value in values if not isinstance(value, int | float) or value % 1 != 0]
+    if odd:
+        raise ValueError(f"{name}: the column {column!r} holds {odd[0]!r}; expected whole numbers "
+                         "or names")
+    return tuple(map(str, range(int(max(values)) + 1)))
 
 
 def _task(name: str, splits: dict[str, Split], classes: tuple[str, ...], licence: str) -> Task:
@@ -340,7 +340,7 @@ def _holds_images(feature) -> bool:
 def _picture_split(part, image: str, label: str, how: Preprocessing, name: str) -> Split:
     pictures = Pictures(part[image], how, name)
     try:
-        labels = torch.tensor(part[label][:], dtype=torch.int64)
+        labels = torch.tensor(part[label][:]).long()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: the column {label!r} holds {part[label][0]!r}; expected whole "
                          "numbers") from error

@@ -78,8 +78,8 @@ def load(name: str | Path, task: Task | None = None, *, pretrained: bool = True,
             fill(model, Path(path), base)
     else:
         model = _network(base, path, stored, task, pretrained, seed)
-        if task and pretrained and not path:
-            _expect_prepared(task, base, model)
+        if task and pretrained:
+            _expect_prepared(task, base, model, own=bool(path))
     refuse_nan(model, path or name)
     model.origin |= ({key: stored[key] for key in ("prepared", "data") if key in stored}
                      | _prepared_for(task))
@@ -127,7 +127,8 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
     """What the model `name` expects: how pictures are prepared, or, for language, its tokenizer
     with at most `longest` tokens.
 
-    None where the data's own default is right (the CIFAR ResNets).
+    None where the data's own default is right (the CIFAR ResNets). Raises ValueError for an unknown
+    name.
 
     Example: `data.load("folder:photos",
     preprocessing=models.preprocessing("torchvision:resnet18"))`
@@ -157,6 +158,8 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
         import timm
 
         return _preprocessing_of(_of_zoo(kind, rest, lambda: timm.create_model(rest)))
+    if base not in (*RESNET_BLOCKS, *REPVGG, *LISTENING):
+        raise _unknown(base)
     return None
 
 
@@ -189,15 +192,20 @@ def _prepared_for(task: Task | None) -> dict[str, str]:
             | ({"prepared": json.dumps(asdict(how))} if isinstance(how, Preprocessing) else {}))
 
 
-def _expect_prepared(task: Task, name: str, model: nn.Module) -> None:
-    """Warn where the task's pictures are not what the model was trained on."""
-    wanted, found = (_preprocessing_of(model) if name.startswith("timm:") else preprocessing(name),
-                     task.test.prepare)
-    if not wanted or not isinstance(found, Preprocessing):
+def _expect_prepared(task: Task, name: str, model: nn.Module, *, own: bool) -> None:
+    """Warn where the task's pictures are not what the model was trained on. own: of weights in a
+    file of the user's, what those of ImageNet's 1,000 classes usually were."""
+    found, zoo = task.test.prepare, name.startswith(("torchvision:", "timm:"))
+    if not isinstance(found, Preprocessing) or (
+            own and not (zoo and str(model.origin["classes"]) == "1000")):
+        return
+    wanted = _preprocessing_of(model) if name.startswith("timm:") else preprocessing(name)
+    if not wanted:
         return
     if (task.example.shape[-1] != (wanted.size or task.example.shape[-1])
         or (wanted.mean, wanted.std) != (found.mean, found.std)):
-        warnings.warn(f"{name} was trained on pictures of {wanted.size} x {wanted.size} pixels, "
+        trained = "is usually trained" if own else "was trained"
+        warnings.warn(f"{name} {trained} on pictures of {wanted.size} x {wanted.size} pixels, "
                       f"normalised by {wanted.mean} and {wanted.std}; {task.name} gives "
                       f"{described(task.example)}, by {found.mean} and {found.std}: load it with "
                       f'data.load(..., preprocessing=models.preprocessing("{name}"))', stacklevel=3)
@@ -327,8 +335,21 @@ def _build(base: str, classes: int, channels: int, pretrained: bool) -> nn.Modul
         size = {"num_classes": classes, "in_chans": channels}
         return _of_zoo(kind, rest, lambda: timm.create_model(rest, pretrained=pretrained, **size),
                        pretrained=pretrained)
-    raise ValueError(f"unknown model {base!r}{nearest(base, NAMES)}; expected one of "
-                     f"{', '.join(NAMES)}")
+    raise _unknown(base)
+
+
+def _unknown(name: str) -> ValueError:
+    """What is said of a name that is none."""
+    if Path(name).is_file():
+        return ValueError(f"{name} is a file that does not say its architecture; load it as "
+                          f"NAME@{name}, say torchvision:resnet18@{name}")
+    meant = nearest(name, NAMES)
+    for zoo in ("torchvision", "timm"):
+        known = importlib.import_module("torchvision.models" if zoo == "torchvision" else zoo)
+        if name in known.list_models():
+            meant = f", did you mean '{zoo}:{name}'"
+            break
+    return ValueError(f"unknown model {name!r}{meant}; expected one of {', '.join(NAMES)}")
 
 
 def _of_zoo(kind: str, name: str, make, *, pretrained: bool = False):

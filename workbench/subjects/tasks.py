@@ -281,6 +281,16 @@ class Task:
         return f"Task({self.name!r}: {sizes}; {len(self.classes)} classes)"
 
 
+def expect_split(split) -> None:
+    """Raise TypeError where examples with what is right for them are none: a whole task, say.
+
+    Example: `expect_split(task.test)`
+    """
+    if not isinstance(split, Split):
+        meant = ": give its test split, task.test" if isinstance(split, Task) else ""
+        raise TypeError(f"expected a Split of examples, found a {type(split).__name__}{meant}")
+
+
 def described(inputs: Inputs) -> str:
     """The shapes of inputs, for a message or a caption.
 
