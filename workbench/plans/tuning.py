@@ -32,14 +32,15 @@ Change = Callable[[nn.Module | None, list[Batch]], nn.Module]
 
 @dataclass(frozen=True)
 class Tune:
-    """The step of a plan that quantises by what helps: each calibrator, equalised ranges, below
-    eight bits zero points, then each of `repairs` on the best so far; it stops where none brings
-    the answers nearer. What was chosen is fitted once more, to all examples.
+    """The step of a plan that quantises by what helps: each calibrator, equalised ranges, then each
+    of `repairs` on the best so far; it stops where none brings the answers nearer. What was chosen
+    is fitted once more, to all examples.
 
     Near is the mean relative L2 distance of the outputs from the float model's, on `judged`
     examples other than the `examples` that calibrate, of the validation split and, where it has too
-    few, the training split; labels are not looked at. views: further crops of each example that
-    calibrates, where they are pictures.
+    few, the training split; labels are not looked at. Calibrators are compared with weights in
+    eight bits: what coarser ones do would drown what ranges do. views: further crops of each
+    example that repairs are fitted to, where they are pictures.
 
     Example: `Tune(bits=4)`
     """
@@ -69,18 +70,19 @@ class Tune:
         drawn, first = _drawn(subject.task, self.examples, self.judged, self.seed)
         places = torch.arange(len(drawn))
         folded = fold_batchnorm(subject.model, subject.example)
-        trial = _Trial(folded, self._seen(drawn.take(places[:first])), drawn.take(places[first:]))
+        calibrating, judging = drawn.take(places[:first]), drawn.take(places[first:])
+        trial = _Trial(folded, list(calibrating.batches(50)), judging)
         even = Scheme(self.bits, granularity=self.granularity, group=self.group)
         for name in files.progress(self.calibrators, title="calibrators"):
-            trial.attempt(name, _quantising(folded, even, name), folded)
+            trial.attempt(name, _quantising(folded, replace(even, bits=8), name), folded)
         chosen = pd.DataFrame(trial.rows).set_index("what").distance.idxmin()
+        if self.bits < 8:
+            trial.distance = float("inf")
+            trial.attempt(f"{self.bits} bits", _quantising(folded, even, chosen), folded)
         with contextlib.suppress(UnsupportedModelError):  # no two layers with only a ReLU between
             equal = equalize(folded, subject.example)
             trial.attempt("equalised", _quantising(equal, even, chosen), equal, WINS)
-        if self.bits < 8:
-            free = replace(even, symmetric=False)
-            trial.attempt("zero points", _quantising(trial.reference, free, chosen),
-                          trial.reference, WINS)
+        trial.seen = self._seen(calibrating)
         for name in files.progress(self.repairs, title="repairs"):
             if trial.distance > self.enough:
                 trial.attempt(name, _repairing(trial.reference, name, self.seed), trial.reference,
@@ -90,7 +92,7 @@ class Tune:
                                   tried=pd.DataFrame(trial.rows))
 
     def _seen(self, calibrating: Split) -> list[Batch]:
-        """The batches that calibrate."""
+        """The batches that repairs are fitted to."""
         if self.views and calibrating.are_pictures:
             calibrating = with_views(calibrating, self.views, seed=self.seed)
         return list(calibrating.batches(50))
