@@ -4,7 +4,7 @@ to the float model's."""
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import pandas as pd
@@ -38,9 +38,8 @@ class Tune:
 
     Near is the mean relative L2 distance of the outputs from the float model's, on `judged`
     examples other than the `examples` that calibrate, of the validation split and, where it has too
-    few, the training split; labels are not looked at. Calibrators are compared with weights in
-    eight bits: what coarser ones do would drown what ranges do. views: further crops of each
-    example that repairs are fitted to, where they are pictures.
+    few, the training split; labels are not looked at. views: further crops of each example that
+    repairs are fitted to, where they are pictures.
 
     Example: `Tune(bits=4)`
     """
@@ -74,11 +73,8 @@ class Tune:
         trial = _Trial(folded, list(calibrating.batches(50)), judging)
         even = Scheme(self.bits, granularity=self.granularity, group=self.group)
         for name in files.progress(self.calibrators, title="calibrators"):
-            trial.attempt(name, _quantising(folded, replace(even, bits=8), name), folded)
+            trial.attempt(name, _quantising(folded, even, name), folded)
         chosen = pd.DataFrame(trial.rows).set_index("what").distance.idxmin()
-        if self.bits < 8:
-            trial.distance = float("inf")
-            trial.attempt(f"{self.bits} bits", _quantising(folded, even, chosen), folded)
         with contextlib.suppress(UnsupportedModelError):  # no two layers with only a ReLU between
             equal = equalize(folded, subject.example)
             trial.attempt("equalised", _quantising(equal, even, chosen), equal, WINS)
