@@ -39,7 +39,7 @@ class Tune:
     Near is the mean relative L2 distance of the outputs from the float model's, on `judged`
     examples other than the `examples` that calibrate, of the validation split and, where it has too
     few, the training split; labels are not looked at. views: further crops of each example that
-    repairs are fitted to, where they are pictures.
+    calibrates, where they are pictures.
 
     Example: `Tune(bits=4)`
     """
@@ -70,7 +70,7 @@ class Tune:
         places = torch.arange(len(drawn))
         folded = fold_batchnorm(subject.model, subject.example)
         calibrating, judging = drawn.take(places[:first]), drawn.take(places[first:])
-        trial = _Trial(folded, list(calibrating.batches(50)), judging)
+        trial = _Trial(folded, self._seen(calibrating), judging)
         even = Scheme(self.bits, granularity=self.granularity, group=self.group)
         for name in files.progress(self.calibrators, title="calibrators"):
             trial.attempt(name, _quantising(folded, even, name), folded)
@@ -78,7 +78,6 @@ class Tune:
         with contextlib.suppress(UnsupportedModelError):  # no two layers with only a ReLU between
             equal = equalize(folded, subject.example)
             trial.attempt("equalised", _quantising(equal, even, chosen), equal, WINS)
-        trial.seen = self._seen(calibrating)
         for name in files.progress(self.repairs, title="repairs"):
             if trial.distance > self.enough:
                 trial.attempt(name, _repairing(trial.reference, name, self.seed), trial.reference,
@@ -88,7 +87,7 @@ class Tune:
                                   tried=pd.DataFrame(trial.rows))
 
     def _seen(self, calibrating: Split) -> list[Batch]:
-        """The batches that repairs are fitted to."""
+        """The batches that calibrate."""
         if self.views and calibrating.are_pictures:
             calibrating = with_views(calibrating, self.views, seed=self.seed)
         return list(calibrating.batches(50))
