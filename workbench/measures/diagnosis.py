@@ -78,9 +78,9 @@ class Diagnosis:
         if not self.repairs:
             worst = listed(self.table.sort_values("effect", ascending=False).layer, most=3)
             raise ValueError("no layer has a fault to repair: the loss is the price of the bits; "
-                             "try the recipe int8, which tries calibrators and repairs, scales by "
-                             "channel where they are not, reparameterization.equalize before "
-                             f"quantising, rounding.descend after it, or more bits for {worst}")
+                             "try scales by channel, reparameterization.equalize before "
+                             "quantising, rounding.descend after it, the recipe int8, which tries "
+                             f"calibrators as well, or more bits for {worst}")
         new = copy.deepcopy(self.candidate)
         for name in layers or [str(self.table.layer[0])]:
             if name not in self.repairs:

@@ -279,8 +279,8 @@ def _cut_to(model: nn.Module, scores: pd.DataFrame, *, example: Inputs, macs: fl
         if counts is None or kept(step) >= NEAR * target:
             break
     if best[1] is None:
-        raise ValueError(f"{target:.2%} of the cost cannot be reached: {least:.2%} stay when all "
-                         "that may go is gone; raise the target, or keep fewer layers")
+        raise ValueError(f"{100 * target:.2g}% of the cost cannot be reached: {100 * least:.2g}% "
+                         "stay when all that may go is gone; raise it, or keep fewer layers")
     return cutting.verified(model, cutting.without(model, best[1], known), best[1], known, example)
 
 

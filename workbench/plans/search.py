@@ -137,9 +137,10 @@ def search(start: Subject, limits: Limits, out: Path | str, *, space: Space | No
         raise ValueError(f"unknown sampler {sampler!r}; expected one of {', '.join(NAMES)}")
     began, out, test = time.monotonic(), Path(out), test or start.task.test
     judging = judged_by(start, images, seed)
+    space = (space
+             or Space.of(start.model, start.example, blocks=spared(start, judging),
+                         recovery=recovery, seed=seed))
     key = {"model": model_told(start.model), "data": marked(start.task), "code": code()}
-    space = space or Space.of(start.model, start.example, recovery=recovery, seed=seed,
-                              blocks=_spared_once(start, judging, Store(out / "blocks"), key))
     asked = {"limits": dataclasses.asdict(limits), "space": space.told(), "sampler": sampler,
              "batch": batch, "seed": seed,
              "images": len(judging), **key}
@@ -191,15 +192,6 @@ def spared(start: Subject, judging: Split) -> list[str]:
     few = judging.take(torch.arange(min(len(judging), 200)))
     return (list(depth.order(start.model, few.batches(100), among=known,
                              count=len(known) // 2).block) if known else [])
-
-
-def _spared_once(start: Subject, judging: Split, store: Store, key: Mapping) -> list[str]:
-    """`spared`, kept for a search that goes on."""
-    def make(folder: Path) -> None:
-        (folder / "blocks.json").write_text(json.dumps(spared(start, judging)))
-
-    place = store.kept("spared", {**key, "judging": judging.fingerprint}, make)
-    return json.loads((place / "blocks.json").read_text())
 
 
 class _Journal:

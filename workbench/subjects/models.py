@@ -192,7 +192,8 @@ def _prepared_for(task: Task | None) -> dict[str, str]:
             | ({"prepared": json.dumps(asdict(how))} if isinstance(how, Preprocessing) else {}))
 
 
-def _expect_prepared(task: Task, name: str, model: nn.Module, *, own: bool) -> None:
+def _expect_prepared(task: Task, name: str, model: nn.Module, *,
+                     own: bool = False) -> None:
     """Warn where the task's pictures are not what the model was trained on. own: of weights in a
     file of the user's, what those of ImageNet's 1,000 classes usually were."""
     found, zoo = task.test.prepare, name.startswith(("torchvision:", "timm:"))
