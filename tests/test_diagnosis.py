@@ -145,9 +145,12 @@ def test_what_cannot_be_diagnosed_says_why(folded, healthy, look, task):
         diagnosis.diagnose(folded, healthy, [(look[0][0] * float("nan"), None)])
     with pytest.raises(UnsupportedModelError, match="differ in their layers"):
         diagnosis.diagnose(folded, models.load("resnet56", task, pretrained=False), look)
+    found = diagnosis.diagnose(folded, healthy, look)
+    assert repr(found).startswith("Diagnosis of 20 layers, 0 with a fault that can be repaired; "
+                                  f"first to look at: {found.table.layer[0]}: ")
     with pytest.raises(ValueError, match="no layer has a fault to repair: .* try scales by "
                        "channel, .* or more bits for"):
-        diagnosis.diagnose(folded, healthy, look).repaired()
+        found.repaired()
     with pytest.raises(ValueError, match="unknown fault 'rust'"):
         diagnosis.plant(healthy, "conv1", "rust")
     with pytest.raises(ValueError, match="no layer matches"):

@@ -166,7 +166,9 @@ def test_an_activation_quantiser_watches_and_then_quantises():
 
 
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda: Scheme(1), "bits is 1, expected a whole number"), (lambda: Scheme(9), "bits is 9"),
+    (lambda: Scheme(1), "bits is 1, expected a whole number, 2 to 8"),
+    (lambda: Scheme("8"), "bits is '8', expected a whole number"),
+    (lambda: Scheme(9), "bits is 9"),
     (lambda: Scheme(4, granularity="row"), "granularity is 'row', expected one of"),
     (lambda: Scheme(4, granularity="group"), "a group of at least 1 input"),
     (lambda: Scheme(4, granularity="channel", group=8), "and only with it"),

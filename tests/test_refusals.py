@@ -182,3 +182,11 @@ def test_what_is_of_the_wrong_kind_is_told_what_to_give(squares, call, line):
     net = models.wrap(Net(), squares)
     with pytest.raises(TypeError, match=line):
         call(net, squares, list(squares.train.batches(16)))
+
+
+def test_a_checkpoint_of_ones_own_class_has_no_preprocessing_of_its_own(tmp_path):
+    inputs = data.of((torch.randn(12, 6), torch.arange(12) % 3))
+    models.save(models.wrap(nn.Linear(6, 3), inputs), tmp_path / "mine.safetensors")
+    assert models.preprocessing(str(tmp_path / "mine.safetensors")) is None
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        models.preprocessing(str(tmp_path / "none.safetensors"))

@@ -108,7 +108,6 @@ def export(model: nn.Module, example: Inputs, path: Path | str, *,
     with files.atomic(path) as new:
         onnx.save(proto, new)
         exported = sessions.open(new)
-        session(repeated(probe, 1))  # which raises where there is no answer for each example
         for size in (1, 7):
             _same(session, exported, repeated(probe, size), f"{path} at batch {size}", allowed,
                   fixed=bool(parts) or tolerance is not None)
@@ -183,8 +182,9 @@ def _same(session: sessions.TorchSession, exported: sessions.Session, batch: Inp
     """Raise UnsupportedModelError where an output of the file is further than `allowed` from the
     module's; unless that is `fixed`, more where float32 itself is coarser."""
     found = exported.outputs(batch if isinstance(batch, Tensor) else named(session.model, batch))
-    pairs = zip(session.outputs(batch).items(), found.values(), strict=True)
-    for (name, wanted), made in pairs:
+    expected = session.outputs(batch)
+    session.answered(expected, batch)  # which raises where there is no answer for each example
+    for (name, wanted), made in zip(expected.items(), found.values(), strict=True):
         place, limit = where + (f", output {name}," if len(found) > 1 else ""), allowed
         distance = _distance(wanted, made, place)
         if distance > limit and not fixed:

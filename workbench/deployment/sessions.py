@@ -74,7 +74,11 @@ class Session:
     def __call__(self, inputs: Inputs) -> Tensor:
         """The answer, float32 (n, ...), to a batch. Raises ValueError where the model refuses the
         batch."""
-        made = self.outputs(inputs)
+        return self.answered(self.outputs(inputs), inputs)
+
+    def answered(self, made: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """The answer among all outputs, float32 (n, ...). Raises ValueError where there is none for
+        each example."""
         found = answer(made) if made else None
         if found is None or found.shape[:1] != (count(inputs),):
             raise ValueError(f"{self.name} put out {getattr(found, 'shape', 'no tensor')} for "

@@ -11,7 +11,7 @@ that which the repair removes. What a unit without a fault costs is the price of
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -60,12 +60,11 @@ class Diagnosis:
 
     table: pd.DataFrame
     unexplained: float
-    candidate: nn.Module = field(repr=False)
-    repairs: Mapping[str, Unit] = field(repr=False)
+    candidate: nn.Module
+    repairs: Mapping[str, Unit]
 
     def __repr__(self) -> str:
-        first = self.table.sort_values(["blame", "effect"], ascending=False).head(3)
-        lines = [f"{row.layer}: {row.cause}; {row.repair}" for row in first.itertuples()]
+        lines = [f"{row.layer}: {row.cause}" for row in self.table.head(3).itertuples()]
         return (f"Diagnosis of {len(self.table)} layers, {len(self.repairs)} with a fault that can "
                 "be repaired; first to look at: " + "; ".join(lines))
 

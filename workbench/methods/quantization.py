@@ -96,6 +96,7 @@ def prepare(model: nn.Module, example: Inputs, *,
     """
     schemes = _schemes(model, weights, by, layers)
     _expect_scheme("activations", activations)
+    _expect_scheme("tables", tables)
     traced = trace(model, example)
     new = fold_batchnorm(traced, example) if fold else copy.deepcopy(traced).eval()
     if activations:
@@ -116,7 +117,7 @@ def prepare(model: nn.Module, example: Inputs, *,
 
 def _expect_scheme(name: str, scheme) -> None:
     if not isinstance(scheme, Scheme | None):
-        given = scheme if isinstance(scheme, int) else 8
+        given = scheme if scheme in range(2, 9) else 8
         raise TypeError(f"{name} is {scheme!r}, expected a Scheme, say Scheme({given}), or None "
                         "for float")
 

@@ -84,8 +84,8 @@ def prepare(*, warm: bool) -> None:
 
 def settle(folder: str, environment: Mapping[str, str], threads: int | None = None) -> None:
     """In a copy: the folder, environment and number of threads of a process that would have been
-    started there. What came with the copy is looked through for garbage no more, half a second each
-    time.
+    started there. What came with the copy is looked through for garbage no more, a third of a
+    second each time.
 
     Example: `settle("notebooks", os.environ)`
     """

@@ -134,14 +134,15 @@ def preprocessing(name: str, *, longest: int = 64) -> Preprocessing | Tokens | N
     preprocessing=models.preprocessing("torchvision:resnet18"))`
     """
     base, (kind, _, rest) = name.partition("@")[0], name.partition("@")[0].partition(":")
-    if base.endswith(".safetensors") and Path(base).exists():
+    if base.endswith(".safetensors"):
         header = read_header(Path(base))
         if "prepared" in header:
             told = json.loads(header["prepared"])
             return Preprocessing(**told | {key: tuple(told[key]) for key in ("mean", "std")})
         if "source" in header:
             return language.tokens(header["source"], longest=longest)
-        return preprocessing(header["architecture"]) if "architecture" in header else None
+        known = header.get("architecture", "own:")
+        return None if known.startswith("own:") else preprocessing(known)
     if base in (*language.NAMES, *SMALL) or kind == "hf":
         return language.tokens("minilm" if base in SMALL else base.removeprefix("hf:"),
                                longest=longest)
@@ -192,13 +193,13 @@ def _prepared_for(task: Task | None) -> dict[str, str]:
             | ({"prepared": json.dumps(asdict(how))} if isinstance(how, Preprocessing) else {}))
 
 
-def _expect_prepared(task: Task, name: str, model: nn.Module, *,
-                     own: bool = False) -> None:
-    """Warn where the task's pictures are not what the model was trained on. own: of weights in a
-    file of the user's, what those of ImageNet's 1,000 classes usually were."""
-    found, zoo = task.test.prepare, name.startswith(("torchvision:", "timm:"))
-    if not isinstance(found, Preprocessing) or (
-            own and not (zoo and str(model.origin["classes"]) == "1000")):
+def _expect_prepared(task: Task, name: str, model: nn.Module, *, own: bool = False) -> None:
+    """Warn where the task's pictures are not what the model was trained on. own: the weights are of
+    a file; with the 1,000 classes of ImageNet they were usually trained on what the zoo's were."""
+    found, of_zoo = task.test.prepare, name.startswith(("torchvision:", "timm:"))
+    if not isinstance(found, Preprocessing):
+        return
+    if own and not (of_zoo and model.origin["classes"] == "1000"):
         return
     wanted = _preprocessing_of(model) if name.startswith("timm:") else preprocessing(name)
     if not wanted:
@@ -344,13 +345,15 @@ def _unknown(name: str) -> ValueError:
     if Path(name).is_file():
         return ValueError(f"{name} is a file that does not say its architecture; load it as "
                           f"NAME@{name}, say torchvision:resnet18@{name}")
-    meant = nearest(name, NAMES)
-    for zoo in ("torchvision", "timm"):
-        known = importlib.import_module("torchvision.models" if zoo == "torchvision" else zoo)
-        if name in known.list_models():
-            meant = f", did you mean '{zoo}:{name}'"
-            break
+    zoo = next((zoo for zoo in ("torchvision", "timm") if name in _listed(zoo)), None)
+    meant = f", did you mean '{zoo}:{name}'" if zoo else nearest(name, NAMES)
     return ValueError(f"unknown model {name!r}{meant}; expected one of {', '.join(NAMES)}")
+
+
+def _listed(zoo: str) -> list[str]:
+    """The names of a zoo's networks."""
+    module = {"torchvision": "torchvision.models"}.get(zoo, zoo)
+    return importlib.import_module(module).list_models()
 
 
 def _of_zoo(kind: str, name: str, make, *, pretrained: bool = False):
@@ -359,8 +362,7 @@ def _of_zoo(kind: str, name: str, make, *, pretrained: bool = False):
             return make()
     # unknown name, no network, wrong folder
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        known = importlib.import_module(
-            {"torchvision": "torchvision.models"}.get(kind, kind)).list_models()
+        known = _listed(kind)
         found = name in known or name.partition(".")[0] in known  # with the tag of its weights
         meant = "" if found else nearest(f"{kind}:{name}", [f"{kind}:{one}" for one in known])
         out = (" and the network (HF_HUB_OFFLINE=1 does not wait for it), give weights that you "

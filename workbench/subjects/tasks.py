@@ -171,13 +171,6 @@ class Split:
         targets = self.targets.told() if isinstance(self.targets, Texts) else self.targets
         return files.fingerprint([*inputs, targets])
 
-    @property
-    def are_pictures(self) -> bool:
-        """Whether the examples are pictures, stored as uint8 (n, C, H, W)."""
-        return isinstance(self.inputs, Pictures) or (
-            isinstance(self.inputs, Tensor) and self.inputs.dtype == torch.uint8
-            and self.inputs.dim() == 4)
-
     def stored(self, places: Tensor | slice) -> Batch:
         """The examples at `places` as they are stored."""
         inputs = (self.inputs[places] if isinstance(self.inputs, Pictures | Texts)
@@ -380,10 +373,10 @@ def with_views(split: Split, times: int, *, least: float = 0.6, seed: int = 0) -
 
     Example: `len(with_views(task.validation.subset(4), 2)) == 12`
     """
-    if not split.are_pictures:
+    stored = split.stored(slice(None))
+    if getattr(stored.inputs, "dtype", None) != torch.uint8 or stored.inputs.dim() != 4:
         raise ValueError(f"views are of pictures, uint8 (n, C, H, W); {split.name} holds others: "
                          "leave views at 0")
-    stored = split.stored(slice(None))
     drawn = torch.Generator().manual_seed(seed)
     seen = torch.cat([stored.inputs, *(_seen_again(picture, least, drawn)
                                        for _ in range(times) for picture in stored.inputs)])
